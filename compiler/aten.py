@@ -1,0 +1,101 @@
+"""How an `aten.*` node is called: tensor arguments are inputs, the others are attributes under their schema names.
+
+A list of tensors takes several inputs, whose number is the attribute of the list's name: `aten.cat.default(%a, %b) {tensors=2, dim=-1}`.
+A dimension in an attribute may be an expression over the graph's symbols; an element type is named as in the IR.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moec.compiler.errors import MoecError
+from moec.compiler.ir import Attr, dim_value
+
+TORCH_DTYPES = {
+    "f32": torch.float32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "f64": torch.float64,
+    "i64": torch.int64,
+    "i32": torch.int32,
+    "i16": torch.int16,
+    "i8": torch.int8,
+    "u8": torch.uint8,
+    "bool": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+@lru_cache(maxsize=1024)
+def overload(op: str) -> torch._ops.OpOverload:
+    """The torch operator that `aten.NAME.OVERLOAD` names.
+
+    Raises:
+        MoecError: torch has no such operator.
+    """
+    namespace, _, rest = op.partition(".")
+    name, _, variant = rest.partition(".")
+    try:
+        found = getattr(getattr(getattr(torch.ops, namespace), name), variant or "default")
+    except AttributeError as error:
+        raise MoecError(f"op {op!r} is neither a semantic op nor an ATen operator of torch {torch.__version__}") from error
+    assert isinstance(found, torch._ops.OpOverload)
+    return found
+
+
+def call(
+    op: str,
+    tensors: Sequence[Tensor | None],
+    attrs: Mapping[str, Attr],
+    symbols: Mapping[str, int],
+    float_dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """Run one ATen operator.
+
+    Args:
+        tensors: the node's inputs.
+        attrs: the node's attributes.
+        symbols: values of the graph's symbols.
+        float_dtype: what `f32` stands for.
+        device: where operators that make tensors (`aten.full`, `aten.arange`) put them.
+    """
+    function, queue = overload(op), list(tensors)
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for argument in function._schema.arguments:
+        kind = str(argument.type)
+        value: Any
+        if "Tensor" in kind:
+            if argument.name in attrs and "List[" not in kind:
+                number = attrs[argument.name]  # torch takes a number where the schema says tensor
+                value = dim_value(number, symbols) if isinstance(number, str) else number
+            elif "List[" in kind:
+                value = [queue.pop(0) for _ in range(attrs[argument.name])]
+            else:
+                value = queue.pop(0) if queue else None
+        elif argument.name == "device":
+            value = torch.device(device)
+        elif argument.name not in attrs:
+            if not argument.has_default_value():
+                raise MoecError(f"{op}: attribute {argument.name!r} is missing")
+            value = argument.default_value
+        else:
+            value = attrs[argument.name]
+            # torch shows a ScalarType argument as int; its attribute is a name.
+            if isinstance(value, str) and value in TORCH_DTYPES and argument.name in ("dtype", "to"):
+                value = float_dtype if value == "f32" else TORCH_DTYPES[value]
+            elif isinstance(value, str) and ("int" in kind or "SymInt" in kind or "number" in kind or "Scalar" in kind):
+                value = dim_value(value, symbols)
+            elif isinstance(value, tuple):
+                value = [dim_value(v, symbols) if isinstance(v, str) else v for v in value]
+        if argument.kwarg_only:
+            kwargs[argument.name] = value
+        else:
+            args.append(value)
+    return function(*args, **kwargs)

@@ -1,0 +1,5 @@
+"""Errors that a user can act on."""
+
+from moec.runtime.errors import MoecError
+
+__all__ = ["MoecError"]

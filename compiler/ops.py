@@ -1,0 +1,214 @@
+"""The semantic ops: what each means, as a torch function.
+
+A function here is the definition of its op: the interpreter runs it, the verifier runs it on the meta device to check shapes,
+and every pass, kernel and backend is held against it. Inputs come first, in the order of `Node.inputs` (None where absent);
+attributes follow as keywords.
+
+Axes: B sequences, T tokens, E experts, K experts per token, D hidden size, F expert intermediate size, H heads,
+HK key/value heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Stacked(Protocol):
+    """A tensor with a leading expert axis, of which one expert at a time is needed (a `Tensor`, or a lazy stand-in)."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def __getitem__(self, expert: int) -> Tensor: ...
+
+
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows of `weight` [V, D] at `ids` [...] -> [..., D]."""
+    return F.embedding(ids, weight)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] times weight [N, K] transposed, plus bias [N] -> [..., N]."""
+    return F.linear(x, weight, bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float, offset: float = 0.0) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last axis. https://arxiv.org/abs/1910.07467"""
+    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return y if weight is None else y * (offset + weight) if offset else y * weight
+
+
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis. https://arxiv.org/abs/1607.06450"""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, halves rotated against each other: x [B, T, H, d], cos and sin [B, T, d].
+
+    https://arxiv.org/abs/2104.09864, in the layout of GPT-NeoX: element i pairs with i + d/2.
+    """
+    low, high = x.chunk(2, -1)
+    return x * cos.unsqueeze(2) + torch.cat((-high, low), -1) * sin.unsqueeze(2)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int = 0,
+    chunk: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Attention of each token over its sequence: q [B, T, H, d], k [B, T, HK, d], v [B, T, HK, dv] -> [B, T, H, dv].
+
+    Head h reads key/value head h // (H // HK). Backends keep k and v of earlier tokens in a cache; the meaning is that of the
+    whole sequence at once.
+
+    Args:
+        sinks: [H], a logit a head that takes part in the softmax and adds nothing to the result.
+        scale: factor on q @ k.
+        causal: a token sees itself and earlier tokens only.
+        window: > 0: a token sees the `window` latest tokens only, itself included.
+        chunk: > 0: a token sees the tokens of its own block of `chunk` tokens only.
+        softcap: > 0: logits become softcap * tanh(logits / softcap).
+    """
+    tokens, groups = q.shape[1], q.shape[2] // k.shape[2]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, T, d]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    logits = q @ k.transpose(2, 3) * scale  # [B, H, T, T]
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    at = torch.arange(tokens, device=q.device)
+    visible = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device)
+    if causal:
+        visible &= at[:, None] >= at[None, :]
+    if window:
+        visible &= at[:, None] - at[None, :] < window
+    if chunk:
+        visible &= at[:, None] // chunk == at[None, :] // chunk
+    logits = logits.masked_fill(~visible, -torch.inf)
+    if sinks is not None:
+        logits = torch.cat((logits, sinks.view(1, -1, 1, 1).expand(*logits.shape[:3], 1)), -1)
+    return (logits.softmax(-1)[..., :tokens] @ v).transpose(1, 2)
+
+
+def router(
+    logits: Tensor,
+    bias: Tensor | None = None,
+    *,
+    top_k: int,
+    score: str = "softmax",
+    normalize: bool = False,
+    scale: float = 1.0,
+    groups: int = 1,
+    top_groups: int = 1,
+    group_score: str = "max",
+) -> tuple[Tensor, Tensor]:
+    """Choose K experts a token: logits [..., E] -> weights [..., K], ids [..., K] (int64), best first.
+
+    Args:
+        bias: [E], added to the scores for the choice only (https://arxiv.org/abs/2408.15664).
+        score: `softmax` or `sigmoid` over all experts, or `softmax_topk`: softmax over the chosen logits.
+        normalize: divide the K weights by their sum.
+        scale: factor on the weights.
+        groups: experts come in this many groups of neighbours; only those of the best `top_groups` groups can be chosen.
+        group_score: a group is as good as its best expert (`max`) or as its two best together (`top2`).
+    """
+    if score == "softmax_topk":
+        scores = logits
+    else:
+        scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
+    choice = scores if bias is None else scores + bias
+    if groups > 1:
+        grouped = choice.unflatten(-1, (groups, -1))  # [..., groups, E / groups]
+        merit = grouped.amax(-1) if group_score == "max" else grouped.topk(2, -1).values.sum(-1)
+        best = torch.zeros_like(merit).scatter(-1, merit.topk(top_groups, -1).indices, 1.0)
+        choice = grouped.masked_fill(best.unsqueeze(-1) == 0, -torch.inf).flatten(-2)
+    ids = choice.topk(top_k, -1).indices
+    weights = scores.gather(-1, ids)
+    if score == "softmax_topk":
+        weights = weights.softmax(-1)
+    if normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights * scale, ids
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "identity": lambda x: x,
+}
+
+
+def expert_activation(x: Tensor, *, activation: str, gated: bool = True, limit: float = 0.0) -> Tensor:
+    """What an expert does between its two projections: x [..., 2F] (gate, then up) or [..., F] -> [..., F].
+
+    Args:
+        activation: a name of `ACTIVATIONS`, or `swiglu_oai`: (up + 1) * gate * sigmoid(1.702 * gate), as in gpt-oss.
+        gated: the activation of the gate half multiplies the up half.
+        limit: > 0: the gate is clamped to at most `limit` and the up half to [-limit, limit] first.
+    """
+    if not gated:
+        return ACTIVATIONS[activation](x)
+    gate, up = x.chunk(2, -1)
+    if limit:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    if activation == "swiglu_oai":
+        return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+    return ACTIVATIONS[activation](gate) * up
+
+
+def experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    up: Stacked,
+    down: Stacked,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    activation: str,
+    gated: bool = True,
+    limit: float = 0.0,
+) -> Tensor:
+    """Each token through its K experts, summed by weight: x [..., D], ids and weights [..., K] -> [..., D].
+
+    Args:
+        up: [E, 2F, D] with the gate rows before the up rows, or [E, F, D] when not gated.
+        down: [E, D, F].
+        up_bias, down_bias: [E, 2F] (or [E, F]) and [E, D].
+        activation, gated, limit: as in `expert_activation`.
+    """
+    if x.is_meta:
+        hidden = up.shape[1] // 2 if gated else up.shape[1]
+        if (down.shape[1], down.shape[2], up.shape[2]) != (x.shape[-1], hidden, x.shape[-1]):
+            raise ValueError(f"experts: up {list(up.shape)} and down {list(down.shape)} do not fit x {list(x.shape)}")
+        return torch.empty_like(x)
+    flat, flat_ids, flat_weights = x.flatten(0, -2), ids.flatten(0, -2), weights.flatten(0, -2)
+    result = torch.zeros_like(flat)
+    for expert in flat_ids.unique().tolist():
+        token, slot = torch.where(flat_ids == expert)
+        h = F.linear(flat[token], up[expert], None if up_bias is None else up_bias[expert])
+        h = expert_activation(h, activation=activation, gated=gated, limit=limit)
+        h = F.linear(h, down[expert], None if down_bias is None else down_bias[expert])
+        result.index_add_(0, token, h * flat_weights[token, slot, None])
+    return result.view_as(x)
+
+
+OPS: dict[str, Callable[..., Any]] = {
+    op.__name__: op for op in (embedding, linear, rms_norm, layer_norm, rope, attention, router, experts)
+}
+"""The semantic ops by name."""
