@@ -1,0 +1,31 @@
+"""Backends: a folder each, found by its name, with a `make(graph, target, portable)` that returns a `base.Backend`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from moec.compiler.backends.base import Backend
+from moec.compiler.errors import MoecError
+from moec.compiler.ir import Graph
+from moec.runtime.errors import unknown
+from moec.targets import Target
+
+
+def known_backends() -> list[str]:
+    """The names of all backends."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.ispkg)
+
+
+def make_backend(name: str, graph: Graph, target: Target, portable: bool = False) -> Backend:
+    """The backend of this name, made for a graph, which it lowers.
+
+    Raises:
+        MoecError: there is no such backend, or it cannot lower the graph.
+    """
+    if name not in known_backends():
+        raise unknown("backend", name, known_backends())
+    if portable and name != "onnx":
+        raise MoecError(f"--portable is an option of the onnx backend, not of {name}")
+    backend: Backend = importlib.import_module(f"{__name__}.{name}").make(graph, target, portable)
+    return backend

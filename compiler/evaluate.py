@@ -1,0 +1,143 @@
+"""Perplexity on a text, and the distance to a reference model: for checkpoints through the interpreter, for artifacts through the runtime.
+
+The text is tokenised as one stream and cut into non-overlapping windows of N tokens. Each window is fed on its own, and every next
+token is scored, the token after the window included; an incomplete tail is dropped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moec.compiler.errors import MoecError
+from moec.compiler.frontend import huggingface
+from moec.compiler.interpreter import Interpreter
+from moec.compiler.progress import Progress
+
+_LOGIT_BYTES = 1 << 29
+"""Logits held at once: windows are evaluated in groups of about this size."""
+
+Logits = Callable[[Tensor], Iterator[Tensor]]
+"""From windows of ids [W, N] to the logits [N, V] of each in turn."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured, in nats.
+
+    `kl_divergence` is the mean over tokens of KL(reference || model); `top1_agreement` the share of tokens where both have the same best.
+    """
+
+    tokens: int
+    nll: float
+    perplexity: float
+    context: int
+    kl_divergence: float | None = None
+    top1_agreement: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if v is not None}
+
+
+def windows(ids: np.ndarray, context: int) -> tuple[Tensor, Tensor]:
+    """Inputs and next tokens [W, context] of a token stream.
+
+    >>> windows(np.arange(6), 2)[1].tolist()
+    [[1, 2], [3, 4]]
+    """
+    count = (len(ids) - 1) // context
+    if count < 1:
+        raise MoecError(f"the text has {len(ids)} tokens: one window of {context} needs {context + 1}; lower --context or give more text")
+    stream = torch.from_numpy(np.asarray(ids[: count * context + 1], dtype=np.int64))
+    return stream[:-1].view(count, context), stream[1:].view(count, context)
+
+
+def evaluate(
+    model: str | Path,
+    data: str | Path,
+    *,
+    reference: str | Path | None = None,
+    context: int | None = None,
+    max_tokens: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Evaluate an artifact or a checkpoint on a text file.
+
+    Args:
+        model: an artifact or a checkpoint.
+        data: a text file in UTF-8.
+        reference: a checkpoint (or artifact) to measure the distance to.
+        context: tokens of a window; by default 512, or the model's context where that is shorter.
+        max_tokens: stop after about this many tokens.
+        threads: threads of the runtime.
+
+    Raises:
+        MoecError: no such model or file, or the text is too short.
+    """
+    progress = progress or Progress()
+    subject, tokenizer, limit = _open(model, threads)
+    other = _open(reference, threads)[0] if reference is not None else None
+    try:
+        text = Path(data).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MoecError(f"cannot read the text {data}: {error}") from error
+    context = context or min(512, limit)
+    if not 0 < context <= limit:
+        raise MoecError(f"--context {context}: the model's context is {limit} tokens")
+    inputs, targets = windows(np.asarray(tokenizer.encode(text, add_special_tokens=False).ids), context)
+    if max_tokens is not None:
+        count = max(1, max_tokens // context)
+        inputs, targets = inputs[:count], targets[:count]
+    group = max(1, _LOGIT_BYTES // (context * int(tokenizer.get_vocab_size()) * 4))
+    nll = kl = agree = 0.0
+    starts = range(0, len(inputs), group)
+    for start in progress.track(starts, "evaluate"):
+        part, wanted = inputs[start : start + group], targets[start : start + group]
+        references = other(part) if other else iter([None] * len(part))
+        for row, logits, truth in zip(wanted, subject(part), references, strict=True):
+            logp = logits.double().log_softmax(-1)
+            nll -= logp.gather(1, row[:, None]).sum().item()
+            if truth is not None:
+                expected = truth.double().log_softmax(-1)
+                kl += (expected.exp() * (expected - logp)).sum().item()
+                agree += (expected.argmax(-1) == logp.argmax(-1)).sum().item()
+    tokens = targets.numel()
+    distance = (kl / tokens, agree / tokens) if other else (None, None)
+    return Evaluation(tokens, nll / tokens, math.exp(nll / tokens), context, *distance)
+
+
+def _open(model: str | Path, threads: int | None) -> tuple[Logits, Any, int]:
+    """What gives a model's logits, its tokenizer, and its context length."""
+    if (Path(model) / "manifest.json").is_file():
+        from moec import runtime
+
+        session = runtime.load(model, threads=threads)
+
+        def of_artifact(ids: Tensor) -> Iterator[Tensor]:
+            for window in ids:
+                handle = session.executor.add()
+                try:
+                    yield torch.from_numpy(session.executor.forward([(handle, window.numpy())], all_logits=True))
+                finally:
+                    session.executor.remove(handle)
+
+        return of_artifact, session.tokenizer, session.executor.context_length
+    graph, weights = huggingface.load(model)
+    interpreter = Interpreter(graph, weights)
+
+    def of_checkpoint(ids: Tensor) -> Iterator[Tensor]:
+        results: list[Tensor] = []
+        positions = torch.arange(ids.shape[1]).expand(1, -1)
+        batches = [{"ids": window[None], "positions": positions} for window in ids]
+        interpreter.run(batches, lambda _, outputs: results.append(outputs[0][0]))
+        return iter(results)
+
+    return of_checkpoint, huggingface.load_tokenizer(model), int(graph.meta["context_length"])

@@ -1,0 +1,197 @@
+"""`compile_model`: the whole way from a checkpoint to an artifact, on one page."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import moec
+from moec.compiler.artifact import ArtifactWriter, Shard, plan_shards, weight_table
+from moec.compiler.backends import make_backend
+from moec.compiler.backends.base import Backend, Packed
+from moec.compiler.errors import MoecError
+from moec.compiler.frontend import huggingface
+from moec.compiler.ir import Graph, Param
+from moec.compiler.passes import run_passes
+from moec.compiler.plan import Plan, make_plan, parse_size
+from moec.compiler.progress import Progress
+from moec.compiler.quantizers import get_quantizer
+from moec.compiler.recipe import NOTHING, Recipe, load_recipe
+from moec.compiler.text import print_graph
+from moec.compiler.verify import CHECK, verify
+from moec.compiler.weights import WeightSource
+from moec.runtime.formats import get_format
+from moec.runtime.formats.float import PlainFormat
+from moec.runtime.formats.int import IntFormat
+from moec.targets import Target, load_target
+
+
+def compile_model(
+    model: str | Path,
+    out: str | Path | None = None,
+    *,
+    target: str = "cpu",
+    backend: str = "tvm",
+    recipe: str | Path | None = None,
+    memory: str | int | None = None,
+    latency: float | None = None,
+    max_kl: float | None = None,
+    calibration: str | Path | None = None,
+    resume: bool = True,
+    dry_run: bool = False,
+    portable: bool = False,
+    progress: Progress | None = None,
+) -> Plan:
+    """Compile a checkpoint for a target.
+
+    Args:
+        model: a checkpoint folder, or a hub name in the local cache.
+        out: the artifact's folder; not needed for a dry run.
+        target: a name of `moec.targets` or a file.
+        backend: `tvm` or `onnx`.
+        recipe: a file or a name; without one, every weight keeps its value.
+        memory: refuse a model whose weights need more (`12GiB`, or bytes).
+        resume: keep the finished weight files of an interrupted run of the same work.
+        dry_run: stop after planning; works from `config.json` alone.
+        portable: the ONNX backend writes standard operators only.
+
+    Returns:
+        What was (or would be) written: sizes by role and format, and the graph's summary.
+
+    Raises:
+        MoecError: bad input. Nothing is left at `out`.
+    """
+    for option, value in (("latency", latency), ("max_kl", max_kl), ("calibration", calibration)):
+        if value is not None:
+            raise MoecError(f"--{option.replace('_', '-')} needs the budget solver, which this version does not have: use --recipe")
+    if out is None and not dry_run:
+        raise MoecError("no output given: add -o OUT.moec, or --dry-run to see the plan only")
+    progress = progress or Progress()
+    chosen = load_recipe(recipe) if recipe is not None else NOTHING
+    hardware = load_target(target)
+    with progress.step("trace"):
+        graph, weights = huggingface.load(model, config_only=dry_run)
+    with progress.step("passes"):
+        graph, _ = run_passes(graph, chosen.passes)
+        if CHECK:
+            verify(graph)
+    if dry_run and not huggingface.has_weights(model):
+        return make_plan(graph, chosen, hardware, None)
+    with progress.step("lower"):
+        lowered = make_backend(backend, graph, hardware, portable=portable)
+    shards = plan_shards(lowered)
+    plan = make_plan(graph, chosen, hardware, shards)
+    if memory is not None and plan.weight_bytes > (limit := parse_size(memory)):
+        raise MoecError(
+            f"the weights need {plan.weight_bytes} bytes, more than --memory {memory} ({limit} bytes): choose a smaller --recipe"
+        )
+    if not dry_run:
+        assert out is not None
+        _write(Path(out), Path(model), graph, weights, lowered, shards, chosen, hardware, backend, resume, progress)
+    return plan
+
+
+def _write(
+    out: Path,
+    model: Path,
+    graph: Graph,
+    weights: WeightSource,
+    lowered: Backend,
+    shards: list[Shard],
+    recipe: Recipe,
+    target: Target,
+    backend: str,
+    resume: bool,
+    progress: Progress,
+) -> None:
+    started = time.time()
+    writer = ArtifactWriter(out, _fingerprint(graph, weights, shards, recipe, backend), resume)
+    try:
+        methods = {p.method for p in recipe.passes if hasattr(p, "method")} or {"rtn"}
+        quantizer = get_quantizer(methods.pop())
+
+        def arrays(name: str) -> Iterator[tuple[int | None, Mapping[str, np.ndarray]]]:
+            param = lowered.graph.params[name]
+            experts = range(int(param.type.shape[0])) if lowered.stacked(param) else (None,)
+            for expert in experts:
+                yield expert, lowered.store(param, pack(param, weights.load(name, expert), expert, quantizer))
+
+        for shard in progress.track(shards, "weights"):
+            writer.write_shard(shard, arrays)
+        with progress.step("code"):
+            locations = {key: location for shard in shards for key, (_, location) in shard.arrays.items()}
+            executor = lowered.build(writer.folder, locations)
+        writer.write_text("graph.txt", print_graph(graph))
+        for name in huggingface.TOKENIZER_FILES:
+            if (model / name).is_file():
+                shutil.copyfile(model / name, writer.folder / name)
+        writer.commit(_manifest(graph, recipe, target, backend, executor, shards, time.time() - started))
+    except MoecError as error:
+        if not writer.finished:  # nothing worth keeping
+            shutil.rmtree(writer.folder, ignore_errors=True)
+        else:
+            error.add_note(f"finished weight files are kept in {writer.folder}; the same command resumes")
+        raise
+
+
+def pack(param: Param, value: torch.Tensor, expert: int | None, quantizer: Any) -> Packed:
+    """A weight (or one expert of a stacked weight) in the parameter's format."""
+    name = param.format if isinstance(param.format, str) else param.format[expert or 0]
+    fmt = get_format(name)
+    if isinstance(fmt, IntFormat):
+        packed: Packed = quantizer(value.reshape(-1, value.shape[-1]), fmt)
+        return packed
+    assert isinstance(fmt, PlainFormat)
+    if name == "bf16" and value.dtype == torch.bfloat16:  # the bits as they are
+        return value.contiguous().view(torch.uint16).numpy()
+    if value.dtype in (torch.int64, torch.int32, torch.bool, torch.uint8):
+        return value.numpy()
+    return fmt.pack(value.float().numpy())["data"]
+
+
+def _fingerprint(graph: Graph, weights: WeightSource, shards: list[Shard], recipe: Recipe, backend: str) -> str:
+    digest = hashlib.sha256()
+    for part in (moec.__version__, print_graph(graph), backend, json.dumps(recipe.steps), weights.fingerprint()):
+        digest.update(part.encode() + b"\0")
+    for shard in shards:
+        digest.update(shard.header)
+    return digest.hexdigest()
+
+
+def _manifest(
+    graph: Graph,
+    recipe: Recipe,
+    target: Target,
+    backend: str,
+    executor: dict[str, Any],
+    shards: list[Shard],
+    seconds: float,
+) -> dict[str, Any]:
+    table = weight_table(shards, graph.params)
+    return {
+        "format": "moec",
+        "format_version": 1,
+        "requires": [],
+        "moec_version": moec.__version__,
+        "model": {"name": graph.name, **graph.meta},
+        "backend": backend,
+        "target": asdict(target),
+        "executor": executor,
+        "recipe": list(recipe.steps),
+        "quality": None,
+        "sizes": {
+            "weight_bytes": sum(a["nbytes"] for w in table.values() for a in w["arrays"].values()),
+            "parameters": sum(int(np.prod(w["shape"], dtype=np.int64)) for w in table.values()),
+            "compile_seconds": round(seconds, 1),
+        },
+        "weights": table,
+    }
