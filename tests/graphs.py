@@ -1,0 +1,57 @@
+"""Small graphs that tests share, and random weights for any graph."""
+
+from __future__ import annotations
+
+import torch
+
+from moec.compiler.ir import Graph
+from moec.compiler.text import parse_graph
+from moec.compiler.weights import MemoryWeights
+
+MOE = """
+graph small {layers=1, context_length=64, vocab_size=40} {
+  input %ids: i64[B, T]
+  input %positions: i64[B, T]
+  param @embed.weight: f32[40, 16] as f32
+  param @layers.0.norm.weight: f32[16] as f32
+  param @layers.0.q.weight: f32[16, 16] as f32
+  param @layers.0.k.weight: f32[8, 16] as f32
+  param @layers.0.v.weight: f32[8, 16] as f32
+  param @layers.0.o.weight: f32[16, 16] as f32
+  param @layers.0.gate.weight: f32[6, 16] as f32
+  param @layers.0.experts.up: f32[6, 24, 16] as f32
+  param @layers.0.experts.down: f32[6, 16, 12] as f32
+  param @norm.weight: f32[16] as f32
+  %h: f32[B, T, 16] = embedding(%ids, @embed.weight)
+  %n: f32[B, T, 16] = rms_norm(%h, @layers.0.norm.weight) {eps=1e-05}
+  %q: f32[B, T, 16] = linear(%n, @layers.0.q.weight)
+  %k: f32[B, T, 8] = linear(%n, @layers.0.k.weight)
+  %v: f32[B, T, 8] = linear(%n, @layers.0.v.weight)
+  %q4: f32[B, T, 4, 4] = aten.view.default(%q) {size=["B", "T", 4, 4]}
+  %k4: f32[B, T, 2, 4] = aten.view.default(%k) {size=["B", "T", 2, 4]}
+  %v4: f32[B, T, 2, 4] = aten.view.default(%v) {size=["B", "T", 2, 4]}
+  %a4: f32[B, T, 4, 4] = attention(%q4, %k4, %v4) {scale=0.5}
+  %a: f32[B, T, 16] = aten.view.default(%a4) {size=["B", "T", 16]}
+  %o: f32[B, T, 16] = linear(%a, @layers.0.o.weight)
+  %h1: f32[B, T, 16] = aten.add.Tensor(%h, %o)
+  %logits: f32[B, T, 6] = linear(%h1, @layers.0.gate.weight)
+  %w: f32[B, T, 2], %i: i64[B, T, 2] = router(%logits) {top_k=2, score="softmax", normalize=true}
+  %e: f32[B, T, 16] = experts(%h1, %i, %w, @layers.0.experts.up, @layers.0.experts.down) {activation="silu"}
+  %h2: f32[B, T, 16] = aten.add.Tensor(%h1, %e)
+  %n2: f32[B, T, 16] = rms_norm(%h2, @norm.weight) {eps=1e-05}
+  %out: f32[B, T, 40] = linear(%n2, @embed.weight)
+  return %out
+}
+"""
+
+
+def moe() -> Graph:
+    """One transformer layer of 6 experts, top-2, grouped-query attention, tied embeddings."""
+    return parse_graph(MOE)
+
+
+def random_weights(graph: Graph, seed: int = 0, std: float = 0.3) -> MemoryWeights:
+    """Normally distributed weights for every parameter."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {n: [d for d in p.type.shape if isinstance(d, int)] for n, p in graph.params.items()}
+    return MemoryWeights({n: torch.randn(s, generator=generator) * std for n, s in shapes.items()})

@@ -1,0 +1,76 @@
+"""The laws of every weight format: exact sizes, and unpack(pack(x)) == x bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moec.runtime.errors import MoecError
+from moec.runtime.formats import get_format, known_formats
+from moec.runtime.formats.float import PlainFormat
+from moec.runtime.formats.int import IntFormat, pack_bits, unpack_bits
+
+SHAPES = [(1, 1), (3, 33), (2, 5, 64), (4, 130), (7, 256)]
+
+
+@pytest.mark.parametrize("name", [*known_formats(), "int1_g32", "int5_g48", "int6_channel", "int7_g128_asym"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pack_law(name: str, shape: tuple[int, ...]) -> None:
+    fmt = get_format(name)
+    rng = np.random.default_rng(1)
+    assert fmt.name == name
+    if isinstance(fmt, PlainFormat):
+        values = rng.standard_normal(shape).astype(np.float32)
+        arrays = fmt.pack(values)
+        again = fmt.pack(fmt.unpack(arrays, shape))
+        assert np.array_equal(again["data"], arrays["data"])
+    else:
+        assert isinstance(fmt, IntFormat)
+        codes = rng.integers(0, fmt.levels, shape).astype(np.uint8)
+        scale = rng.standard_normal((*shape[:-1], fmt.groups(shape[-1]))).astype(np.float16)
+        zero = rng.integers(0, fmt.levels, scale.shape).astype(np.uint8)
+        arrays = fmt.pack(codes, scale, zero)
+        found = fmt.codes(arrays, shape)
+        assert np.array_equal(found[0], codes)
+        assert np.array_equal(found[1], scale)
+        assert np.array_equal(found[2], np.full_like(zero, fmt.levels // 2) if fmt.symmetric else zero)
+        assert np.array_equal(fmt.unpack(arrays, shape), fmt.dequantize(*found))
+    assert sum(a.nbytes for a in arrays.values()) == fmt.nbytes(shape)
+
+
+@given(bits=st.integers(1, 8), count=st.integers(1, 70), seed=st.integers(0, 99))
+def test_bit_stream(bits: int, count: int, seed: int) -> None:
+    codes = np.random.default_rng(seed).integers(0, 1 << bits, (3, count)).astype(np.uint8)
+    packed = pack_bits(codes, bits)
+    assert packed.shape == (3, -(-count * bits // 8))
+    assert np.array_equal(unpack_bits(packed, bits, count), codes)
+    # The definition: bit b of code i is bit i * bits + b of the little-endian number that the row is.
+    number = int.from_bytes(packed[0].tobytes(), "little")
+    assert [number >> (i * bits) & ((1 << bits) - 1) for i in range(count)] == codes[0].tolist()
+
+
+@settings(max_examples=200)
+@given(st.floats(width=32))
+def test_bfloat16_rounds_as_torch(value: float) -> None:
+    fmt = PlainFormat("bf16")
+    bits = fmt.pack(np.array([value], np.float32))["data"]
+    expected = torch.tensor([value]).bfloat16()
+    assert np.array_equal(fmt.unpack({"data": bits}, (1,)), expected.float().numpy(), equal_nan=True)
+
+
+def test_sizes_in_closed_form() -> None:
+    assert get_format("bf16").nbytes((10, 7)) == 140
+    assert get_format("int4_g64").nbytes((8, 128)) == 8 * (64 + 2 * 2)
+    assert get_format("int3_g32_asym").nbytes((2, 64)) == 2 * (24 + 2 * 2 + 1)
+    assert get_format("int2_g32").nbytes((1, 33)) == 8 + 1 + 2 * 2
+    assert get_format("int8_channel").nbytes((5, 100)) == 5 * 102
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(MoecError, match="did you mean 'bf16'"):
+        get_format("bf61")
+    with pytest.raises(MoecError, match="int<bits>_g<group>"):
+        get_format("int4_64")
