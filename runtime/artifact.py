@@ -3,7 +3,7 @@
     NAME.moec/
       manifest.json          what this page describes
       manifest.json.sha256   one line, `<64 hex digits>  manifest.json`, as `sha256sum` writes it
-      weights-00000.safetensors ...   tokenizer.json, tokenizer_config.json, chat_template.jinja   code: lib.so or model.onnx, ...
+      weights/*.safetensors  tokenizer.json  tokenizer_config.json  chat_template.jinja  and the code: lib.so, model.onnx, ...
 
 manifest.json is an object with these keys (a key that is not listed is ignored, so that later versions can add some):
 
@@ -11,7 +11,7 @@ manifest.json is an object with these keys (a key that is not listed is ignored,
     "requires": ["NAME", ...]                  features that a reader must know, or refuse the artifact
     "moec_version": "0.1.0"                    who wrote it
     "model": {"name": str, "model_type": str, "vocab_size": int, "context_length": int,
-              "bos_token_id": int | null, "eos_token_ids": [int, ...], ...}
+              "eos_token_id": int | [int, ...] | null, ...}
     "backend": "tvm" | "onnx"                  the file of moec/runtime/executors that runs it
     "target": {"name": str, "kind": "cpu" | "cuda", ...}
     "executor": {...}                          for the executor alone
@@ -24,8 +24,8 @@ manifest.json is an object with these keys (a key that is not listed is ignored,
                        "header_sha256": str, "blocks_crc32": str (the last two for weight files)}}
 
 `shape` and `format` are those of the weight; an array's `shape` and `dtype` (numpy's name, little-endian) are those of its storage,
-its `offset` counts from the start of the file. `bytes_per_token`: weight bytes that decoding one token reads. `eos_token_ids` is what
-generation stops at. `files` lists every file but the manifest and its digest; `moec.runtime.weight_file.describe` makes an entry.
+its `offset` counts from the start of the file. `bytes_per_token`: weight bytes that decoding one token reads. `eos_token_id` (one or
+several) ends generation. `files` lists every file but the manifest and its digest; `moec.runtime.weight_file.describe` makes an entry.
 
 Weight files are safetensors. Each array is one tensor, starts at a multiple of 64 bytes (tensors called `_pad.N` fill the gaps) and
 is memory-mapped: nothing is copied. Two arrays never share bytes.
@@ -52,7 +52,7 @@ from moec.runtime import weight_file
 from moec.runtime.errors import MoecError
 from moec.runtime.files import digest, open_inside, read_inside
 from moec.runtime.manifest import MANIFEST, ArrayEntry, Manifest, read_manifest
-from moec.runtime.verify import verify
+from moec.runtime.verify import find_problems
 
 
 class Artifact:
@@ -61,20 +61,39 @@ class Artifact:
     Attributes:
         folder: where it lies.
         manifest: what it says about itself, parsed.
-        weights: (param, component) -> array, read-only and memory-mapped.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
         self._maps: dict[str, mmap.mmap] = {}
-        self.weights: Mapping[tuple[str, str], NDArray[np.generic]] = _Weights(manifest, self._maps)
         try:
             for name in manifest.files:
                 self._check(name)
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], verify: bool = False) -> Self:
+        """Open an artifact for reading.
+
+        Args:
+            path: the folder.
+            verify: check every byte of the weights as well, and that no file is there that does not belong.
+
+        Raises:
+            MoecError: it is none, it is damaged, or it needs another version of moec.
+        """
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        if verify and (problems := find_problems(folder)):
+            raise MoecError(f"{folder}: {problems[0]}" + (f" (and {len(problems) - 1} more; see `moec verify`)" if problems[1:] else ""))
+        return cls(folder, manifest)
+
+    def weights(self) -> Mapping[tuple[str, str], NDArray[np.generic]]:
+        """The stored arrays by (param, component): read-only, memory-mapped, valid until `close`."""
+        return _Weights(self.manifest, self._maps)
 
     @property
     def executor(self) -> Mapping[str, Any]:
@@ -162,20 +181,3 @@ class _Weights(Mapping[tuple[str, str], NDArray[np.generic]]):
 
     def __len__(self) -> int:
         return len(self._entries)
-
-
-def open_artifact(path: str | os.PathLike[str], verify_all: bool = False) -> Artifact:
-    """Open an artifact for reading.
-
-    Args:
-        path: the folder.
-        verify_all: check every byte of the weights as well, and that no file is there that does not belong.
-
-    Raises:
-        MoecError: it is none, it is damaged, or it needs another version of moec.
-    """
-    folder = Path(path)
-    manifest = read_manifest(folder)
-    if verify_all and (problems := verify(folder)):
-        raise MoecError(f"{folder}: {problems[0]}" + (f" (and {len(problems) - 1} more; see `moec verify`)" if problems[1:] else ""))
-    return Artifact(folder, manifest)

@@ -128,7 +128,7 @@ def parse_manifest(content: bytes, where: str = MANIFEST) -> Manifest:
         model=model.values,
         vocab_size=vocab_size,
         context_length=model.integer("context_length", 1, 2**40),
-        eos_token_ids=model.integers("eos_token_ids", 0, vocab_size - 1),
+        eos_token_ids=_eos_token_ids(model, vocab_size),
         backend=top.text("backend"),
         target=target.values,
         executor=top.object("executor"),
@@ -136,6 +136,13 @@ def parse_manifest(content: bytes, where: str = MANIFEST) -> Manifest:
         files=files,
         raw=top.values,
     )
+
+
+def _eos_token_ids(model: Fields, vocab_size: int) -> tuple[int, ...]:
+    value = model.values.get("eos_token_id")
+    if isinstance(value, list):
+        return model.integers("eos_token_id", 0, vocab_size - 1)
+    return () if value is None else (model.integer("eos_token_id", 0, vocab_size - 1),)
 
 
 def _check_version(top: Fields) -> None:

@@ -36,7 +36,7 @@ class Problem:
         return f"{self.file}{place}{f' ({self.section})' if self.section else ''}: {self.message}"
 
 
-def verify(folder: Path) -> list[Problem]:
+def find_problems(folder: Path) -> list[Problem]:
     """Everything that is wrong with an artifact's files: none if it is whole.
 
     Raises:

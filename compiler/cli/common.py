@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Mapping
 from importlib import import_module
@@ -17,24 +16,6 @@ from moec.runtime.errors import MoecError
 ArtifactArgument = Annotated[str, typer.Argument(metavar="ARTIFACT", help="A compiled model: a folder NAME.moec.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Threads; all cores unless given.")]
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size.
-
-    >>> parse_size("12GiB"), parse_size("1.5 MB"), parse_size("4096")
-    (12884901888, 1500000, 4096)
-
-    Raises:
-        MoecError: it is no size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
-    if match is None or (size := int(float(match[1]) * _UNITS[match[2] or ""])) <= 0:
-        raise MoecError(f"size {text!r}: expected a number and a unit, such as 12GiB, 800MB or 4096")
-    return size
-
 
 def format_size(size: float) -> str:
     """A size for people.

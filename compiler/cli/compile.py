@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
-from moec.compiler.cli.common import JsonOption, import_extra, parse_size, print_json
+from moec.compiler.cli.common import JsonOption, import_extra, print_json
 
 
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder, or a hub name that is in the local cache.")],
-    output: Annotated[str, typer.Option("--output", "-o", metavar="OUT.moec", help="The artifact to write.")],
+    output: Annotated[str | None, typer.Option("--output", "-o", metavar="OUT.moec", help="The artifact to write.")] = None,
     target: Annotated[str, typer.Option(metavar="NAME|FILE", help="The hardware: see `moec targets`.")] = "cpu",
     backend: Annotated[str, typer.Option(metavar="tvm|onnx", help="What lowers the model.")] = "tvm",
     recipe: Annotated[str | None, typer.Option(metavar="FILE", help="What to do to the model: a file, or int4, int8, ...")] = None,
@@ -19,7 +20,7 @@ def command(
     latency: Annotated[float | None, typer.Option(metavar="MS", help="The longest that decoding a token may take.")] = None,
     max_kl: Annotated[float | None, typer.Option(metavar="X", help="The most KL divergence, in nats a token.")] = None,
     calibration: Annotated[str | None, typer.Option(metavar="FILE", help="Text that calibration reads.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted compilation.")] = False,
+    resume: Annotated[bool, typer.Option(help="Keep what an interrupted run of the same work finished.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and its sizes; write nothing.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -28,13 +29,13 @@ def command(
     Without a recipe or a budget nothing about the model changes: every weight keeps its value.
     """
     pipeline = import_extra("moec.compiler.pipeline", "compile")
-    report = pipeline.compile_model(
+    plan = pipeline.compile_model(
         model,
-        output=output,
+        output,
         target=target,
         backend=backend,
         recipe=recipe,
-        memory=None if memory is None else parse_size(memory),
+        memory=memory,
         latency=latency,
         max_kl=max_kl,
         calibration=calibration,
@@ -42,4 +43,6 @@ def command(
         dry_run=dry_run,
     )
     if json:
-        print_json(report)
+        print_json(plan.to_json())
+    else:
+        print(plan, file=sys.stdout)

@@ -22,7 +22,7 @@ def command(
     token scored (the token after the window included; an incomplete tail is dropped).
     """
     evaluate = import_extra("moec.compiler.evaluate", "compile")
-    result = evaluate.evaluate(model, data=data, reference=reference, context=context)
+    result = evaluate.evaluate(model, data=data, reference=reference, context=context).to_json()
     if json:
         print_json(result)
     else:
