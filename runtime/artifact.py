@@ -74,23 +74,7 @@ class Artifact:
             self.close()
             raise
 
-    @classmethod
-    def open(cls, path: str | os.PathLike[str], verify: bool = False) -> Self:
-        """Open an artifact for reading.
-
-        Args:
-            path: the folder.
-            verify: check every byte of the weights as well, and that no file is there that does not belong.
-
-        Raises:
-            MoecError: it is none, it is damaged, or it needs another version of moec.
-        """
-        folder = Path(path)
-        manifest = read_manifest(folder)
-        if verify and (problems := find_problems(folder)):
-            raise MoecError(f"{folder}: {problems[0]}" + (f" (and {len(problems) - 1} more; see `moec verify`)" if problems[1:] else ""))
-        return cls(folder, manifest)
-
+    @property
     def weights(self) -> Mapping[tuple[str, str], NDArray[np.generic]]:
         """The stored arrays by (param, component): read-only, memory-mapped, valid until `close`."""
         return _Weights(self.manifest, self._maps)
@@ -181,3 +165,20 @@ class _Weights(Mapping[tuple[str, str], NDArray[np.generic]]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def open_artifact(path: str | os.PathLike[str], verify: bool = False) -> Artifact:
+    """Open an artifact for reading.
+
+    Args:
+        path: the folder.
+        verify: check every byte of the weights as well, and that no file is there that does not belong.
+
+    Raises:
+        MoecError: it is none, it is damaged, or it needs another version of moec.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    if verify and (problems := find_problems(folder)):
+        raise MoecError(f"{folder}: {problems[0]}" + (f" (and {len(problems) - 1} more; see `moec verify`)" if problems[1:] else ""))
+    return Artifact(folder, manifest)

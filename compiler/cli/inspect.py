@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from moec.compiler.cli.common import JsonOption, format_size, import_extra, print_json
-from moec.runtime.artifact import Artifact
+from moec.runtime.artifact import open_artifact
 from moec.runtime.manifest import MANIFEST, Manifest
 
 
@@ -26,7 +26,7 @@ def command(
         inspection = import_extra("moec.compiler.inspection", "compile")
         inspection.inspect_checkpoint(model, graph=graph, stats=stats, locality=locality, html=html, json=json)
         return
-    with Artifact.open(model) as artifact:
+    with open_artifact(model) as artifact:
         summary = summarize(artifact.manifest)
     if json:
         print_json(summary)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moec.compiler.cli.common import ArtifactArgument, JsonOption, print_json
-from moec.runtime.artifact import Artifact
+from moec.runtime.artifact import open_artifact
 from moec.runtime.errors import MoecError
 from moec.runtime.verify import find_problems
 
@@ -19,6 +19,6 @@ def command(artifact: ArtifactArgument, json: JsonOption = False) -> None:
         print_json({"artifact": artifact, "ok": not problems, "problems": [asdict(problem) for problem in problems]})
     if problems:
         raise MoecError(f"{artifact}: " + "; ".join(map(str, problems)))
-    with Artifact.open(folder) as opened:  # headers, and what the manifest says about them
+    with open_artifact(folder) as opened:  # headers, and what the manifest says about them
         if not json:
             print(f"{artifact}: {len(opened.manifest.files)} files match their digests")
