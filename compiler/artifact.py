@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -24,6 +23,8 @@ from moec.compiler.backends.base import Backend, Location, StoredArray
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Param
 from moec.compiler.roles import layer_of
+from moec.runtime.manifest import MANIFEST, MANIFEST_DIGEST, manifest_digest
+from moec.runtime.weight_file import describe
 
 ALIGN = 64
 """Byte alignment of every array in a file, so that mapped memory suits vector loads."""
@@ -96,12 +97,6 @@ def io_errors(path: Path) -> Iterator[None]:
         raise MoecError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def file_digest(path: Path) -> dict[str, Any]:
-    """Size and sha256 of a file, as the manifest states them."""
-    with path.open("rb") as stream:
-        return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "size": path.stat().st_size}
-
-
 class ArtifactWriter:
     """An artifact in the making.
 
@@ -114,7 +109,7 @@ class ArtifactWriter:
     def __init__(self, out: Path, fingerprint: str, resume: bool = True) -> None:
         self.out, self.fingerprint = out, fingerprint
         self.folder = out.with_name(out.name + ".part")
-        if out.exists() and not (out / "manifest.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
+        if out.exists() and not (out / MANIFEST).is_file() and not (out.is_dir() and not any(out.iterdir())):
             raise MoecError(f"{out} exists and is not an artifact: choose another output, moec will not replace it")
         self.finished: dict[str, dict[str, Any]] = {}
         with io_errors(self.folder):
@@ -178,7 +173,7 @@ class ArtifactWriter:
             os.fsync(stream.fileno())
         with io_errors(path):
             part.replace(path)
-        self.finished[shard.path] = file_digest(path)
+        self.finished[shard.path] = describe(path)
         self._record()
 
     @staticmethod
@@ -197,10 +192,12 @@ class ArtifactWriter:
         """State every file in the manifest, write it, and give the artifact its name, replacing an older artifact."""
         (self.folder / _PROGRESS).unlink()
         files = {}
-        for path in sorted(p for p in self.folder.rglob("*") if p.is_file() and p.name != "manifest.json"):
+        for path in sorted(p for p in self.folder.rglob("*") if p.is_file()):
             name = path.relative_to(self.folder).as_posix()
-            files[name] = self.finished.get(name) or file_digest(path)
-        self.write_text("manifest.json", json.dumps({**manifest, "files": files}, indent=1) + "\n")
+            files[name] = self.finished.get(name) or describe(path)
+        content = (json.dumps({**manifest, "files": files}, indent=1) + "\n").encode()
+        self.write_bytes(MANIFEST, content)
+        self.write_bytes(MANIFEST_DIGEST, manifest_digest(content))
         with io_errors(self.out):
             if self.out.exists():
                 _exchange(self.folder, self.out)

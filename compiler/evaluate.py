@@ -82,7 +82,6 @@ def evaluate(
     Raises:
         MoecError: no such model or file, or the text is too short.
     """
-    progress = progress or Progress()
     subject, tokenizer, limit = _open(model, threads)
     other = _open(reference, threads)[0] if reference is not None else None
     try:
@@ -98,8 +97,7 @@ def evaluate(
         inputs, targets = inputs[:count], targets[:count]
     group = max(1, _LOGIT_BYTES // (context * int(tokenizer.get_vocab_size()) * 4))
     nll = kl = agree = 0.0
-    starts = range(0, len(inputs), group)
-    for start in progress.track(starts, "evaluate"):
+    for start in (progress or Progress()).track(range(0, len(inputs), group), "evaluate"):
         part, wanted = inputs[start : start + group], targets[start : start + group]
         references = other(part) if other else iter([None] * len(part))
         for row, logits, truth in zip(wanted, subject(part), references, strict=True):

@@ -32,12 +32,12 @@ from moec.compiler.weights import WeightSource
 from moec.runtime.formats import get_format
 from moec.runtime.formats.float import PlainFormat
 from moec.runtime.formats.int import IntFormat
-from moec.targets import Target, load_target
+from moec.targets import Target, get_target
 
 
 def compile_model(
     model: str | Path,
-    out: str | Path | None = None,
+    output: str | Path | None = None,
     *,
     target: str = "cpu",
     backend: str = "tvm",
@@ -55,7 +55,7 @@ def compile_model(
 
     Args:
         model: a checkpoint folder, or a hub name in the local cache.
-        out: the artifact's folder; not needed for a dry run.
+        output: the artifact's folder; not needed for a dry run. An older artifact there is replaced when the new one is complete.
         target: a name of `moec.targets` or a file.
         backend: `tvm` or `onnx`.
         recipe: a file or a name; without one, every weight keeps its value.
@@ -65,44 +65,46 @@ def compile_model(
         portable: the ONNX backend writes standard operators only.
 
     Returns:
-        What was (or would be) written: sizes by role and format, and the graph's summary.
+        What was (or would be) written: sizes by role and format, and the graph's operations.
 
     Raises:
-        MoecError: bad input. Nothing is left at `out`.
+        MoecError: bad input. Nothing is left at `output`.
     """
     for option, value in (("latency", latency), ("max_kl", max_kl), ("calibration", calibration)):
         if value is not None:
             raise MoecError(f"--{option.replace('_', '-')} needs the budget solver, which this version does not have: use --recipe")
-    if out is None and not dry_run:
+    if output is None and not dry_run:
         raise MoecError("no output given: add -o OUT.moec, or --dry-run to see the plan only")
     progress = progress or Progress()
     chosen = load_recipe(recipe) if recipe is not None else NOTHING
-    hardware = load_target(target)
+    hardware = get_target(target)
     with progress.step("trace"):
         graph, weights = huggingface.load(model, config_only=dry_run)
-    with progress.step("passes"):
-        graph, _ = run_passes(graph, chosen.passes)
-        if CHECK:
-            verify(graph)
-    if dry_run and not huggingface.has_weights(model):
-        return make_plan(graph, chosen, hardware, None)
+    graph, _ = run_passes(graph, chosen.passes)
+    if CHECK:
+        verify(graph)
+    if dry_run:
+        return _within(make_plan(graph, chosen, hardware, None), memory)
+    assert output is not None
     with progress.step("lower"):
-        lowered = make_backend(backend, graph, hardware, portable=portable)
+        lowered = make_backend(backend, graph, hardware, portable)
     shards = plan_shards(lowered)
-    plan = make_plan(graph, chosen, hardware, shards)
+    plan = _within(make_plan(graph, chosen, hardware, shards), memory)
+    _write(Path(output), model, graph, weights, lowered, shards, chosen, hardware, backend, resume, plan, progress)
+    return plan
+
+
+def _within(plan: Plan, memory: str | int | None) -> Plan:
     if memory is not None and plan.weight_bytes > (limit := parse_size(memory)):
         raise MoecError(
             f"the weights need {plan.weight_bytes} bytes, more than --memory {memory} ({limit} bytes): choose a smaller --recipe"
         )
-    if not dry_run:
-        assert out is not None
-        _write(Path(out), Path(model), graph, weights, lowered, shards, chosen, hardware, backend, resume, progress)
     return plan
 
 
 def _write(
     out: Path,
-    model: Path,
+    model: str | Path,
     graph: Graph,
     weights: WeightSource,
     lowered: Backend,
@@ -111,6 +113,7 @@ def _write(
     target: Target,
     backend: str,
     resume: bool,
+    plan: Plan,
     progress: Progress,
 ) -> None:
     started = time.time()
@@ -131,10 +134,9 @@ def _write(
             locations = {key: location for shard in shards for key, (_, location) in shard.arrays.items()}
             executor = lowered.build(writer.folder, locations)
         writer.write_text("graph.txt", print_graph(graph))
-        for name in huggingface.TOKENIZER_FILES:
-            if (model / name).is_file():
-                shutil.copyfile(model / name, writer.folder / name)
-        writer.commit(_manifest(graph, recipe, target, backend, executor, shards, time.time() - started))
+        for name, content in huggingface.tokenizer_files(model).items():
+            writer.write_bytes(name, content)
+        writer.commit(_manifest(graph, recipe, target, backend, executor, shards, plan, time.time() - started))
     except MoecError as error:
         if not writer.finished:  # nothing worth keeping
             shutil.rmtree(writer.folder, ignore_errors=True)
@@ -174,24 +176,32 @@ def _manifest(
     backend: str,
     executor: dict[str, Any],
     shards: list[Shard],
+    plan: Plan,
     seconds: float,
 ) -> dict[str, Any]:
-    table = weight_table(shards, graph.params)
+    eos = graph.meta.get("eos_token_id")
+    model = {
+        "name": graph.name,
+        **graph.meta,
+        "eos_token_ids": [] if eos is None else list(eos) if isinstance(eos, tuple) else [eos],
+    }
     return {
         "format": "moec",
         "format_version": 1,
         "requires": [],
         "moec_version": moec.__version__,
-        "model": {"name": graph.name, **graph.meta},
+        "model": model,
         "backend": backend,
         "target": asdict(target),
         "executor": executor,
         "recipe": list(recipe.steps),
         "quality": None,
         "sizes": {
-            "weight_bytes": sum(a["nbytes"] for w in table.values() for a in w["arrays"].values()),
-            "parameters": sum(int(np.prod(w["shape"], dtype=np.int64)) for w in table.values()),
+            "weight_bytes": plan.weight_bytes,
+            "bytes_per_token": plan.bytes_per_token,
+            "parameters": plan.parameters,
+            "active_parameters": plan.active_parameters,
             "compile_seconds": round(seconds, 1),
         },
-        "weights": table,
+        "weights": weight_table(shards, graph.params),
     }

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
-from moec.compiler.cli.common import JsonOption, import_extra, print_json
+from moec.compiler.cli.common import JsonOption, format_size, import_extra, print_json
 
 
 def command(
@@ -21,6 +20,7 @@ def command(
     max_kl: Annotated[float | None, typer.Option(metavar="X", help="The most KL divergence, in nats a token.")] = None,
     calibration: Annotated[str | None, typer.Option(metavar="FILE", help="Text that calibration reads.")] = None,
     resume: Annotated[bool, typer.Option(help="Keep what an interrupted run of the same work finished.")] = True,
+    portable: Annotated[bool, typer.Option("--portable", help="ONNX backend: standard operators only.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and its sizes; write nothing.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -41,8 +41,19 @@ def command(
         calibration=calibration,
         resume=resume,
         dry_run=dry_run,
+        portable=portable,
     )
     if json:
         print_json(plan.to_json())
-    else:
-        print(plan, file=sys.stdout)
+        return
+    print(f"{plan.model}: {plan.parameters:,} parameters, {plan.active_parameters:,} active a token, {plan.layers} layers")
+    for row in plan.rows:
+        print(
+            f"  {row.role:<10} {row.format:<12} {row.tensors:>5} tensors {row.parameters:>17,} parameters"
+            f" {format_size(row.bytes):>11} {row.bits_per_weight:6.2f} bits a weight"
+        )
+    print(f"weights {format_size(plan.weight_bytes)}, read a token {format_size(plan.bytes_per_token)}", end="")
+    print(f", key/value cache {format_size(plan.cache_bytes_per_token)} a token")
+    print("operations: " + ", ".join(f"{count} {op}" for op, count in plan.ops.items()))
+    if output is not None and not dry_run:
+        print(f"written to {output}")

@@ -14,6 +14,8 @@ def command(
     data: Annotated[str, typer.Option(metavar="FILE", help="The text.")],
     reference: Annotated[str | None, typer.Option(metavar="MODEL", help="A checkpoint or artifact to compare with.")] = None,
     context: Annotated[int | None, typer.Option(metavar="N", min=1, help="Tokens of a window.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="Stop after about this many tokens.")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", "-t", metavar="N", min=1, help="Threads of the runtime.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Measure perplexity on a text, and the distance from a reference.
@@ -22,7 +24,8 @@ def command(
     token scored (the token after the window included; an incomplete tail is dropped).
     """
     evaluate = import_extra("moec.compiler.evaluate", "compile")
-    result = evaluate.evaluate(model, data=data, reference=reference, context=context).to_json()
+    measured = evaluate.evaluate(model, data, reference=reference, context=context, max_tokens=max_tokens, threads=threads)
+    result = measured.to_json()
     if json:
         print_json(result)
     else:

@@ -24,7 +24,14 @@ def command(
     """Say what an artifact or a checkpoint holds."""
     if not (Path(model) / MANIFEST).is_file():
         inspection = import_extra("moec.compiler.inspection", "compile")
-        inspection.inspect_checkpoint(model, graph=graph, stats=stats, locality=locality, html=html, json=json)
+        found = inspection.inspect_checkpoint(model, graph=graph, stats=stats, locality=locality, html=html)
+        if json:
+            print_json(found)
+        elif graph:
+            print(found["graph"], end="")
+        else:
+            for name, value in found.items():
+                print(f"{name}: {value}")
         return
     with open_artifact(model) as artifact:
         summary = summarize(artifact.manifest)

@@ -1,0 +1,64 @@
+"""Reading an artifact back into the compiler: its graph, and its packed weights as values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moec.compiler.backends import make_backend
+from moec.compiler.backends.base import Backend, Quantized
+from moec.compiler.errors import MoecError
+from moec.compiler.ir import Graph, Param
+from moec.compiler.text import parse_graph
+from moec.runtime.artifact import Artifact
+from moec.runtime.formats import get_format
+from moec.runtime.formats.float import PlainFormat
+from moec.runtime.formats.int import IntFormat
+from moec.targets import Target
+
+
+class ArtifactWeights:
+    """The values that an artifact's packed weights stand for, one parameter or expert at a time."""
+
+    def __init__(self, artifact: Artifact, backend: Backend) -> None:
+        self.artifact, self.arrays, self.backend = artifact, artifact.weights, backend
+
+    def load(self, name: str, expert: int | None = None) -> Tensor:
+        param = self.backend.graph.params.get(name)
+        if param is None:
+            raise MoecError(f"the artifact has no weight {name!r}")
+        if self.backend.stacked(param) and expert is None:
+            return torch.stack([self.load(name, e) for e in range(int(param.type.shape[0]))])
+        arrays = {
+            component: self.arrays[name, component] if expert is None else self.arrays[name, component][expert]
+            for component in self.backend.storage(param)
+        }
+        return _value(param, expert, self.backend.restore(param, arrays))
+
+    def fingerprint(self) -> str:
+        return "artifact"
+
+
+def _value(param: Param, expert: int | None, packed: Quantized | np.ndarray) -> Tensor:
+    shape = tuple(d for d in (param.type.shape if expert is None else param.type.shape[1:]) if isinstance(d, int))
+    fmt = get_format(param.format if isinstance(param.format, str) else param.format[expert or 0])
+    if isinstance(fmt, IntFormat):
+        assert isinstance(packed, Quantized)
+        return torch.from_numpy(fmt.dequantize(packed.codes, packed.scale, packed.zero)).view(shape)
+    assert isinstance(fmt, PlainFormat)
+    assert isinstance(packed, np.ndarray)
+    if param.type.dtype != "f32":
+        return torch.from_numpy(np.array(packed)).view(shape)
+    return torch.from_numpy(fmt.unpack({"data": packed}, shape).copy())
+
+
+def open_artifact(path: str | Path) -> tuple[Graph, ArtifactWeights]:
+    """The graph of an artifact and the values of its weights, for the interpreter."""
+    artifact = Artifact.open(path)
+    graph = parse_graph(artifact.read("graph.txt").decode())
+    portable = bool(artifact.executor.get("portable", False))
+    target = Target(**{k: tuple(v) if isinstance(v, list) else v for k, v in artifact.manifest.target.items()})
+    return graph, ArtifactWeights(artifact, make_backend(artifact.manifest.backend, graph, target, portable))
