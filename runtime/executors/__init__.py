@@ -1,0 +1,36 @@
+"""Executors: what runs an artifact's code, one file a backend (`manifest["backend"]` is the file's name).
+
+Each file has
+
+    def load_executor(artifact: Artifact, threads: int | None, max_sequences: int) -> Executor
+
+which reads its section `artifact.executor`, takes files by `artifact.path(name)` (their digests are checked by then) and weights from
+`artifact.weights[param, component]` (read-only, memory-mapped; valid until the artifact is closed).
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from moec.runtime.artifact import Artifact
+from moec.runtime.errors import MoecError, unknown
+from moec.runtime.executor import Executor
+
+
+def load_executor(artifact: Artifact, threads: int | None, max_sequences: int) -> Executor:
+    """The executor of an artifact's backend.
+
+    Raises:
+        MoecError: this version has no such backend, or a package that it needs is not installed.
+    """
+    backend = artifact.manifest.backend
+    if backend not in (names := [module.name for module in pkgutil.iter_modules(__path__)]):
+        raise unknown("backend", backend, names)
+    try:
+        module = importlib.import_module(f"{__name__}.{backend}")
+        executor: Executor = module.load_executor(artifact, threads, max_sequences)
+    except ModuleNotFoundError as error:
+        extra = f"'moec[{backend}]'" if backend == "onnx" else "moec"
+        raise MoecError(f"{artifact.folder}: running it needs the package {error.name}: pip install {extra}") from error
+    return executor
