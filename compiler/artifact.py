@@ -93,7 +93,7 @@ def io_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise MoecError(f"disk full while writing {path}: free some space, then run the same command again to resume") from error
+            raise MoecError(f"disk full while writing {path}: free some space and run the same command again") from error
         raise MoecError(f"cannot write {path}: {error.strerror or error}") from error
 
 
@@ -113,9 +113,8 @@ class ArtifactWriter:
             raise MoecError(f"{out} exists and is not an artifact: choose another output, moec will not replace it")
         self.finished: dict[str, dict[str, Any]] = {}
         with io_errors(self.folder):
-            if resume and self._same_work():
-                kept = json.loads((self.folder / _PROGRESS).read_text())["files"]
-                self.finished = {p: d for p, d in kept.items() if self._intact(self.folder / p, d)}
+            if resume and (files := self._earlier_files()) is not None:
+                self.finished = {p: d for p, d in files.items() if self._intact(self.folder / p, d)}
             else:
                 shutil.rmtree(self.folder, ignore_errors=True)
             (self.folder / "weights").mkdir(parents=True, exist_ok=True)
@@ -123,11 +122,16 @@ class ArtifactWriter:
                 stale.unlink()
             self._record()
 
-    def _same_work(self) -> bool:
-        try:
-            return bool(json.loads((self.folder / _PROGRESS).read_text())["fingerprint"] == self.fingerprint)
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+    def _earlier_files(self) -> dict[str, Any] | None:
+        """Weight files that an earlier run of the same work finished; a run that was cut off at the very end left its manifest."""
+        for name in (_PROGRESS, MANIFEST):
+            try:
+                record = json.loads((self.folder / name).read_text())
+                if record["fingerprint"] == self.fingerprint:
+                    return {p: d for p, d in record["files"].items() if p.startswith("weights/")}
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+        return None
 
     @staticmethod
     def _intact(path: Path, digest: Mapping[str, Any]) -> bool:
@@ -190,15 +194,16 @@ class ArtifactWriter:
 
     def commit(self, manifest: dict[str, Any]) -> None:
         """State every file in the manifest, write it, and give the artifact its name, replacing an older artifact."""
-        (self.folder / _PROGRESS).unlink()
         files = {}
         for path in sorted(p for p in self.folder.rglob("*") if p.is_file()):
             name = path.relative_to(self.folder).as_posix()
-            files[name] = self.finished.get(name) or describe(path)
-        content = (json.dumps({**manifest, "files": files}, indent=1) + "\n").encode()
+            if name not in (_PROGRESS, MANIFEST, MANIFEST_DIGEST):
+                files[name] = self.finished.get(name) or describe(path)
+        content = (json.dumps({**manifest, "fingerprint": self.fingerprint, "files": files}, indent=1) + "\n").encode()
         self.write_bytes(MANIFEST, content)
         self.write_bytes(MANIFEST_DIGEST, manifest_digest(content))
         with io_errors(self.out):
+            (self.folder / _PROGRESS).unlink()
             if self.out.exists():
                 _exchange(self.folder, self.out)
                 shutil.rmtree(self.folder)

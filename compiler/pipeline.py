@@ -117,6 +117,7 @@ def _write(
     progress: Progress,
 ) -> None:
     started = time.time()
+    _require_space(out, sum(s.nbytes for s in shards))
     writer = ArtifactWriter(out, _fingerprint(graph, weights, shards, recipe, backend), resume)
     try:
         methods = {p.method for p in recipe.passes if hasattr(p, "method")} or {"rtn"}
@@ -137,12 +138,17 @@ def _write(
         for name, content in huggingface.tokenizer_files(model).items():
             writer.write_bytes(name, content)
         writer.commit(_manifest(graph, recipe, target, backend, executor, shards, plan, time.time() - started))
-    except MoecError as error:
-        if not writer.finished:  # nothing worth keeping
-            shutil.rmtree(writer.folder, ignore_errors=True)
-        else:
-            error.add_note(f"finished weight files are kept in {writer.folder}; the same command resumes")
+    except MoecError:
+        shutil.rmtree(writer.folder, ignore_errors=True)  # what failed once would fail again: only a killed run is resumed
         raise
+
+
+def _require_space(out: Path, needed: int) -> None:
+    folder = next(p for p in out.absolute().parents if p.exists())
+    part = out.with_name(out.name + ".part")
+    needed -= sum(p.stat().st_size for p in part.rglob("*") if p.is_file())
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise MoecError(f"disk full: {out} needs {needed} more bytes and {folder} has {free}: free some space or write elsewhere")
 
 
 def pack(param: Param, value: torch.Tensor, expert: int | None, quantizer: Any) -> Packed:
