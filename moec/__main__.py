@@ -1,0 +1,5 @@
+"""`python -m moec`: the command line."""
+
+from moec.compiler.cli.main import main
+
+main()
