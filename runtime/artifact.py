@@ -42,6 +42,7 @@ import hashlib
 import mmap
 import os
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -74,7 +75,7 @@ class Artifact:
             self.close()
             raise
 
-    @property
+    @cached_property
     def weights(self) -> Mapping[tuple[str, str], NDArray[np.generic]]:
         """The stored arrays by (param, component): read-only, memory-mapped, valid until `close`."""
         return _Weights(self.manifest, self._maps)
