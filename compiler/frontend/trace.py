@@ -1,15 +1,24 @@
 """From a torch module on the meta device to an exported ATen program that already speaks MoE.
 
-Transformers' own extension points carry the meaning across: an experts implementation and an attention implementation of ours
-are registered under the name `moec` and emit the custom operators `moec::experts` and `moec::attention`. No model family is named.
+Transformers' own extension points carry the meaning across: an experts implementation, an attention implementation and a mask
+implementation of ours are registered under the name `moec`; they emit the custom operators `moec::experts` and
+`moec::attention`. No model family is named here.
 """
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from moec.compiler.errors import MoecError
+from moec.compiler.frontend.activation import Activation, recognise
+from moec.compiler.frontend.masks import mask_interface, merged
 
 
 @torch.library.custom_op("moec::experts", mutates_args=())
@@ -27,7 +36,12 @@ def experts_op(
     transposed: bool,
     interleaved: bool,
 ) -> Tensor:
-    """The traced form of `moec.compiler.ops.experts`: weights as the module keeps them."""
+    """The traced form of `moec.compiler.ops.experts`: weights as the module keeps them.
+
+    Args:
+        transposed: up is [E, D, 2F] and down [E, F, D] instead of [E, 2F, D] and [E, D, F].
+        interleaved: gate and up rows alternate instead of gate rows first.
+    """
     raise NotImplementedError("moec::experts exists to be traced")
 
 
@@ -49,24 +63,40 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
+_ACTIVATIONS: weakref.WeakKeyDictionary[torch.nn.Module, Activation] = weakref.WeakKeyDictionary()
+
+
+def _recognise(module: Any) -> None:
+    """Find the activation of an experts module, before tracing (numbers cannot be looked at while tracing)."""
+    if getattr(module, "has_post_expert_norm", False):
+        raise MoecError(f"{type(module).__name__}: a norm after each expert is not supported")
+    apply = module._apply_gate if module.has_gate else module.act_fn
+    _ACTIVATIONS[module] = recognise(apply, module.has_gate, module.has_gate and not module.is_concatenated, module)
+
+
 def _experts(module: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    gated = getattr(module, "has_gate", True)
-    up = module.gate_up_proj if gated else module.up_proj
-    biases = (None, None)
-    if getattr(module, "has_bias", False):
-        biases = (module.gate_up_proj_bias if gated else module.up_proj_bias, module.down_proj_bias)
-    return torch.ops.moec.experts(
-        hidden, ids, weights, up, module.down_proj, *biases, "silu", gated, 0.0,
-        bool(module.is_transposed), not module.is_concatenated,
-    )
+    """Transformers' experts interface: hidden [N, D], ids and weights [N, K] -> [N, D]."""
+    gated, found = bool(module.has_gate), _ACTIVATIONS[module]
+    interleaved = gated and not module.is_concatenated
+    name = "gate_up_proj" if gated else "up_proj"
+    biases = (getattr(module, f"{name}_bias"), module.down_proj_bias) if getattr(module, "has_bias", False) else (None, None)
+    return torch.ops.moec.experts(  # type: ignore[no-any-return]
+        hidden, ids.long(), weights, getattr(module, name), module.down_proj, *biases,
+        found.activation, gated, found.limit, bool(module.is_transposed), interleaved,
+    )  # fmt: skip
 
 
 def _attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float | None = None, **kwargs: Any) -> Any:
+    """Transformers' attention interface: q, k, v [B, H, T, d] -> ([B, T, H, dv], no weights)."""
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    sinks = kwargs.get("s_aux")
-    out = torch.ops.moec.attention(
-        q, k, v, sinks, scale, True, kwargs.get("sliding_window") or 0, 0, kwargs.get("softcap") or 0.0
-    )
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    seen = merged(mask, bool(causal), int(kwargs.get("sliding_window") or 0))
+    for name in ("position_bias", "rel_bias"):
+        if kwargs.get(name) is not None:
+            raise MoecError(f"{type(module).__name__}: attention with a {name} is not supported")
+    softcap = float(kwargs.get("softcap") or 0.0)
+    out = torch.ops.moec.attention(q, k, v, kwargs.get("s_aux"), scale, seen.causal, seen.window, seen.chunk, softcap)
     return out, None
 
 
@@ -76,9 +106,27 @@ def register() -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_EXPERTS_FUNCTIONS._global_mapping["moec"] = _experts
+    ALL_EXPERTS_FUNCTIONS.register("moec", _experts)
     ALL_ATTENTION_FUNCTIONS.register("moec", _attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register("moec", lambda *_args, **_kwargs: None)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("moec", mask_interface)
+
+
+@contextlib.contextmanager
+def implementations(model: Any) -> Iterator[None]:
+    """While this lasts, the model's experts and attention are ours."""
+    register()
+    for module in model.modules():
+        if hasattr(module, "is_concatenated") and hasattr(module, "has_gate"):
+            _recognise(module)
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    before = [(c, getattr(c, "_attn_implementation", None), getattr(c, "_experts_implementation", None)) for c in configs.values()]
+    try:
+        for config in configs.values():
+            config._attn_implementation, config._experts_implementation = "moec", "moec"
+        yield
+    finally:
+        for config, attention, experts in before:
+            config._attn_implementation, config._experts_implementation = attention, experts
 
 
 class _Logits(torch.nn.Module):
@@ -92,13 +140,11 @@ class _Logits(torch.nn.Module):
 
 
 def export_language_model(model: Any) -> torch.export.ExportedProgram:
-    """Export a causal language model as a program from ids and positions [B, T] to logits [B, T, V]."""
-    register()
-    model.set_experts_implementation("moec")
-    model.set_attn_implementation("moec")
-    example = torch.zeros(3, 7, dtype=torch.long, device="meta")
+    """Export a causal language model as a program from `ids` and `positions` [B, T] to logits [B, T, V]."""
+    device = next(model.parameters()).device
+    example = torch.zeros(3, 7, dtype=torch.long, device=device)
     shape = {0: torch.export.Dim("B", min=1, max=1 << 20), 1: torch.export.Dim("T", min=2, max=1 << 30)}
-    program = torch.export.export(
-        _Logits(model), (example, example.clone()), dynamic_shapes=(shape, shape), strict=False
-    )
-    return program.run_decompositions({})
+    with implementations(model), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(_Logits(model), (example, example.clone()), dynamic_shapes=(shape, shape), strict=False)
+        return program.run_decompositions({})

@@ -1,0 +1,55 @@
+"""The traced experts become `experts`: tokens as [B, T, D], the weights in one layout, their choice by a `router` if it is one.
+
+    %flat = aten.view.default(%x);  %w, %ids = (a few ATen ops of the router's logits)
+    %y: f32[B*T, D] = moec.experts.default(%flat, %ids, %w, @up, @down)
+    ->  %w, %ids = router(%logits);  %y: f32[B, T, D] = experts(%x, %ids, %w, @up, @down)
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from moec.compiler.errors import MoecError
+from moec.compiler.frontend.layout import Layout
+from moec.compiler.frontend.rewrite import Result, Rewriter, Rule
+from moec.compiler.frontend.rules.canonical import view
+from moec.compiler.frontend.rules.router import raise_router
+from moec.compiler.ir import Node, TensorType
+
+
+def relaid(b: Rewriter, name: str, layout: Layout) -> None:
+    """Make the parameter one that the weight source hands out in this layout."""
+    if not b.is_param(name):
+        raise MoecError(f"experts: their weights %{name} are computed by the model, so that they are no parameters of the graph")
+    if layout == Layout() or name in b.layouts:
+        return
+    param = b.params[name]
+    shape = layout.shape(tuple(d for d in param.type.shape if isinstance(d, int)))
+    b.params[name] = replace(param, type=TensorType(param.type.dtype, shape))
+    b.layouts[name] = layout
+
+
+def _experts(b: Rewriter, node: Node) -> Result:
+    x, ids, weights, up, down, *biases = node.inputs
+    attrs = dict(node.attrs)
+    transposed, interleaved = bool(attrs.pop("transposed")), bool(attrs.pop("interleaved"))
+    relaid(b, up, Layout(transposed, interleaved))
+    relaid(b, down, Layout(transposed))
+    if biases and biases[0]:
+        relaid(b, biases[0], Layout(interleaved=interleaved))
+    if attrs["gated"]:
+        del attrs["gated"]
+    if not attrs["limit"]:
+        del attrs["limit"]
+    if (found := raise_router(b, node, ids, weights)) is not None:
+        ids, weights = found
+    kind, inner = b.type(x), b.made(x, "aten.view.default")
+    if inner and len(b.shape(inner.inputs[0])) > len(kind.shape) and b.shape(inner.inputs[0])[-1] == kind.shape[-1]:
+        x = inner.inputs[0]
+        lead = b.shape(x)[:-1]
+        ids, weights = (view(b, name, (*lead, b.shape(name)[-1])) for name in (ids, weights))
+    result = b.emit("experts", [x, ids, weights, up, down, *biases], b.type(x), **attrs)
+    return view(b, result, node.outputs[0].type.shape)
+
+
+RULES: dict[str, tuple[Rule, ...]] = {"moec.experts.default": (_experts,)}

@@ -1,0 +1,135 @@
+"""The tensors of a checkpoint folder: safetensors files, read lazily, headers first.
+
+Nothing is executed and nothing outside the folder is opened (links of a hub cache to its own blobs are followed).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moec.compiler.errors import MoecError
+
+_DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F64": "f64", "I64": "i64", "I32": "i32", "U8": "u8", "BOOL": "bool"}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        MoecError: there is no such file, or it holds no JSON object.
+    """
+    if not path.is_file():
+        raise MoecError(f"{path.parent}: there is no {path.name} in this folder; expected a checkpoint in Hugging Face's layout")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise MoecError(f"{path}: not valid JSON ({error}); download the file again") from error
+    if not isinstance(data, dict):
+        raise MoecError(f"{path}: expected a JSON object, found a {type(data).__name__}; download the file again")
+    return data
+
+
+class Tensors:
+    """The tensors of a folder by name, without their values.
+
+    Args:
+        folder: the checkpoint.
+
+    Raises:
+        MoecError: a file is missing, damaged, or named outside the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file: dict[str, Path] = {}
+        self._kind: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._open: dict[Path, Any] = {}
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            self._read_index(index)
+        else:
+            files = sorted(folder.glob("*.safetensors"))
+            if not files:
+                other = next((p.name for p in sorted(folder.glob("*.bin"))), None)
+                found = f"found only {other}, which can run code when it is loaded" if other else "found none"
+                raise MoecError(f"{folder}: expected weights in *.safetensors files, {found}; convert the checkpoint to safetensors")
+            for file in files:
+                for name in self._names(file):
+                    if name in self._file:
+                        raise MoecError(f"{folder}: the tensor {name} is in both {self._file[name].name} and {file.name}")
+                    self._file[name] = file
+
+    def _read_index(self, index: Path) -> None:
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(v, str) for v in named.values()):
+            raise MoecError(f"{index}: expected an object weight_map from tensor names to files; download the file again")
+        for shard in sorted(set(named.values())):
+            if Path(shard).name != shard or not shard.endswith(".safetensors"):
+                raise MoecError(f"{index}: the shard {shard!r} is not a *.safetensors file of this folder")
+            file = self.folder / shard
+            if not file.is_file():
+                raise MoecError(f"{self.folder}: the shard {shard} is missing; {index.name} names it; download it")
+            present = set(self._names(file))
+            for name, of in named.items():
+                if of == shard and name not in present:
+                    raise MoecError(f"{file}: the tensor {name} is missing; {index.name} says it is in this shard")
+                if of == shard:
+                    self._file[name] = file
+
+    def _handle(self, file: Path) -> Any:
+        if file not in self._open:
+            try:
+                self._open[file] = safe_open(file, framework="pt").__enter__()
+            except (SafetensorError, OSError, ValueError) as error:
+                raise MoecError(f"{file}: truncated or damaged ({error}); download the file again") from error
+        return self._open[file]
+
+    def _names(self, file: Path) -> Iterable[str]:
+        names: Iterable[str] = self._handle(file).keys()
+        return names
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file
+
+    def names(self) -> list[str]:
+        """Every tensor's name."""
+        return list(self._file)
+
+    def kind(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """(element type, shape) of a tensor, from the header.
+
+        Raises:
+            MoecError: the element type is one that only quantised checkpoints have.
+        """
+        if name not in self._kind:
+            view = self._handle(self._file[name]).get_slice(name)
+            stored = str(view.get_dtype())
+            if stored not in _DTYPES:
+                raise MoecError(
+                    f"{self._file[name]}: the tensor {name} has the element type {stored}; expected one of {', '.join(_DTYPES)}:"
+                    " start from the checkpoint before it was quantised"
+                )
+            self._kind[name] = _DTYPES[stored], tuple(view.get_shape())
+        return self._kind[name]
+
+    def read(self, name: str, row: int | None = None) -> Tensor:
+        """A tensor's values, or those of one index of its first axis (which stays, with size one).
+
+        Raises:
+            MoecError: a value is NaN or infinite.
+        """
+        view = self._handle(self._file[name]).get_slice(name)
+        value: Tensor = view[...] if row is None else view[row : row + 1]
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            where = (~torch.isfinite(value)).nonzero()[0].tolist()
+            if row is not None:
+                where[0] = row
+            raise MoecError(f"{self._file[name]}: the tensor {name} has a value that is NaN or infinite, at {where}; the checkpoint is damaged")
+        return value
