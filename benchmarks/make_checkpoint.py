@@ -2,8 +2,8 @@
 
     python -m benchmarks.make_checkpoint OUT --shape olmoe-1b-7b [--layers N] [--seed N]
 
-The folder looks like one from the hub: config.json, bfloat16 safetensors with one tensor per expert, one file a layer and
-an index, a tokenizer. At most one layer is in memory. OUT appears complete or not at all.
+The folder looks like one from the hub: config.json, bfloat16 safetensors with one tensor per expert, one file a layer
+and an index, a tokenizer. At most one layer is in memory. OUT appears complete or not at all.
 """
 
 import argparse
