@@ -1,0 +1,87 @@
+"""The experts of a single token: nothing but the weights of its top-k experts is read, one contiguous stream at a time."""
+
+from __future__ import annotations
+
+from tvm.tirx.script import builder as T
+
+from moec.targets.kernels.cpu.activation_functions import ExpertActivation
+from moec.targets.kernels.cpu.activations import Activations
+from moec.targets.kernels.cpu.emit import Expr, Register, splat, store, store_rows, vector, workspace
+from moec.targets.kernels.cpu.experts_layout import ExpertsOperands
+from moec.targets.kernels.cpu.isa import Isa
+from moec.targets.kernels.cpu.layout import LANES, ceil_div
+from moec.targets.kernels.cpu.register_tile import RegisterTile
+
+RUN = 4  # tiles of down that a thread takes of an expert at a time: longer streams, fewer pieces of work
+
+
+def emit_decode(op: ExpertsOperands, activation: ExpertActivation, isa: Isa) -> None:
+    """Emit the body for T = 1."""
+    layout = op.layout
+    hidden = workspace((op.top_k, layout.f_tiles * LANES), "float32")
+    gate_up_input = Activations(layout.gate_up, isa, 1)
+    gate_up_input.fill(op.x, parallel=False)
+    with T.parallel(op.top_k * layout.f_tiles) as task:
+        slot, tile = T.Bind(task // layout.f_tiles), T.Bind(task % layout.f_tiles)
+        _hidden_tile(op, activation, isa, gate_up_input, hidden, slot, tile)
+    down_input = Activations(layout.down, isa, op.top_k)
+    down_input.fill(hidden, parallel=False)
+    _down(op, isa, down_input)
+
+
+def _expert(op: ExpertsOperands, slot: Expr) -> Expr:
+    return T.Bind(T.cast(op.ids[0, slot], "int64"))
+
+
+def _hidden_tile(
+    op: ExpertsOperands, activation: ExpertActivation, isa: Isa, x: Activations, hidden: Expr, slot: Expr, tile: Expr
+) -> None:
+    """16 hidden values of one expert: the gate tile, then the up tile, then the activation function."""
+    layout, lanes = op.layout, isa.lanes
+    expert = _expert(op, slot)
+    kernel = RegisterTile(layout.gate_up, isa, op.gate_up, x)
+    parts = [[Register("float32", lanes) for _ in range(LANES // lanes)] for _ in range(layout.parts)]
+    for part, registers in enumerate(parts):
+        index = T.Bind(tile * layout.parts + part)
+
+        def keep(
+            _: int, lane: int, __: int, value: Expr, index: Expr = index, registers: list[Register] = registers
+        ) -> None:
+            if op.gate_up_bias is not None:
+                value = value + vector(op.gate_up_bias, expert, index * LANES + lane, lanes=lanes)
+            registers[lane // lanes].set(value)
+
+        kernel.emit([(expert, index)], [0], keep)
+    for i in range(LANES // lanes):
+        values = [registers[i].get() for registers in parts]
+        result = activation.gated(*values, lanes) if layout.gated else activation.plain(values[0], lanes)
+        store(hidden, result, slot, tile * LANES + i * lanes, lanes=lanes)
+
+
+def _down(op: ExpertsOperands, isa: Isa, hidden: Activations) -> None:
+    """out = the weighted sum over the experts of down @ hidden, a run of tiles at a time."""
+    layout, lanes = op.layout, isa.lanes
+    kernel = RegisterTile(layout.down, isa, op.down, hidden)
+    tiles = layout.down.tiles
+    sums = workspace((tiles * LANES,), "float32")
+    with T.parallel(ceil_div(tiles, RUN)) as run:
+        first, count = T.Bind(run * RUN), T.Bind(T.min(RUN, tiles - run * RUN))
+        with T.serial(count * (LANES // lanes)) as i:
+            store(sums, splat(0.0, "float32", lanes), first * LANES + i * lanes, lanes=lanes)
+        with T.serial(op.top_k) as slot:
+            expert = _expert(op, slot)
+            weight = T.Bind(op.weights[0, slot])
+            with T.serial(count) as i:
+                tile = T.Bind(first + i)
+
+                def add(_: int, lane: int, __: int, value: Expr) -> None:
+                    row = tile * LANES + lane
+                    if op.down_bias is not None:
+                        value = value + vector(op.down_bias, expert, row, lanes=lanes)
+                    total = vector(sums, row, lanes=lanes) + value * splat(weight, "float32", lanes)
+                    store(sums, total, row, lanes=lanes)
+
+                kernel.emit([(expert, tile)], [slot], add)
+        with T.serial(count * (LANES // lanes)) as i:
+            row = T.Bind(first * LANES + i * lanes)
+            store_rows(op.out, vector(sums, row, lanes=lanes), 0, row, rows=layout.d, lanes=lanes)

@@ -1,0 +1,176 @@
+"""The inner kernel: a few tiles of 16 rows times a few tokens, accumulated in registers over the whole of K.
+
+Codes are unpacked in registers to pairs of 16-bit integers, once for all tokens of the tile; a pair of activations is broadcast to
+all rows. At the end of each group the int32 sums are scaled into float32 sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tvm.tirx.script import builder as T
+
+from moec.targets.kernels.cpu.activations import Activations
+from moec.targets.kernels.cpu.emit import Buffer, Expr, Register, argument, lane_type, splat, to_float, vector, when
+from moec.targets.kernels.cpu.isa import DOTS, Isa
+from moec.targets.kernels.cpu.layout import CHUNK, FLOAT_STORAGE, LANES, LaneLayout, planes
+
+CHAINS = 8  # independent accumulators that hide the latency of a multiply-add
+
+
+class Rows(NamedTuple):
+    """A vector of rows: the tile's index in the weight arrays (leading axes and tile) and the first lane within it."""
+
+    tile: tuple[Expr, ...]
+    lane: int
+
+
+Epilogue = Callable[[int, int, int, Expr], None]
+"""Takes (which tile, first lane, which token, float32 sums [lanes])."""
+
+
+@dataclass(frozen=True)
+class RegisterTile:
+    """Emits the inner kernel for the weights of a layout."""
+
+    layout: LaneLayout
+    isa: Isa
+    weights: Mapping[str, Buffer]
+    activations: Activations
+
+    def emit(self, tiles: Sequence[tuple[Expr, ...]], tokens: Sequence[Expr], epilogue: Epilogue) -> None:
+        """Multiply `tiles` (indices of the weight arrays) with the rows `tokens` of the activations."""
+        lanes = self.isa.lanes
+        rows = [Rows(tile, lane) for tile in tiles for lane in range(0, LANES, lanes)]
+        sums = [[Register("float32", lanes) for _ in tokens] for _ in rows]
+        for register in (r for row in sums for r in row):
+            register.clear()
+        accumulate = self._integer if self.layout.integer else self._float
+        accumulate(rows, tokens, sums)
+        parts = LANES // lanes
+        for t in range(len(tokens)):
+            for r, row in enumerate(rows):
+                epilogue(r // parts, row.lane, t, sums[r][t].get())
+
+    def _integer(self, rows: list[Rows], tokens: Sequence[Expr], sums: list[list[Register]]) -> None:
+        integer, lanes, act = self.layout.integer, self.isa.lanes, self.activations
+        assert integer is not None
+        dot = DOTS[self.isa.dot]
+        chains = max(1, CHAINS // (len(rows) * len(tokens)))
+        partial = [[[Register("int32", lanes) for _ in range(chains)] for _ in tokens] for _ in rows]
+        with T.serial(act.groups) as g:
+            self._start(rows, tokens, partial, g)
+            with T.serial(act.group // CHUNK) as c:
+                chunk = T.Bind(g * (act.group // CHUNK) + c)
+                words = [[T.Bind(self._word(row, chunk, w)) for w in range(integer.bits)] for row in rows]
+                for step in range(CHUNK // 2):
+                    codes = [T.Bind(_pair(row, integer.bits, step, lanes)) for row in words]
+                    for t, token in enumerate(tokens):
+                        x = T.Bind(splat(act.q[token, chunk * (CHUNK // 2) + step], "int32", lanes))
+                        for r, code in enumerate(codes):
+                            register = partial[r][t][step % chains]
+                            register.set(dot(register.get(), code, x, lanes))
+            self._finish(rows, tokens, partial, sums, g)
+
+    def _word(self, row: Rows, chunk: Expr, word: int) -> Expr:
+        return vector(self.weights["codes"], *row.tile, chunk, word, row.lane, lanes=self.isa.lanes)
+
+    def _weight_group(self, g: Expr) -> Expr:
+        """The weights' group that holds the g-th group of activations."""
+        return g // (self.layout.group // self.activations.group)
+
+    def _start(self, rows: list[Rows], tokens: Sequence[Expr], partial: list[list[list[Register]]], g: Expr) -> None:
+        """Start a group's sums at -zero * (sum of activations)."""
+        integer, lanes = self.layout.integer, self.isa.lanes
+        assert integer is not None
+        for r, row in enumerate(rows):
+            if integer.symmetric:
+                zero = splat(-(integer.levels // 2), "int32", lanes)
+            else:
+                stored = vector(self.weights["zero"], *row.tile, self._weight_group(g), row.lane, lanes=lanes)
+                zero = T.Bind(splat(0, "int32", lanes) - T.cast(stored, lane_type("int32", lanes)))
+            for t, token in enumerate(tokens):
+                first, *others = partial[r][t]
+                first.set(zero * splat(self.activations.sum[token, g], "int32", lanes))
+                for register in others:
+                    register.clear()
+
+    def _finish(
+        self,
+        rows: list[Rows],
+        tokens: Sequence[Expr],
+        partial: list[list[list[Register]]],
+        sums: list[list[Register]],
+        g: Expr,
+    ) -> None:
+        """Scale a group's integer sums and add them to the float32 sums."""
+        lanes = self.isa.lanes
+        for r, row in enumerate(rows):
+            stored = vector(self.weights["scale"], *row.tile, self._weight_group(g), row.lane, lanes=lanes)
+            scale = T.Bind(to_float(stored, "float16", lanes))
+            for t, token in enumerate(tokens):
+                total = partial[r][t][0].get()
+                for register in partial[r][t][1:]:
+                    total = total + register.get()
+                factor = scale * splat(self.activations.scale[token, g], "float32", lanes)
+                value = T.cast(total, lane_type("float32", lanes))
+                sums[r][t].set(_fma(value, factor, sums[r][t].get(), lanes))
+
+    def _float(self, rows: list[Rows], tokens: Sequence[Expr], sums: list[list[Register]]) -> None:
+        lanes = self.isa.lanes
+        storage = FLOAT_STORAGE[self.layout.format]
+        with T.serial(self.layout.k) as k:
+            values = []
+            for row in rows:
+                stored = vector(self.weights["values"], *row.tile, k, row.lane, lanes=lanes)
+                values.append(T.Bind(to_float(stored, storage, lanes)))
+            for t, token in enumerate(tokens):
+                x = T.Bind(splat(self.activations.values[token, k], "float32", lanes))
+                for r, value in enumerate(values):
+                    sums[r][t].set(_fma(value, x, sums[r][t].get(), lanes))
+
+
+def _fma(a: Expr, b: Expr, c: Expr, lanes: int) -> Expr:
+    return T.call_llvm_pure_intrin(lane_type("float32", lanes), "llvm.fma", a, b, c)
+
+
+def _pair(words: list[Expr], bits: int, step: int, lanes: int) -> Expr:
+    """Codes 2 * step and 2 * step + 1 of a chunk as two 16-bit integers a lane, from the chunk's words."""
+    parts = []
+    for width, start in planes(bits):
+        per_word = 32 // width
+        word = words[start + 2 * step // per_word]
+        four, half = divmod(step % (per_word // 2), 2)
+        shift = 8 * half + width * four - start
+        if shift > 0:
+            word = T.shift_right(word, splat(shift, "uint32", lanes))
+        elif shift < 0:
+            word = T.shift_left(word, splat(-shift, "uint32", lanes))
+        mask = ((1 << width) - 1) << start
+        parts.append(T.bitwise_and(word, splat(mask | mask << 16, "uint32", lanes)))
+    pair = parts[0]
+    for part in parts[1:]:
+        pair = T.bitwise_or(pair, part)
+    return T.reinterpret(lane_type("int32", lanes), pair)
+
+
+def token_tiles(count: Expr, most: int, body: Callable[[Expr, int], None]) -> None:
+    """Cut `count` tokens into register tiles: `body(first, size)` with sizes of at most `most`, a power of two."""
+    with T.serial(count // most) as i:
+        body(i * most, most)
+    if isinstance(count, int):
+        if rest := count % most:
+            body(count - rest, rest)
+        return
+    size = most // 2
+    while size:
+        with when(T.bitwise_and(count, size) != 0):
+            body(count // (2 * size) * (2 * size), size)
+        size //= 2
+
+
+def weight_arguments(layout: LaneLayout, *lead: int, prefix: str = "") -> dict[str, Buffer]:
+    """The arrays of a weight as the next parameters of the function being built."""
+    return {name: argument(prefix + name, shape, dtype) for name, (shape, dtype) in layout.arrays(*lead).items()}
