@@ -2,4 +2,4 @@
 
 from moec.compiler.cli.main import main
 
-main()
+raise SystemExit(main())

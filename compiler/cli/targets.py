@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moec.compiler.cli.common import JsonOption, format_size, not_available, print_json
-from moec.targets import find_target, get_target, known_targets
+from moec.targets import get_target, known_targets
 
 app = typer.Typer(help="The hardware that moec compiles for.", invoke_without_command=True)
 
@@ -39,7 +39,7 @@ def show(
     json: JsonOption = False,
 ) -> None:
     """Show a target and where its figures come from."""
-    target = asdict(find_target(name))
+    target = asdict(get_target(name))
     if json:
         print_json(target)
         return
