@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from moec import __version__
-from moec.runtime.errors import MoecError
+from moec.runtime.errors import MoecError, unknown
 
 COMMANDS = ("compile", "run", "eval", "bench", "inspect", "verify", "targets", "doctor")
 """The commands that help lists, in this order."""
@@ -31,16 +31,17 @@ def _options(version: Annotated[bool, typer.Option("--version", callback=_show_v
     """Compile Mixture-of-Experts models for one piece of hardware, and run them."""
 
 
-def build_app(names: Sequence[str] = (*COMMANDS, *HIDDEN)) -> typer.Typer:
+def build_app(names: Sequence[str]) -> typer.Typer:
     """The application with the commands of these names."""
-    app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.callback()(_options)
     for name in names:
         module = import_module(f"moec.compiler.cli.{name}")
         if hasattr(module, "app"):
             app.add_typer(module.app, name=name)
         else:
-            app.command(name, hidden=name in HIDDEN)(module.command)
+            any_arguments = {"ignore_unknown_options": True, "allow_extra_args": True} if name in HIDDEN else {}
+            app.command(name, hidden=name in HIDDEN, context_settings=any_arguments)(module.command)
     return app
 
 
@@ -50,10 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 on success, 1 if a check that was asked for found something, 2 on bad input, 130 if interrupted.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    chosen = next((a for a in arguments if not a.startswith("-")), None)
-    names = (chosen,) if chosen in (*COMMANDS, *HIDDEN) else (*COMMANDS, *HIDDEN)  # one command's file is all that is imported
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
     try:
+        if chosen is not None and chosen not in (*COMMANDS, *HIDDEN):
+            raise unknown("command", chosen, COMMANDS)
+        names = COMMANDS if chosen is None else (chosen,)  # one command's file is all that is imported
         status = build_app(names)(args=arguments, prog_name="moec", standalone_mode=False)
         sys.stdout.flush()
     except MoecError as error:
