@@ -17,7 +17,7 @@ import torch
 from moec import runtime
 from moec.compiler.artifact_weights import open_artifact
 from moec.compiler.evaluate import windows
-from moec.compiler.frontend.huggingface import load_tokenizer
+from moec.compiler.frontend.tokenizer import load_tokenizer
 from moec.compiler.interpreter import Interpreter
 from moec.compiler.pipeline import compile_model
 

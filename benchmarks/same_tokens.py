@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moec import runtime
-from moec.compiler.frontend.huggingface import load_tokenizer
+from moec.compiler.frontend.tokenizer import load_tokenizer
 from moec.compiler.pipeline import compile_model
 
 

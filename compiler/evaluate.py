@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moec.compiler.errors import MoecError
 from moec.compiler.frontend import huggingface
+from moec.compiler.frontend.tokenizer import load_tokenizer
 from moec.compiler.interpreter import Interpreter
 from moec.compiler.progress import Progress
 
@@ -138,4 +139,4 @@ def _open(model: str | Path, threads: int | None) -> tuple[Logits, Any, int]:
         interpreter.run(batches, lambda _, outputs: results.append(outputs[0][0]))
         return iter(results)
 
-    return of_checkpoint, huggingface.load_tokenizer(model), int(graph.meta["context_length"])
+    return of_checkpoint, load_tokenizer(model), int(graph.meta["context_length"])

@@ -31,7 +31,7 @@ def inspect_checkpoint(
     for option, wanted in (("--stats", stats), ("--locality", locality)):
         if wanted:
             raise MoecError(f"inspect {option} needs calibration, which is not available in this version: leave it out")
-    traced, _ = huggingface.load(model, config_only=True)
+    traced, _ = huggingface.load(model)
     plan = make_plan(traced, NOTHING, get_target("cpu"), None)
     if html is not None:
         try:

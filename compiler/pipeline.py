@@ -20,6 +20,7 @@ from moec.compiler.backends import make_backend
 from moec.compiler.backends.base import Backend, Packed
 from moec.compiler.errors import MoecError
 from moec.compiler.frontend import huggingface
+from moec.compiler.frontend.tokenizer import tokenizer_files
 from moec.compiler.ir import Graph, Param
 from moec.compiler.passes import run_passes
 from moec.compiler.plan import Plan, make_plan, parse_size
@@ -79,7 +80,7 @@ def compile_model(
     chosen = load_recipe(recipe) if recipe is not None else NOTHING
     hardware = get_target(target)
     with progress.step("trace"):
-        graph, weights = huggingface.load(model, config_only=dry_run)
+        graph, weights = huggingface.load(model)
     graph, _ = run_passes(graph, chosen.passes)
     if CHECK:
         verify(graph)
@@ -118,7 +119,7 @@ def _write(
 ) -> None:
     started = time.time()
     _require_space(out, sum(s.nbytes for s in shards))
-    writer = ArtifactWriter(out, _fingerprint(graph, weights, shards, recipe, backend), resume)
+    writer = ArtifactWriter(out, _fingerprint(graph, model, shards, recipe, backend), resume)
     try:
         methods = {p.method for p in recipe.passes if hasattr(p, "method")} or {"rtn"}
         quantizer = get_quantizer(methods.pop())
@@ -135,7 +136,7 @@ def _write(
             locations = {key: location for shard in shards for key, (_, location) in shard.arrays.items()}
             executor = lowered.build(writer.folder, locations)
         writer.write_text("graph.txt", print_graph(graph))
-        for name, content in huggingface.tokenizer_files(model).items():
+        for name, content in tokenizer_files(model).items():
             writer.write_bytes(name, content)
         writer.commit(_manifest(graph, recipe, target, backend, executor, shards, plan, time.time() - started))
     except MoecError:
@@ -166,13 +167,19 @@ def pack(param: Param, value: torch.Tensor, expert: int | None, quantizer: Any) 
     return fmt.pack(value.float().numpy())["data"]
 
 
-def _fingerprint(graph: Graph, weights: WeightSource, shards: list[Shard], recipe: Recipe, backend: str) -> str:
+def _fingerprint(graph: Graph, model: str | Path, shards: list[Shard], recipe: Recipe, backend: str) -> str:
     digest = hashlib.sha256()
-    for part in (moec.__version__, print_graph(graph), backend, json.dumps(recipe.steps), weights.fingerprint()):
+    for part in (moec.__version__, print_graph(graph), backend, json.dumps(recipe.steps), _files_of(model)):
         digest.update(part.encode() + b"\0")
     for shard in shards:
         digest.update(shard.header)
     return digest.hexdigest()
+
+
+def _files_of(model: str | Path) -> str:
+    """What tells a checkpoint's files from changed ones without reading them."""
+    files = sorted(p for p in huggingface.resolve(model).iterdir() if p.suffix in (".safetensors", ".json"))
+    return "\n".join(f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)
 
 
 def _manifest(
