@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from moec.runtime.artifact import Artifact
 from moec.runtime.errors import MoecError
@@ -57,7 +57,7 @@ def render_template(source: str, messages: Sequence[Message], special: Mapping[s
     class Generation(Extension):
         """`{% generation %}...{% endgeneration %}` marks what the assistant said; for rendering it is nothing."""
 
-        tags = {"generation"}
+        tags: ClassVar[set[str]] = {"generation"}
 
         def parse(self, parser: Parser) -> list[nodes.Node]:
             next(parser.stream)

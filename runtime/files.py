@@ -78,8 +78,8 @@ def list_files(folder: Path) -> list[str]:
     """Every entry below the folder that is not itself a folder, links and special files included, sorted."""
     found: list[str] = []
     for parent, folders, files in os.walk(folder):
-        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
-        found += [os.path.relpath(os.path.join(parent, name), folder) for name in (*files, *links)]
+        links = [name for name in folders if (Path(parent) / name).is_symlink()]
+        found += [(Path(parent) / name).relative_to(folder).as_posix() for name in (*files, *links)]
     return sorted(found)
 
 

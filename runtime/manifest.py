@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def parse_manifest(content: bytes, where: str = MANIFEST) -> Manifest:
     files = {name: _file_entry(name, fields) for name, fields in top.fields("files").each()}
     if len({name.lower() for name in files}) != len(files):
         top.fail("files", "two names differ in case only")
-    weights = {name: _weight_entry(name, fields, files) for name, fields in top.fields("weights").each()}
+    weights = {name: _weight_entry(fields, files) for name, fields in top.fields("weights").each()}
     _check_overlaps(top, weights)
     model, target = top.fields("model"), top.fields("target")
     for fields in (model, target):
@@ -156,7 +157,7 @@ def _check_version(top: Fields) -> None:
 
 
 def _file_entry(name: str, fields: Fields) -> FileEntry:
-    if not is_safe_name(name) or name.split("/")[0] in (MANIFEST, MANIFEST_DIGEST):
+    if not is_safe_name(name) or name in (MANIFEST, MANIFEST_DIGEST):
         raise MoecError(f"{fields.where}: this file name is not allowed (relative, [A-Za-z0-9._-] and / only)")
     size = fields.integer("size")
     is_weights = name.endswith(WEIGHT_SUFFIX)
@@ -170,7 +171,7 @@ def _file_entry(name: str, fields: Fields) -> FileEntry:
     return FileEntry(size, fields.text("sha256"), fields.text("header_sha256") if is_weights else None, blocks)
 
 
-def _weight_entry(name: str, fields: Fields, files: Mapping[str, FileEntry]) -> WeightEntry:
+def _weight_entry(fields: Fields, files: Mapping[str, FileEntry]) -> WeightEntry:
     shape = fields.integers("shape", 0, 2**40, _MAX_RANK)
     stored = fields.values.get("format")
     names = fields.texts("format") if isinstance(stored, list) else (fields.text("format"),)
@@ -206,6 +207,6 @@ def _check_overlaps(top: Fields, weights: Mapping[str, WeightEntry]) -> None:
         for component, entry in weight.arrays.items()
         if entry.nbytes
     )
-    for before, after in zip(spans, spans[1:], strict=False):
+    for before, after in pairwise(spans):
         if before[0] == after[0] and after[1] < before[2]:
             top.fail("weights", f"{before[3]} and {after[3]} share bytes of {before[0]}")

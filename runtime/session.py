@@ -243,6 +243,6 @@ class _NoText:
 
 def _prompts(prompt: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     """One prompt or several -> several."""
-    if isinstance(prompt, str) or isinstance(prompt, np.ndarray) or not len(prompt) or isinstance(prompt[0], (int, np.integer)):
+    if isinstance(prompt, (str, np.ndarray)) or not len(prompt) or isinstance(prompt[0], (int, np.integer)):
         return [prompt]  # type: ignore[list-item]  # a list of integers is one prompt
     return prompt  # type: ignore[return-value]

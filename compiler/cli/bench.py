@@ -54,10 +54,7 @@ def _bench(artifact: str, threads: int, cases: list[tuple[int, ...]], repetition
     with load(artifact, threads=threads, max_sequences=max(batch for _, _, batch in cases)) as session:
         load_ms = 1e3 * (time.perf_counter() - start)
         manifest = session.artifact.manifest
-        if manifest.target.get("kind") == "cuda":
-            bandwidth = 1e9 * float(manifest.target.get("mem_bw_gb_s") or 0)
-        else:
-            bandwidth = 0.0
+        stated = float(manifest.target.get("mem_bw_gb_s") or 0) if manifest.target.get("kind") == "cuda" else 0.0
         for prompt, new, batch in cases:
             if prompt + new > session.executor.context_length:
                 raise MoecError(f"-p {prompt} -n {new}: more than the context of {session.executor.context_length} tokens")
@@ -78,7 +75,7 @@ def _bench(artifact: str, threads: int, cases: list[tuple[int, ...]], repetition
                     "bytes_per_token": bytes_per_token(manifest),
                 }
             )
-    bandwidth = bandwidth or read_bandwidth(threads)
+    bandwidth = 1e9 * stated or read_bandwidth(threads)
     for result in results:
         read = result["bytes_per_token"]
         known = read is not None and result["batch"] == 1
@@ -104,8 +101,8 @@ def _print_table(results: list[dict[str, Any]]) -> None:
     print("|" + "---:|" * len(columns))
     for result in results:
         cells = [str(result[key]) for key in ("threads", "prompt_tokens", "new_tokens", "batch")]
-        for key in ("prefill_tokens_per_s", "decode_tokens_per_s", "time_to_first_token_ms"):
-            cells.append(str(Sample(result[key], result[f"{key}_sd"])))
+        measured = ("prefill_tokens_per_s", "decode_tokens_per_s", "time_to_first_token_ms")
+        cells += [str(Sample(result[key], result[f"{key}_sd"])) for key in measured]
         cells += [f"{result['load_ms']:.0f}", format_size(result["peak_memory_bytes"])]
         cells.append("" if result["roofline_fraction"] is None else f"{100 * result['roofline_fraction']:.0f} %")
         print("| " + " | ".join(cells) + " |")

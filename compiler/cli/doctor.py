@@ -106,7 +106,7 @@ def _gpus() -> list[str]:
         return []
     query = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader"]
     try:
-        listed = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+        listed = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout  # noqa: S603  # a fixed command
     except (OSError, subprocess.SubprocessError):
         return []
     return [line.strip() for line in listed.splitlines() if line.strip()]

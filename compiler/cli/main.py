@@ -27,7 +27,10 @@ def _show_version(value: bool) -> None:
         raise typer.Exit
 
 
-def _options(version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")] = False) -> None:
+_Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")]
+
+
+def _options(version: _Version = False) -> None:
     """Compile Mixture-of-Experts models for one piece of hardware, and run them."""
 
 
@@ -49,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0 on success, 1 if a check that was asked for found something, 2 on bad input, 130 if interrupted.
+        The exit status: 0 on success, 2 on bad input, 130 if interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
