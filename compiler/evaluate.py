@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from moec.compiler.frontend.tokenizer import load_tokenizer
 from moec.compiler.interpreter import Interpreter
 from moec.compiler.progress import Progress
 
-_LOGIT_BYTES = 1 << 29
+_LOGIT_BYTES = 1 << 27
 """Logits held at once: windows are evaluated in groups of about this size."""
 
 Logits = Callable[[Tensor], Iterator[Tensor]]
@@ -97,17 +98,23 @@ def evaluate(
         count = max(1, max_tokens // context)
         inputs, targets = inputs[:count], targets[:count]
     group = max(1, _LOGIT_BYTES // (context * int(tokenizer.get_vocab_size()) * 4))
+
+    def scored() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        for start in range(0, len(inputs), group):
+            part = inputs[start : start + group]
+            references = other(part) if other else repeat(None)
+            yield from zip(targets[start : start + group], subject(part), references, strict=False)
+
     nll = kl = agree = 0.0
-    for start in (progress or Progress()).track(range(0, len(inputs), group), "evaluate"):
-        part, wanted = inputs[start : start + group], targets[start : start + group]
-        references = other(part) if other else iter([None] * len(part))
-        for row, logits, truth in zip(wanted, subject(part), references, strict=True):
-            logp = logits.double().log_softmax(-1)
-            nll -= logp.gather(1, row[:, None]).sum().item()
-            if truth is not None:
-                expected = truth.double().log_softmax(-1)
-                kl += (expected.exp() * (expected - logp)).sum().item()
-                agree += (expected.argmax(-1) == logp.argmax(-1)).sum().item()
+    rows = scored()
+    for _ in (progress or Progress()).track(range(len(inputs)), "evaluate"):
+        wanted, logits, truth = next(rows)
+        logp = logits.double().log_softmax(-1)
+        nll -= logp.gather(1, wanted[:, None]).sum().item()
+        if truth is not None:
+            expected = truth.double().log_softmax(-1)
+            kl += (expected.exp() * (expected - logp)).sum().item()
+            agree += (expected.argmax(-1) == logp.argmax(-1)).sum().item()
     tokens = targets.numel()
     distance = (kl / tokens, agree / tokens) if other else (None, None)
     return Evaluation(tokens, nll / tokens, math.exp(nll / tokens), context, *distance)
