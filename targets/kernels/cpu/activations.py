@@ -13,7 +13,7 @@ from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cpu.emit import Buffer, Expr, Register, lane_type, splat, store, vector, workspace
 from moec.targets.kernels.cpu.isa import Isa
-from moec.targets.kernels.cpu.layout import LaneLayout, ceil_div
+from moec.targets.kernels.cpu.layout import CHUNK, LaneLayout, ceil_div
 
 LIMIT = 32767
 TINY = 0x0DA24260  # the bits of 1e-30, the least scale * 32767: keeps 1 / scale finite
@@ -30,11 +30,21 @@ class Activations:
         self.group = next(g for g in GROUPS if layout.group % g == 0) if self.quantised else layout.k
         self.groups = layout.padded_k // self.group
         if self.quantised:
-            self.q = workspace((rows, layout.padded_k // 2 + PAD_WORDS), "int32")
+            shape = (rows, layout.padded_k // 2 + PAD_WORDS)
+            self.q = workspace(shape, "int32")
+            self._view = T.decl_buffer(shape, "int32", data=self.q.data, layout=None)
             self.scale = workspace((rows, self.groups), "float32")
             self.sum = workspace((rows, self.groups), "int32")
         else:
             self.values = workspace((rows, ceil_div(layout.k, 16) * 16 + PAD_WORDS), "float32")
+
+    def pair(self, row: Expr, chunk: Expr, step: int) -> Expr:
+        """Values 2 * step and 2 * step + 1 of a chunk of 32, as one int32.
+
+        TVM derives the region that each access to memory of its own covers: seconds for unrolled code. It leaves views alone, but
+        must see an access to the memory itself wherever it is in use, lest it gives the memory away.
+        """
+        return (self._view if step else self.q)[row, chunk * (CHUNK // 2) + step]
 
     def fill(self, x: Buffer, *, first: Expr = 0, rows: Expr | None = None, parallel: bool = True) -> None:
         """Convert rows of x float32 [.., at least K], from row `first` on."""

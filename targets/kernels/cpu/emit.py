@@ -91,11 +91,10 @@ def when(condition: Expr) -> Iterator[None]:
 
 def prim_func(build: Any) -> tirx.PrimFunc:
     """The PrimFunc that a function of no arguments emits."""
-    with IRBuilder() as builder:
-        with T.prim_func(private=True):
-            T.func_name("kernel")
-            T.func_attr({"op_pattern": OPAQUE, "tirx.noalias": True})
-            build()
+    with IRBuilder() as builder, T.prim_func(private=True):
+        T.func_name("kernel")
+        T.func_attr({"op_pattern": OPAQUE, "tirx.noalias": True})
+        build()
     return builder.get()
 
 
@@ -116,10 +115,9 @@ def store_rows(
         with T.Else():
             partial = Register("float32", lanes)
             partial.set(value)
-            with T.serial(lanes) as i:
-                with when(row + i < rows):
-                    element = partial.element(i)
-                    store(buffer, element if add is None else element + add[row + i], token, row + i)
+            with T.serial(lanes) as i, when(row + i < rows):
+                element = partial.element(i)
+                store(buffer, element if add is None else element + add[row + i], token, row + i)
 
 
 def tensor_shape(x: relax.Expr) -> list[Expr]:

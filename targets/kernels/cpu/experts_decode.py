@@ -6,7 +6,7 @@ from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cpu.activations import Activations
-from moec.targets.kernels.cpu.emit import Expr, Register, splat, store, store_rows, vector, workspace
+from moec.targets.kernels.cpu.emit import Expr, splat, store, store_rows, vector, workspace
 from moec.targets.kernels.cpu.experts_layout import ExpertsOperands
 from moec.targets.kernels.cpu.isa import Isa
 from moec.targets.kernels.cpu.layout import LANES, ceil_div
@@ -40,22 +40,19 @@ def _hidden_tile(
     layout, lanes = op.layout, isa.lanes
     expert = _expert(op, slot)
     kernel = RegisterTile(layout.gate_up, isa, op.gate_up, x)
-    parts = [[Register("float32", lanes) for _ in range(LANES // lanes)] for _ in range(layout.parts)]
-    for part, registers in enumerate(parts):
-        index = T.Bind(tile * layout.parts + part)
+    indices = [T.Bind(tile * layout.parts + part) for part in range(layout.parts)]
+    values: dict[tuple[int, int], Expr] = {}
 
-        def keep(
-            _: int, lane: int, __: int, value: Expr, index: Expr = index, registers: list[Register] = registers
-        ) -> None:
-            if op.gate_up_bias is not None:
-                value = value + vector(op.gate_up_bias, expert, index * LANES + lane, lanes=lanes)
-            registers[lane // lanes].set(value)
+    def keep(which: int, lane: int, _: int, value: Expr) -> None:
+        if op.gate_up_bias is not None:
+            value = value + vector(op.gate_up_bias, expert, indices[which] * LANES + lane, lanes=lanes)
+        values[which, lane] = T.Bind(value)
 
-        kernel.emit([(expert, index)], [0], keep)
-    for i in range(LANES // lanes):
-        values = [registers[i].get() for registers in parts]
-        result = activation.gated(*values, lanes) if layout.gated else activation.plain(values[0], lanes)
-        store(hidden, result, slot, tile * LANES + i * lanes, lanes=lanes)
+    kernel.emit([(expert, index) for index in indices], [0], keep)
+    for lane in range(0, LANES, lanes):
+        parts = [values[part, lane] for part in range(layout.parts)]
+        result = activation.gated(*parts, lanes) if layout.gated else activation.plain(parts[0], lanes)
+        store(hidden, result, slot, tile * LANES + lane, lanes=lanes)
 
 
 def _down(op: ExpertsOperands, isa: Isa, hidden: Activations) -> None:

@@ -13,7 +13,7 @@ from tvm.tirx.script import builder as T
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cpu.activations import Activations
 from moec.targets.kernels.cpu.emit import Buffer, Expr, splat, store, store_rows, vector, when, workspace
-from moec.targets.kernels.cpu.experts_layout import ExpertsLayout, ExpertsOperands
+from moec.targets.kernels.cpu.experts_layout import ExpertsOperands
 from moec.targets.kernels.cpu.isa import Isa
 from moec.targets.kernels.cpu.layout import LANES, ceil_div
 from moec.targets.kernels.cpu.register_tile import RegisterTile, token_tiles

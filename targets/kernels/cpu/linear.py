@@ -26,9 +26,8 @@ def linear_func(layout: LaneLayout, tokens: int | None, bias: bool, isa: Isa) ->
         activations = Activations(layout, isa, t)
         activations.fill(x)
         kernel = RegisterTile(layout, isa, weights, activations)
-        row_tiles = 1 if t == 1 else isa.row_tiles  # a single token is bound by memory: one stream is faster than two
-        with T.parallel(ceil_div(layout.tiles, row_tiles)) as task:
-            tiles = [T.Bind(T.min(task * row_tiles + r, layout.tiles - 1)) for r in range(row_tiles)]
+        with T.parallel(ceil_div(layout.tiles, isa.row_tiles)) as task:
+            tiles = [T.Bind(T.min(task * isa.row_tiles + r, layout.tiles - 1)) for r in range(isa.row_tiles)]
 
             def tile(first: Expr, size: int) -> None:
                 def write(which: int, lane: int, token: int, value: Expr) -> None:

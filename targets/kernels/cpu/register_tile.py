@@ -41,7 +41,17 @@ class RegisterTile:
     activations: Activations
 
     def emit(self, tiles: Sequence[tuple[Expr, ...]], tokens: Sequence[Expr], epilogue: Epilogue) -> None:
-        """Multiply `tiles` (indices of the weight arrays) with the rows `tokens` of the activations."""
+        """Multiply `tiles` (indices of the weight arrays) with the rows `tokens` of the activations.
+
+        A single token is bound by memory: it takes the tiles in turn, as one stream is faster than two.
+        """
+        if len(tokens) > 1:
+            self._emit(0, tiles, tokens, epilogue)
+            return
+        for which, tile in enumerate(tiles):
+            self._emit(which, [tile], tokens, epilogue)
+
+    def _emit(self, first: int, tiles: Sequence[tuple[Expr, ...]], tokens: Sequence[Expr], epilogue: Epilogue) -> None:
         lanes = self.isa.lanes
         rows = [Rows(tile, lane) for tile in tiles for lane in range(0, LANES, lanes)]
         sums = [[Register("float32", lanes) for _ in tokens] for _ in rows]
@@ -52,7 +62,7 @@ class RegisterTile:
         parts = LANES // lanes
         for t in range(len(tokens)):
             for r, row in enumerate(rows):
-                epilogue(r // parts, row.lane, t, sums[r][t].get())
+                epilogue(first + r // parts, row.lane, t, sums[r][t].get())
 
     def _integer(self, rows: list[Rows], tokens: Sequence[Expr], sums: list[list[Register]]) -> None:
         integer, lanes, act = self.layout.integer, self.isa.lanes, self.activations
@@ -68,7 +78,7 @@ class RegisterTile:
                 for step in range(CHUNK // 2):
                     codes = [T.Bind(_pair(row, integer.bits, step, lanes)) for row in words]
                     for t, token in enumerate(tokens):
-                        x = T.Bind(splat(act.q[token, chunk * (CHUNK // 2) + step], "int32", lanes))
+                        x = T.Bind(splat(act.pair(token, chunk, step), "int32", lanes))
                         for r, code in enumerate(codes):
                             register = partial[r][t][step % chains]
                             register.set(dot(register.get(), code, x, lanes))
