@@ -1,0 +1,17 @@
+"""The TVM backend: a graph as Relax functions over CPU kernels written in TIR, compiled into one shared library."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moec.compiler.backends.tvm.backend import TvmBackend
+    from moec.compiler.ir import Graph
+    from moec.targets import Target
+
+
+def make(graph: Graph, target: Target, portable: bool = False) -> TvmBackend:
+    """The backend for a graph and target. `portable` is an option of other backends."""
+    from moec.compiler.backends.tvm.backend import TvmBackend  # importing TVM takes a second
+
+    return TvmBackend(graph, target)

@@ -1,0 +1,79 @@
+"""`TvmBackend`: the `Backend` that compiles a graph with TVM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tvm.target import Target as TvmTarget
+
+from moec.compiler.backends.base import Location, Packed, StoredArray
+from moec.compiler.backends.select_rows import select_rows
+from moec.compiler.backends.tokenwise import check_tokenwise
+from moec.compiler.backends.tvm.build import FUNCTIONS, build_library, tvm_target
+from moec.compiler.backends.tvm.lower import check_supported
+from moec.compiler.backends.tvm.semantic import attention_spec
+from moec.compiler.backends.tvm.storage import plan_storage
+from moec.compiler.errors import MoecError
+from moec.compiler.ir import Graph, Param
+from moec.targets import Target
+from moec.targets.kernels.cpu.attention import PAGE
+from moec.targets.kernels.cpu.isa import Isa
+
+LIBRARY = "lib.so"
+
+
+class TvmBackend:
+    """A causal language model, from ids and positions [B, T] to logits [B, T, V], for a processor.
+
+    Raises:
+        MoecError: the graph has ops that cannot be lowered, or mixes tokens other than by attention.
+    """
+
+    def __init__(self, graph: Graph, target: Target) -> None:
+        check_supported(graph)
+        check_tokenwise(graph)
+        self.target: TvmTarget = tvm_target(target)
+        self.isa = Isa.of(self.target)
+        self.roles = _input_roles(graph)
+        self.graph = select_rows(graph)
+        self._storage = plan_storage(self.graph)
+        self._attention = [attention_spec(self.graph, node) for node in self.graph.nodes if node.op == "attention"]
+
+    def stacked(self, param: Param) -> bool:
+        return self._storage[param.name].stacked
+
+    def storage(self, param: Param) -> dict[str, StoredArray]:
+        return self._storage[param.name].arrays()
+
+    def store(self, param: Param, packed: Packed) -> dict[str, NDArray[np.generic]]:
+        return self._storage[param.name].store(packed)
+
+    def restore(self, param: Param, arrays: Mapping[str, NDArray[np.generic]]) -> Packed:
+        return self._storage[param.name].restore(arrays)
+
+    def build(self, folder: Path, locations: Mapping[tuple[str, str], Location]) -> dict[str, Any]:
+        """Compile into `lib.so`. What is returned, `moec.runtime.executors.tvm` reads."""
+        del locations  # the runtime gets the weights by name
+        pages = [shape for spec in self._attention for shape in spec.page_shapes]
+        build_library(self.graph, self._storage, self.isa, self.target, pages, folder / LIBRARY)
+        return {
+            "library": LIBRARY,
+            "functions": {name: {"tokens": tokens, "rows": rows} for name, (tokens, rows) in FUNCTIONS.items()},
+            "inputs": self.roles,
+            "page_tokens": PAGE,
+            "page_shapes": [list(shape) for shape in pages],
+            "params": [[param, component] for param, storage in self._storage.items() for component in storage.arrays()],
+        }
+
+
+def _input_roles(graph: Graph) -> list[str]:
+    """What each input of the lowered graph is: `ids`, `positions`, and `rows` at last."""
+    first, *others = graph.inputs
+    if len(others) > 1 or any(v.type.shape != ("B", "T") or v.type.dtype not in ("i64", "i32") for v in graph.inputs):
+        found = ", ".join(f"%{v.name}: {v.type}" for v in graph.inputs)
+        raise MoecError(f"graph {graph.name}: expected the inputs ids and positions, integers [B, T]; got {found}")
+    return ["ids", *("positions" for _ in others), "rows"]

@@ -1,0 +1,235 @@
+"""From a graph to a Relax function over one packed stream of tokens (B = 1).
+
+A value that has one row of numbers a token lies as [T, numbers] from its first to its last use, so that views cost nothing and every
+kernel sees two axes; only operators of the ATen table that need more axes get them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tvm import relax, tirx
+
+from moec.compiler.aten import overload
+from moec.compiler.backends.tvm import aten_table
+from moec.compiler.backends.tvm.relax_types import DTYPES, Sizes, stream, typed
+from moec.compiler.backends.tvm.semantic import SEMANTIC
+from moec.compiler.backends.tvm.storage import Storage
+from moec.compiler.errors import MoecError
+from moec.compiler.ir import Dim, Graph, Node, TensorType
+from moec.compiler.text import print_node
+from moec.targets.kernels.cpu.isa import Isa
+
+Expr = Any
+
+
+def check_supported(graph: Graph) -> None:
+    """Check that every op can be lowered.
+
+    Raises:
+        MoecError: some cannot; the message names them all.
+    """
+    missing = [n for n in graph.nodes if n.op not in SEMANTIC and not aten_table.supported(n.op)]
+    if missing:
+        ops = sorted({n.op for n in missing})
+        raise MoecError(
+            f"graph {graph.name}: the tvm backend has no lowering for {', '.join(ops)}, first in: {print_node(graph, missing[0])}. "
+            "Add a row to the table in moec/compiler/backends/tvm/aten_table.py"
+        )
+
+
+@dataclass
+class Kernels:
+    """The kernels of a module, each built once however many layers call it."""
+
+    bb: relax.BlockBuilder
+    isa: Isa
+    built: dict[object, Any] = field(default_factory=dict)
+
+    def get(self, name: str, key: object, make: Callable[[], tirx.PrimFunc]) -> Any:
+        """The global variable of the kernel of this key."""
+        if (name, key) not in self.built:
+            self.built[name, key] = self.bb.add_func(make(), name)
+        return self.built[name, key]
+
+
+class FunctionLowering:
+    """One Relax function of the graph for certain numbers of tokens and rows.
+
+    Its arguments are the graph's inputs as streams (`ids` [T], `positions` [T], `rows` [R]), `blocks` int32 [NB, 4] and `page_table`
+    int32 [S, MP] of `moec.targets.kernels.cpu.attention`, K and V pages of each attention node, and the weights: one tuple of the arrays
+    of each parameter, whose types are not stated, since the virtual machine would check each of them in every call.
+    """
+
+    def __init__(self, graph: Graph, storage: Mapping[str, Storage], kernels: Kernels, tokens: int | None, rows: int | None) -> None:
+        self.graph, self.storage, self.kernels, self.bb = graph, storage, kernels, kernels.bb
+        self.sizes, self.isa = Sizes(tokens, rows), kernels.isa
+        self.tokens, self.rows = tokens, rows
+        self._flat: dict[str, Expr] = {}
+        self._full: dict[str, Expr] = {}
+        self._weights: dict[tuple[str, str], Expr] = {}
+        self._layer = 0
+
+    def build(self, name: str, cache_types: Sequence[relax.TensorType]) -> None:
+        """Add the function to the module."""
+        inputs = []
+        for value in self.graph.inputs:
+            kind = stream(value.type)
+            if kind is None or kind[1] != 1:
+                raise MoecError(f"graph {self.graph.name}: input %{value.name}: {value.type} is not one number a token")
+            inputs.append(relax.Var(value.name, relax.TensorType([self._count(kind[0])], DTYPES[value.type.dtype])))
+        blocks = 1 if self.tokens == 1 else tirx.Var("NB", "int64")
+        self.blocks = relax.Var("blocks", relax.TensorType([blocks, 4], "int32"))
+        table = [tirx.Var("S", "int64"), tirx.Var("MP", "int64")]
+        self.page_table = relax.Var("page_table", relax.TensorType(table, "int32"))
+        self._caches = [relax.Var(f"cache{i}", kind) for i, kind in enumerate(cache_types)]
+        self._tuple = relax.Var("weights", relax.ObjectType())
+        arrays = [(param, component, array) for param, s in self.storage.items() for component, array in s.arrays().items()]
+        self._arrays = {(p, c): (i, relax.TensorType(array.shape, array.dtype)) for i, (p, c, array) in enumerate(arrays)}
+        with self.bb.function(name, [*inputs, self.blocks, self.page_table, *self._caches, self._tuple]):
+            with self.bb.dataflow():
+                for value, var in zip(self.graph.inputs, inputs, strict=True):
+                    self._flat[value.name] = var
+                for node in self.graph.nodes:
+                    self._node(node)
+                result = self.bb.emit_output(self.flat(self.graph.outputs[0]))
+            self.bb.emit_func_output(result)
+
+    def _count(self, symbol: str) -> Any:
+        return self.sizes.tokens if symbol == "T" else self.sizes.rows
+
+    def kernel(self, name: str, key: object, make: Callable[[], tirx.PrimFunc]) -> Any:
+        """The global variable of a kernel."""
+        return self.kernels.get(name, key, make)
+
+    def weight(self, param: str, component: str) -> Expr:
+        """An array of a parameter."""
+        key = (param, component)
+        if key not in self._weights:
+            index, kind = self._arrays[key]
+            args = (self._tuple, relax.prim_value(index))
+            self._weights[key] = self.bb.emit(relax.op.call_pure_packed("vm.builtin.tuple_getitem", *args, ty_args=[kind]))
+        return self._weights[key]
+
+    def weights(self, param: str) -> dict[str, Expr]:
+        """All arrays of a parameter."""
+        return {component: self.weight(param, component) for component in self.storage[param].arrays()}
+
+    def next_caches(self) -> tuple[Expr, Expr]:
+        """K and V pages of the next attention node."""
+        self._layer += 1
+        return self._caches[2 * self._layer - 2], self._caches[2 * self._layer - 1]
+
+    def flat(self, name: str) -> Expr:
+        """A value as a stream [T, numbers], or [T] where a token has one number and one axis."""
+        if name not in self._flat:
+            kind = stream(self.graph.type_of(name))
+            assert kind is not None, name
+            shape = self._flat_shape(self.graph.type_of(name), kind)
+            self._flat[name] = self.bb.emit(relax.op.reshape(self._full[name], shape))
+        return self._flat[name]
+
+    def _flat_shape(self, kind: TensorType, found: tuple[str, int]) -> list[Any]:
+        count = self._count(found[0])
+        return [count] if kind.shape in (("B", "T"), ("B", "R"), ("R",)) else [count, found[1]]
+
+    def matrix(self, name: str) -> Expr:
+        """A value as [everything else, its last axis]."""
+        kind = self.graph.type_of(name)
+        found = stream(kind)
+        width = kind.shape[-1]
+        if found is None or found[1] != width:
+            lead: Any = 1
+            for dim in kind.shape[:-1]:
+                lead = lead * self.sizes.dim(dim)
+            return self.bb.emit(relax.op.reshape(self.flat(name) if found else self.full(name), [lead, width]))
+        return self.flat(name)
+
+    def full(self, name: str) -> Expr:
+        """A value, or a parameter, in the shape that the graph states, with B = 1."""
+        if name in self.graph.params:
+            return self.weight(name, "data")
+        if name not in self._full:
+            shape = self.sizes.type(self.graph.type_of(name)).shape
+            self._full[name] = self.bb.emit(relax.op.reshape(self._flat[name], shape))
+        return self._full[name]
+
+    def set_flat(self, name: str, value: Expr) -> None:
+        """Define a value by its stream."""
+        self._flat[name] = value
+
+    def set_full(self, name: str, value: Expr) -> None:
+        """Define a value by its tensor in the shape that the graph states."""
+        self._full[name] = value
+
+    def _node(self, node: Node) -> None:
+        if (lower := SEMANTIC.get(node.op)) is not None:
+            lower(self, node)
+        else:
+            self._aten(node)
+
+    def _aten(self, node: Node) -> None:
+        name = aten_table.base_name(node.op)
+        source, result = node.inputs[0] if node.inputs else "", node.outputs[0]
+        kind = stream(result.type)
+        if name in aten_table.IDENTITY or name in aten_table.VIEWS:
+            if source not in self.graph.params and kind and stream(self.graph.type_of(source)) == kind:
+                shapes = (self.graph.type_of(source), result.type)
+                if len({len(self._flat_shape(s, kind)) for s in shapes}) == 1:
+                    self._flat[result.name] = self.flat(source)
+                    return
+            self._full[result.name] = typed(relax.op.reshape(self.full(source), self.sizes.type(result.type).shape))
+            return
+        if name == "topk":
+            SEMANTIC["aten.topk"](self, node)
+            return
+        streams = [stream(self.graph.type_of(n)) for n in node.inputs if n]
+        if name in aten_table.ELEMENTWISE and kind and all(
+            s == kind and n not in self.graph.params and self._rank(n) == len(self._flat_shape(result.type, kind))
+            for s, n in zip(streams, node.inputs, strict=False)
+        ):
+            out = relax.TensorType(self._flat_shape(result.type, kind), DTYPES[result.type.dtype])
+            self._flat[result.name] = self.bb.emit(aten_table.ELEMENTWISE[name](self._bind(node, self.flat, [out])))
+            return
+        lower = {**aten_table.ELEMENTWISE, **aten_table.OTHERS}[name]
+        found = lower(self._bind(node, self.full, [self.sizes.type(o.type) for o in node.outputs]))
+        for output, value in zip(node.outputs, found if isinstance(found, Sequence) else [found], strict=True):
+            self._full[output.name] = self.bb.emit(value)
+
+    def _rank(self, name: str) -> int:
+        kind = self.graph.type_of(name)
+        found = stream(kind)
+        return len(self._flat_shape(kind, found)) if found else 0
+
+    def _bind(self, node: Node, tensor: Callable[[str], Expr], out: list[relax.TensorType]) -> dict[str, Any]:
+        """The arguments of an ATen node by their names."""
+        queue, bound = list(node.inputs), dict[str, Any]()
+        for argument in overload(node.op)._schema.arguments:
+            kind = str(argument.type)
+            if argument.name in node.attrs and "Tensor[]" not in kind and "List[Tensor]" not in kind:
+                bound[argument.name] = self._attr(node.attrs[argument.name])
+            elif "List[" in kind and "Tensor" in kind:
+                bound[argument.name] = [tensor(queue.pop(0)) for _ in range(node.attrs[argument.name])]
+            elif "Tensor" in kind:
+                name = queue.pop(0) if queue else ""
+                bound[argument.name] = tensor(name) if name else None
+        return {**bound, "out": out}
+
+    def _attr(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [self._attr(v) for v in value]
+        return self._size(value) if isinstance(value, str) and value not in DTYPES and value.isascii() else value
+
+    def _size(self, value: Dim) -> Any:
+        try:
+            return self.sizes.dim(value)
+        except MoecError:
+            return value  # a word, such as the name of a rounding mode
+
+
+def cache_types(page_shapes: Sequence[tuple[int, ...]]) -> list[relax.TensorType]:
+    """The types of the page pools of the caches; all have the same number of pages."""
+    pages = tirx.Var("pages", "int64")
+    return [relax.TensorType([pages, *shape], "float32") for shape in page_shapes]

@@ -1,0 +1,204 @@
+"""How each parameter is stored for the CPU kernels: in lanes for the matrices, as float32 (or the integers they are) for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moec.compiler.backends.base import Packed, Quantized, StoredArray
+from moec.compiler.errors import MoecError
+from moec.compiler.ir import Graph, Node, Param
+from moec.runtime.formats import get_format
+from moec.runtime.formats.float import PlainFormat
+from moec.targets.kernels.cpu.experts_layout import ExpertsLayout
+from moec.targets.kernels.cpu.layout import LaneLayout
+
+Arrays = Mapping[str, NDArray[np.generic]]
+
+
+class Storage(Protocol):
+    """How one parameter is stored."""
+
+    stacked: bool
+
+    def arrays(self) -> dict[str, StoredArray]: ...
+
+    def store(self, packed: Packed) -> dict[str, NDArray[np.generic]]: ...
+
+    def restore(self, arrays: Arrays) -> Packed: ...
+
+
+@dataclass(frozen=True)
+class LaneStorage:
+    """A matrix [N, K] that `linear` or `embedding` reads."""
+
+    layout: LaneLayout
+    stacked: bool = False
+
+    def arrays(self) -> dict[str, StoredArray]:
+        return {name: StoredArray(dtype, shape) for name, (shape, dtype) in self.layout.arrays().items()}
+
+    def store(self, packed: Packed) -> dict[str, NDArray[np.generic]]:
+        return _tile(self.layout, packed)
+
+    def restore(self, arrays: Arrays) -> Packed:
+        return _untile(self.layout, arrays)
+
+
+@dataclass(frozen=True)
+class ExpertStorage:
+    """One of the two stacked matrices of `experts`: [E, 2F, D] (gate and up interleaved) or [E, D, F]."""
+
+    layout: ExpertsLayout
+    up: bool
+    stacked: bool = True
+
+    @property
+    def _lanes(self) -> LaneLayout:
+        return self.layout.gate_up if self.up else self.layout.down
+
+    def arrays(self) -> dict[str, StoredArray]:
+        lead = self.layout.experts
+        return {name: StoredArray(dtype, shape) for name, (shape, dtype) in self._lanes.arrays(lead).items()}
+
+    def store(self, packed: Packed) -> dict[str, NDArray[np.generic]]:
+        if self.up:
+            order = self.layout.interleave
+            if isinstance(packed, Quantized):
+                packed = Quantized(order(packed.codes), order(packed.scale), order(packed.zero))  # type: ignore[arg-type]  # dtypes stay
+            else:
+                packed = order(packed)
+        return _tile(self._lanes, packed)
+
+    def restore(self, arrays: Arrays) -> Packed:
+        packed, order = _untile(self._lanes, arrays), self.layout.deinterleave
+        if not self.up:
+            return packed
+        if isinstance(packed, Quantized):
+            return Quantized(order(packed.codes), order(packed.scale), order(packed.zero))  # type: ignore[arg-type]  # dtypes stay
+        return order(packed)
+
+
+@dataclass(frozen=True)
+class ExpertBiasStorage:
+    """The biases of `experts`, padded as its kernel reads them."""
+
+    layout: ExpertsLayout
+    up: bool
+    format: str
+    stacked: bool = False
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.layout.experts, self.layout.parts * self.layout.f if self.up else self.layout.d
+
+    def arrays(self) -> dict[str, StoredArray]:
+        lanes = self.layout.gate_up.n if self.up else self.layout.down.tiles * 16
+        return {"data": StoredArray("float32", (self.layout.experts, lanes))}
+
+    def store(self, packed: Packed) -> dict[str, NDArray[np.generic]]:
+        values = _widen(packed, self.format).reshape(self._shape)
+        other = np.zeros((self.layout.experts, self.layout.d if self.up else self.layout.parts * self.layout.f), np.float32)
+        up, down = self.layout.biases(*((values, other) if self.up else (other, values)))
+        return {"data": up if self.up else down}
+
+    def restore(self, arrays: Arrays) -> Packed:
+        data = arrays["data"].astype(np.float32)
+        values = self.layout.deinterleave(data[..., None])[..., 0] if self.up else data[:, : self._shape[1]]
+        return _narrow(np.ascontiguousarray(values), self.format)
+
+
+@dataclass(frozen=True)
+class PlainStorage:
+    """Anything else: float32 for floating point, integers as they are."""
+
+    shape: tuple[int, ...]
+    format: str
+    stacked: bool = False
+
+    def arrays(self) -> dict[str, StoredArray]:
+        dtype = {"i64": "int64", "i32": "int32", "u8": "uint8", "bool": "bool"}.get(self.format, "float32")
+        return {"data": StoredArray(dtype, self.shape)}
+
+    def store(self, packed: Packed) -> dict[str, NDArray[np.generic]]:
+        return {"data": _widen(packed, self.format).reshape(self.shape)}
+
+    def restore(self, arrays: Arrays) -> Packed:
+        return _narrow(arrays["data"], self.format)
+
+
+def _tile(layout: LaneLayout, packed: Packed) -> dict[str, NDArray[np.generic]]:
+    if not isinstance(packed, Quantized):
+        return layout.tile_values(np.ascontiguousarray(packed))
+    symmetric = layout.integer is None or layout.integer.symmetric
+    return layout.tile(packed.codes, packed.scale, None if symmetric else packed.zero)
+
+
+def _untile(layout: LaneLayout, arrays: Arrays) -> Packed:
+    if layout.integer is None:
+        return layout.untile_values(arrays)
+    return Quantized(*layout.untile(arrays))
+
+
+def _widen(packed: Packed, name: str) -> NDArray[np.generic]:
+    assert not isinstance(packed, Quantized)
+    if name not in ("f32", "f16", "bf16", "f64"):
+        return packed
+    return PlainFormat(name).unpack({"data": packed}, packed.shape)
+
+
+def _narrow(values: NDArray[np.generic], name: str) -> NDArray[np.generic]:
+    if name not in ("f32", "f16", "bf16", "f64"):
+        return values
+    return PlainFormat(name).pack(values.astype(np.float32))["data"]
+
+
+def plan_storage(graph: Graph) -> dict[str, Storage]:
+    """How each parameter of the graph is stored.
+
+    Raises:
+        MoecError: a parameter is used or quantised in a way for which there is no kernel.
+    """
+    return {name: _storage(graph, param) for name, param in graph.params.items()}
+
+
+def experts_layout(graph: Graph, node: Node) -> ExpertsLayout:
+    """The layout of an `experts` node's weights."""
+    up, down = (graph.params[node.inputs[i]] for i in (3, 4))
+    experts, d, f = (int(size) for size in down.type.shape)
+    gated = bool(node.attrs.get("gated", True))
+    return ExpertsLayout(experts, d, f, _format(up), _format(down), gated)
+
+
+def _storage(graph: Graph, param: Param) -> Storage:
+    found: list[Storage] = []
+    shape = tuple(int(d) for d in param.type.shape)
+    for node in graph.users.get(param.name, ()):
+        for position in (i for i, name in enumerate(node.inputs) if name == param.name):
+            if node.op in ("linear", "embedding") and position == 1:
+                found.append(LaneStorage(LaneLayout(shape[0], shape[1], _format(param))))
+            elif node.op == "experts" and position in (3, 4):
+                found.append(ExpertStorage(experts_layout(graph, node), position == 3))
+            elif node.op == "experts" and position in (5, 6):
+                found.append(ExpertBiasStorage(experts_layout(graph, node), position == 5, _format(param)))
+            else:
+                if not isinstance(get_format(_format(param)), PlainFormat):
+                    raise MoecError(f"@{param.name}: {node.op} has no kernel for {_format(param)}; leave this weight unquantised")
+                found.append(PlainStorage(shape, _format(param)))
+    if any(other != found[0] for other in found):
+        users = ", ".join(f"{n.op} (%{n.name})" for n in graph.users[param.name])
+        raise MoecError(f"@{param.name}: its users {users} need it in different layouts; give each its own copy")
+    return found[0]
+
+
+def _format(param: Param) -> str:
+    if isinstance(param.format, str):
+        return param.format
+    if len(set(param.format)) > 1:
+        formats = ", ".join(sorted(set(param.format)))
+        raise MoecError(f"@{param.name}: experts of different formats ({formats}) are not supported by this backend yet")
+    return param.format[0]

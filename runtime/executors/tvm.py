@@ -1,0 +1,225 @@
+"""The executor of the TVM backend: a Relax virtual machine over one shared library, and the pages of its attention caches.
+
+It needs numpy, `tvm_ffi` and `libtvm_runtime.so`, which is looked for in $MOEC_TVM_RUNTIME, in the artifact and in the apache-tvm
+package; the compiler itself is never imported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm_ffi
+from numpy.typing import NDArray
+
+from moec.runtime.artifact import Artifact
+from moec.runtime.errors import MoecError
+from moec.runtime.executor import Step
+from moec.runtime.tvm_pages import Pages, aligned
+from moec.runtime.host import available_cores
+
+RUNTIME = "libtvm_runtime.so"
+CHUNK = 512
+"""Tokens that one call computes at most: longer prompts are cut."""
+
+BLOCK = 16
+"""Tokens of a sequence that attention computes together."""
+
+LOGITS_BYTES = 1 << 26
+"""Logits that one call may return."""
+
+
+def load_executor(artifact: Artifact, threads: int | None, max_sequences: int) -> TvmExecutor:
+    """The executor of an artifact."""
+    manifest, section = artifact.manifest, artifact.executor
+    bundled = artifact.path(RUNTIME) if RUNTIME in manifest.files else None
+    load_runtime(bundled)
+    library = artifact.path(str(section["library"]))
+    return TvmExecutor(library, section, artifact.weights, manifest.vocab_size, manifest.context_length, threads, max_sequences)
+
+
+def load_runtime(bundled: Path | None = None) -> None:
+    """Load TVM's runtime library into the process.
+
+    Raises:
+        MoecError: there is none.
+    """
+    if "tvm" in sys.modules:
+        return
+    os.environ.setdefault("TVM_BIND_THREADS", "0")  # two processes would be pinned to the same cores
+    spec = importlib.util.find_spec("tvm")
+    installed = [Path(folder, "lib", RUNTIME) for folder in (spec.submodule_search_locations or ())] if spec else []
+    asked = os.environ.get("MOEC_TVM_RUNTIME")
+    candidates = [Path(asked)] if asked else [*([bundled] if bundled else []), *installed]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        where = f"$MOEC_TVM_RUNTIME is {asked}" if asked else "the package apache-tvm has it: pip install 'moec[tvm]'"
+        raise MoecError(f"{RUNTIME} is not found: {where}, or set MOEC_TVM_RUNTIME to its path")
+    ctypes.CDLL(str(found), ctypes.RTLD_GLOBAL)
+
+
+class TvmExecutor:
+    """Executes a library of the TVM backend.
+
+    Args:
+        library: the shared library.
+        section: what `TvmBackend.build` returned.
+        weights: the stored arrays by (parameter, component).
+        vocab_size, context_length: of the model.
+        threads: threads to compute with, all available cores unless given.
+        max_sequences: sequences that can be open at once.
+    """
+
+    def __init__(
+        self,
+        library: Path,
+        section: Mapping[str, Any],
+        weights: Mapping[tuple[str, str], NDArray[np.generic]],
+        vocab_size: int,
+        context_length: int,
+        threads: int | None = None,
+        max_sequences: int = 8,
+    ) -> None:
+        self.vocab_size, self.context_length = vocab_size, context_length
+        self._threads = threads or available_cores()
+        self._configured: set[int] = set()
+        self._configure()
+        vm = tvm_ffi.load_module(str(library.resolve()))["vm_load_executable"]()
+        vm["vm_initialization"](1, 0, 2)  # the processor, number 0, memory from a pool
+        self._vm, self._decode, self._forward = vm, vm["decode"], vm["forward"]
+        self._mapped = [weights[param, component] for param, component in section["params"]]  # keeps the memory of the tensors alive
+        self._weights = tvm_ffi.convert([_tensor(array) for array in self._mapped])
+        self._inputs = list(section["inputs"])
+        self._pages = Pages(section["page_shapes"], int(section["page_tokens"]), max_sequences, context_length)
+        # One token is the common case: its inputs are allocated once, and only their numbers change.
+        self._one = {"ids": aligned(1, np.int64), "positions": aligned(1, np.int64), "rows": aligned(1, np.int32)}
+        self._one_block = aligned((1, 4), np.int32)
+        self._one_tensors = [_tensor(self._one[role]) for role in self._inputs] + [_tensor(self._one_block)]
+
+    def add(self) -> int:
+        """Start an empty sequence and return its handle."""
+        return self._pages.add()
+
+    def remove(self, sequence: int) -> None:
+        """Forget a sequence and give its pages back."""
+        self._pages.remove(sequence)
+
+    def length(self, sequence: int) -> int:
+        """Tokens that the sequence holds."""
+        return self._pages.length(sequence)
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Keep the first `length` tokens of a sequence."""
+        if not 0 <= length <= self._pages.length(sequence):
+            raise MoecError(f"truncate to {length}: the sequence has {self._pages.length(sequence)} tokens")
+        self._pages.resize(sequence, length)
+
+    def forward(self, steps: Sequence[Step], all_logits: bool = False) -> NDArray[np.float32]:
+        """Append tokens to sequences and return logits, as `Executor.forward` says."""
+        steps = [(sequence, np.asarray(tokens, np.int64)) for sequence, tokens in steps]
+        self._check(steps)
+        self._configure()
+        before = {sequence: self._pages.length(sequence) for sequence, _ in steps}
+        try:
+            for sequence, tokens in steps:
+                self._pages.resize(sequence, before[sequence] + len(tokens))
+            if len(steps) == 1 and len(steps[0][1]) == 1:
+                return self._single(steps[0][0], int(steps[0][1][0]), before[steps[0][0]])
+            return self._run(steps, before, all_logits)
+        except BaseException:
+            for sequence, length in before.items():
+                self._pages.resize(sequence, length)
+            raise
+
+    def _check(self, steps: Sequence[Step]) -> None:
+        if len({sequence for sequence, _ in steps}) != len(steps):
+            raise MoecError("forward: a sequence occurs twice in one call")
+        for sequence, tokens in steps:
+            if tokens.ndim != 1 or tokens.size == 0:
+                raise MoecError(f"forward: expected at least one token for each sequence, got the shape {list(tokens.shape)}")
+            if int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size:
+                bad = tokens[(tokens < 0) | (tokens >= self.vocab_size)][0]
+                raise MoecError(f"token id {bad} is not in the vocabulary of {self.vocab_size}")
+            if (total := self._pages.length(sequence) + len(tokens)) > self.context_length:
+                raise MoecError(f"a sequence of {total} tokens is longer than the context of {self.context_length}: shorten it")
+
+    def _single(self, sequence: int, token: int, position: int) -> NDArray[np.float32]:
+        self._one["ids"][0], self._one["positions"][0] = token, position
+        self._one_block[0] = (self._pages.row(sequence), 0, 1, position)
+        result = self._decode(*self._one_tensors, self._pages.table, *self._pages.pools, self._weights)
+        return np.array(np.from_dlpack(result))
+
+    def _run(self, steps: Sequence[Step], before: Mapping[int, int], all_logits: bool) -> NDArray[np.float32]:
+        total = sum(len(tokens) for _, tokens in steps)
+        out = np.empty((total if all_logits else len(steps), self.vocab_size), np.float32)
+        most = min(CHUNK, max(BLOCK, LOGITS_BYTES // (4 * self.vocab_size))) if all_logits else CHUNK
+        done = 0
+        for pieces in _chunks(steps, most):
+            ids = np.concatenate([steps[index][1][begin:end] for index, begin, end in pieces])
+            positions, blocks, rows, first = [], [], [], 0
+            for index, begin, end in pieces:
+                sequence, tokens = steps[index]
+                start = before[sequence] + begin
+                positions.append(np.arange(start, start + end - begin))
+                for at in range(0, end - begin, BLOCK):
+                    blocks.append((self._pages.row(sequence), first + at, min(BLOCK, end - begin - at), start + at))
+                first += end - begin
+                if end == len(tokens):
+                    rows.append(first - 1)
+            wanted = np.arange(first) if all_logits else np.array(rows)
+            arrays = {"ids": ids, "positions": np.concatenate(positions), "rows": wanted if wanted.size else np.array([0])}
+            tensors = [_copied(arrays[role], np.int32 if role == "rows" else np.int64) for role in self._inputs]
+            table = self._pages.table
+            result = self._forward(*tensors, _copied(np.array(blocks), np.int32), table, *self._pages.pools, self._weights)
+            if wanted.size:
+                out[done : done + wanted.size] = np.from_dlpack(result)
+                done += wanted.size
+        return out
+
+    def _configure(self) -> None:
+        """Set the number of threads: TVM has a pool for each thread that calls it."""
+        caller = threading.get_ident()
+        if caller not in self._configured:
+            tvm_ffi.get_global_func("runtime.config_threadpool")(1, self._threads)
+            self._configured.add(caller)
+
+
+def _chunks(steps: Sequence[Step], most: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Cut the steps into calls of at most `most` tokens: lists of (step, first token, end)."""
+    pieces: list[tuple[int, int, int]] = []
+    room = most
+    for index, (_, tokens) in enumerate(steps):
+        begin = 0
+        while begin < len(tokens):
+            end = min(begin + room, len(tokens))
+            pieces.append((index, begin, end))
+            room -= end - begin
+            begin = end
+            if not room:
+                yield pieces
+                pieces, room = [], most
+    if pieces:
+        yield pieces
+
+
+def _tensor(array: NDArray[np.generic]) -> Any:
+    """An array as TVM's tensor, without a copy where it is aligned to 64 bytes, as TVM's code takes for granted."""
+    if array.ctypes.data % 64 or not array.flags.c_contiguous:
+        return _copied(array, array.dtype)
+    if not array.flags.writeable:  # numpy would refuse to export it
+        memory = (ctypes.c_uint8 * array.nbytes).from_address(array.ctypes.data)
+        array = np.frombuffer(memory, array.dtype).reshape(array.shape)
+    return tvm_ffi.from_dlpack(array)
+
+
+def _copied(array: NDArray[np.generic], dtype: Any) -> Any:
+    copy = aligned(array.shape, dtype)
+    copy[...] = array
+    return tvm_ffi.from_dlpack(copy)

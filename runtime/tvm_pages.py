@@ -1,0 +1,112 @@
+"""Pages of the attention caches: which sequence has which, and the memory that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import tvm_ffi
+from numpy.typing import NDArray
+
+from moec.runtime.errors import MoecError
+
+FIRST = 16
+"""Pages that are allocated at the start; afterwards their number doubles."""
+
+
+def aligned(shape: int | tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    """Zeros that start at a multiple of 64 bytes, as TVM's code takes for granted."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.zeros(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+@dataclass
+class _Sequence:
+    row: int
+    length: int = 0
+    pages: list[int] = field(default_factory=list)
+
+
+class Pages:
+    """The caches of a model: for each entry of `page_shapes` (K and V of each layer) an array [pages, *shape] of float32.
+
+    Args:
+        page_shapes: shapes of a page.
+        page_tokens: tokens of a page.
+        max_sequences: rows of the page table.
+        context_length: the most tokens of a sequence.
+    """
+
+    def __init__(self, page_shapes: Sequence[Sequence[int]], page_tokens: int, max_sequences: int, context_length: int) -> None:
+        self._shapes = [tuple(int(n) for n in shape) for shape in page_shapes]
+        self._tokens = page_tokens
+        self._table = aligned((max_sequences, -(-context_length // page_tokens)), np.int32)
+        self.table = tvm_ffi.from_dlpack(self._table)
+        """int32 [max_sequences, pages of a full context]: the pages of the sequence that has the row."""
+        self._sequences: dict[int, _Sequence] = {}
+        self._rows = list(range(max_sequences))[::-1]
+        self._next = 0
+        self._arrays: list[NDArray[np.float32]] = []
+        self._free: list[int] = []
+        self.pools: list[Any] = []
+        """The arrays as TVM's tensors."""
+        self._grow(FIRST)
+
+    def add(self) -> int:
+        """Start an empty sequence.
+
+        Raises:
+            MoecError: all rows are in use.
+        """
+        if not self._rows:
+            raise MoecError(f"all {len(self._sequences)} sequences are in use: remove one, or load with a larger max_sequences")
+        self._next += 1
+        self._sequences[self._next] = _Sequence(self._rows.pop())
+        return self._next
+
+    def remove(self, sequence: int) -> None:
+        """Forget a sequence."""
+        self.resize(sequence, 0)
+        self._rows.append(self._sequences.pop(sequence).row)
+
+    def length(self, sequence: int) -> int:
+        """Tokens that a sequence has."""
+        return self._get(sequence).length
+
+    def row(self, sequence: int) -> int:
+        """The row of the page table that a sequence has."""
+        return self._get(sequence).row
+
+    def resize(self, sequence: int, length: int) -> None:
+        """Give a sequence the pages for this many tokens, and take the others back."""
+        found = self._get(sequence)
+        count = -(-length // self._tokens)
+        while len(found.pages) > count:
+            self._free.append(found.pages.pop())
+        while len(found.pages) < count:
+            if not self._free:
+                self._grow(2 * len(self._arrays[0]) if self._arrays else count)
+            self._table[found.row, len(found.pages)] = self._free[-1]
+            found.pages.append(self._free.pop())
+        found.length = length
+
+    def _get(self, sequence: int) -> _Sequence:
+        if sequence not in self._sequences:
+            raise MoecError(f"no sequence has the handle {sequence}: it was removed, or never added")
+        return self._sequences[sequence]
+
+    def _grow(self, pages: int) -> None:
+        before = self._arrays[0].shape[0] if self._arrays else 0
+        grown = []
+        for index, shape in enumerate(self._shapes):
+            array = aligned((pages, *shape), np.float32)
+            if self._arrays:
+                array[:before] = self._arrays[index]
+            grown.append(array)
+        self._arrays = grown
+        self.pools = [tvm_ffi.from_dlpack(array) for array in grown]
+        self._free += range(pages - 1, before - 1, -1)
