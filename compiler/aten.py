@@ -77,6 +77,9 @@ def call(
             if argument.name in attrs and "List[" not in kind:
                 number = attrs[argument.name]  # torch takes a number where the schema says tensor
                 value = dim_value(number, symbols) if isinstance(number, str) else number
+                if op == "aten.where.self":  # which takes tensors only
+                    other = next(t for t in tensors[1:] if t is not None)
+                    value = torch.scalar_tensor(value, dtype=other.dtype, device=other.device)
             elif "List[" in kind:
                 value = [queue.pop(0) for _ in range(attrs[argument.name])]
             else:

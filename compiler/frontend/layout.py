@@ -7,16 +7,21 @@ rows alternating; the weight source applies a `Layout` when it reads, to a whole
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What to do to one expert's tensor: [D, 2F] -> [2F, D] if `transposed`, then alternating rows apart if `interleaved`."""
+    """What to do to one expert's tensor: [D, 2F] -> [2F, D] if `transposed`, then alternating rows apart if `interleaved`.
+
+    A `flat` parameter that is no expert's loses its axes of size one.
+    """
 
     transposed: bool = False
     interleaved: bool = False
+    flat: bool = False
 
     def apply(self, value: Tensor, stacked: bool) -> Tensor:
         """The value in the layout of the graph.
@@ -25,6 +30,8 @@ class Layout:
             value: a parameter, or one expert of it.
             stacked: the first axis is the experts.
         """
+        if self.flat:
+            return value.flatten()
         rows = 1 if stacked else 0
         if self.transposed:
             value = value.transpose(-1, -2)
@@ -35,4 +42,6 @@ class Layout:
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape in the graph of a parameter that the module keeps in this shape."""
+        if self.flat:
+            return (prod(shape),)
         return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape

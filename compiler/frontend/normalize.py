@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 
 from moec.compiler.frontend.layout import Layout
 from moec.compiler.frontend.rewrite import Rewriter, merge
-from moec.compiler.frontend.rules import attention, canonical, experts, linear, norms, rope, views
+from moec.compiler.frontend.rules import attention, canonical, complex, experts, linear, norms, rope, views
 from moec.compiler.ir import Graph, Node, Value
 
 RULES = merge(
     canonical.RULES,  # first: the others know one spelling only
+    complex.RULES,
     linear.RULES,
     norms.RULES,
     rope.RULES,  # before views: a rotation of permuted heads moves the permutation itself

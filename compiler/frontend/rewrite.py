@@ -93,7 +93,7 @@ class Rewriter:
 
     # What rules do.
 
-    def emit(self, op: str, inputs: Sequence[str], kind: TensorType, **attrs: Attr) -> str:
+    def emit(self, op: str, inputs: Sequence[str], kind: TensorType, /, **attrs: Attr) -> str:
         """A node with one result; returns the name of a value that stands for it."""
         return self.emit_all(op, inputs, (kind,), attrs)[0]
 

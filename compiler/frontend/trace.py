@@ -47,7 +47,7 @@ def experts_op(
 
 @experts_op.register_fake
 def _(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("moec::attention", mutates_args=())
@@ -86,17 +86,21 @@ def _experts(module: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tenso
     )  # fmt: skip
 
 
-def _attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float | None = None, **kwargs: Any) -> Any:
-    """Transformers' attention interface: q, k, v [B, H, T, d] -> ([B, T, H, dv], no weights)."""
-    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, scaling: float | None = None, **kwargs: Any
+) -> Any:
+    """Transformers' attention interface: query, key, value [B, H, T, d] -> ([B, T, H, dv], no weights)."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    seen = merged(mask, bool(causal), int(kwargs.get("sliding_window") or 0))
+    seen = merged(attention_mask, bool(causal), int(kwargs.get("sliding_window") or 0))
     for name in ("position_bias", "rel_bias"):
         if kwargs.get(name) is not None:
             raise MoecError(f"{type(module).__name__}: attention with a {name} is not supported")
     softcap = float(kwargs.get("softcap") or 0.0)
-    out = torch.ops.moec.attention(q, k, v, kwargs.get("s_aux"), scale, seen.causal, seen.window, seen.chunk, softcap)
+    out = torch.ops.moec.attention(
+        query, key, value, kwargs.get("s_aux"), scale, seen.causal, seen.window, seen.chunk, softcap
+    )
     return out, None
 
 

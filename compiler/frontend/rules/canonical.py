@@ -256,6 +256,18 @@ def _binary(unit: Any) -> Rule:
     return rule
 
 
+def _with_full(b: Rewriter, node: Node) -> Result:
+    """An operand that is one number everywhere, and does not make the result larger, becomes that number."""
+    if len(node.inputs) != 2:
+        return None
+    commutes = node.op in ("aten.mul.Tensor", "aten.add.Tensor")
+    for x, constant in (node.inputs, node.inputs[::-1])[: 1 + commutes]:
+        full = b.made(constant, "aten.full.default")
+        if full and isinstance(full.attrs["fill_value"], (int, float)) and b.type(x) == node.outputs[0].type:
+            return b.emit(node.op, [x], node.outputs[0].type, other=full.attrs["fill_value"])
+    return None
+
+
 def _unary_power(exponent: float) -> Rule:
     def rule(b: Rewriter, node: Node) -> Result:
         return b.emit("aten.pow.Tensor_Scalar", node.inputs, node.outputs[0].type, exponent=exponent)
@@ -354,7 +366,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "aten.repeat_interleave.self_int": (_repeat_interleave,),
     "aten.max.dim": (_max_dim,),
     "aten.min.dim": (_max_dim,),
-    **{f"aten.{name}.{kind}": (_binary(unit),) for name, unit in (("mul", 1), ("div", 1), ("add", 0), ("sub", 0))
+    **{f"aten.{name}.{kind}": (_binary(unit), _with_full) for name, unit in (("mul", 1), ("div", 1), ("add", 0), ("sub", 0))
        for kind in ("Tensor", "Scalar")},
     "aten.rsub.Scalar": (_rsub,),
     "aten.rsub.Tensor": (_rsub,),

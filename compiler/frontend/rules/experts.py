@@ -7,26 +7,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from moec.compiler.errors import MoecError
 from moec.compiler.frontend.layout import Layout
 from moec.compiler.frontend.rewrite import Result, Rewriter, Rule
 from moec.compiler.frontend.rules.canonical import view
+from moec.compiler.frontend.rules.params import relaid
 from moec.compiler.frontend.rules.router import raise_router
 from moec.compiler.ir import Node, TensorType
-
-
-def relaid(b: Rewriter, name: str, layout: Layout) -> None:
-    """Make the parameter one that the weight source hands out in this layout."""
-    if not b.is_param(name):
-        raise MoecError(f"experts: their weights %{name} are computed by the model, so that they are no parameters of the graph")
-    if layout == Layout() or name in b.layouts:
-        return
-    param = b.params[name]
-    shape = layout.shape(tuple(d for d in param.type.shape if isinstance(d, int)))
-    b.params[name] = replace(param, type=TensorType(param.type.dtype, shape))
-    b.layouts[name] = layout
 
 
 def _experts(b: Rewriter, node: Node) -> Result:

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moec.compiler.frontend.layout import Layout
 from moec.compiler.frontend.rewrite import Rewriter
 from moec.compiler.frontend.rules.canonical import view
+from moec.compiler.frontend.rules.params import relaid
 from moec.compiler.interpreter import concrete, evaluate
 from moec.compiler.ir import Node, TensorType
 from moec.compiler.ops import OPS, router
@@ -126,14 +128,14 @@ def _search(b: Rewriter, region: _Region) -> tuple[str, dict[str, Any]] | None:
             b.misses.append((region.weights, f"router: {error}"))
             return None
     experts, top_k = shape[-1], draws[0][1][0].shape[-1]
-    biases = ["", *(name for name in region.params if b.shape(name) == (experts,))]
+    biases = ["", *(name for name in region.params if b.shape(name) in ((experts,), (1, experts)))]
     for score, normalize, bias in product(("softmax", "sigmoid", "softmax_topk"), (False, True), biases):
         for groups in _groups(region, experts) if score != "softmax_topk" else ({},):
             attrs = {"top_k": top_k, "score": score, "normalize": normalize, **groups}
             scales = []
             for values, expected in draws:
                 logits = values[region.logits].reshape(-1, experts)
-                weights, ids = router(logits, values[bias] if bias else None, **attrs)
+                weights, ids = router(logits, values[bias].flatten() if bias else None, **attrs)
                 scales.append(_scale((ids, weights), expected))
                 if scales[-1] is None:
                     break
@@ -181,6 +183,8 @@ def raise_router(b: Rewriter, node: Node, ids: str, weights: str) -> tuple[str, 
             bias, attrs = found
             kind = b.type(cut)
             shape = (*kind.shape[:-1], attrs["top_k"])
+            if bias and len(b.shape(bias)) != 1:
+                relaid(b, bias, Layout(flat=True))
             inputs = [cut, bias] if bias else [cut]
             results = b.emit_all("router", inputs, (TensorType("f32", shape), TensorType("i64", shape)), attrs)
             return view(b, results[1], b.shape(ids)), view(b, results[0], b.shape(weights))

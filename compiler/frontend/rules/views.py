@@ -80,15 +80,19 @@ def inverse(dims: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(dims.index(i) for i in range(len(dims)))
 
 
-def _past_view(suffix: int) -> Rule:
-    """op(view(y)) -> view(op(y)) where the view leaves the last `suffix` axes alone."""
+def _past_view(suffix: int, of_axes: int | None = None) -> Rule:
+    """op(view(y)) -> view(op(y)) where the view leaves the last `suffix` axes alone.
+
+    An elementwise op (of no axes) would not care, but norms are easier to find when heads stay split.
+    """
+    shared, suffix = suffix, suffix if of_axes is None else of_axes
 
     def rule(b: Rewriter, node: Node) -> Result:
         inner = b.made(node.inputs[0], "aten.view.default")
         if inner is None:
             return None
         new, old = b.shape(node.inputs[0]), b.shape(inner.inputs[0])
-        if common_suffix(new, old) < suffix or len(old) < suffix:
+        if common_suffix(new, old) < shared or len(old) < shared:
             return None
         attrs, tail = dict(node.attrs), len(new) - suffix
         if isinstance(attrs.get("dim"), int):
@@ -117,7 +121,7 @@ def _binary_past_view(b: Rewriter, node: Node) -> Result:
         if main is None or not same_shape(b.shape(name), shape):
             continue
         old = b.shape(main.inputs[0])
-        for suffix in range(common_suffix(shape, old), -1, -1):
+        for suffix in range(common_suffix(shape, old), 0, -1):
             lead_new, lead_old = shape[: len(shape) - suffix], old[: len(old) - suffix]
             operands = [
                 main.inputs[0] if i == position else _regrouped(b, other, lead_new, lead_old, suffix)
@@ -175,6 +179,43 @@ def _suffix_past_permute(b: Rewriter, node: Node) -> Result:
     return permute(b, b.emit_all(node.op, [*inner.inputs, *node.inputs[1:]], [kind], node.attrs)[0], inner.attrs["dims"])
 
 
+def _view_of_permute(b: Rewriter, node: Node) -> Result:
+    """view(permute(y)) -> permute(view(y)) where the view regroups only last axes that stay in place."""
+    inner = b.made(node.inputs[0], "aten.permute.default")
+    if inner is None:
+        return None
+    dims, new, old = inner.attrs["dims"], node.outputs[0].type.shape, b.shape(node.inputs[0])
+    lead = len(dims)
+    while lead and dims[lead - 1] == lead - 1:
+        lead -= 1
+    if lead == len(dims) or len(new) <= lead or not same_shape(new[:lead], old[:lead]):
+        return None
+    source = view(b, inner.inputs[0], (*b.shape(inner.inputs[0])[:lead], *new[lead:]))
+    return permute(b, source, (*dims[:lead], *range(lead, len(new))))
+
+
+def _select_past_permute(b: Rewriter, node: Node) -> Result:
+    inner = b.made(node.inputs[0], "aten.permute.default")
+    if inner is None:
+        return None
+    dims, at = inner.attrs["dims"], inner.attrs["dims"][node.attrs["dim"]]
+    shape = b.shape(inner.inputs[0])
+    kind = TensorType(node.outputs[0].type.dtype, (*shape[:at], *shape[at + 1 :]))
+    rest = tuple(d - (d > at) for d in dims if d != at)
+    return permute(b, b.emit(node.op, inner.inputs, kind, **{**node.attrs, "dim": at}), rest)
+
+
+def _reduce_past_permute(b: Rewriter, node: Node) -> Result:
+    inner = b.made(node.inputs[0], "aten.permute.default")
+    if inner is None or not node.attrs["keepdim"]:
+        return None
+    dims = inner.attrs["dims"]
+    at = tuple(sorted(dims[d] for d in node.attrs["dim"]))
+    shape = tuple(1 if i in at else d for i, d in enumerate(b.shape(inner.inputs[0])))
+    kind = TensorType(node.outputs[0].type.dtype, shape)
+    return permute(b, b.emit(node.op, inner.inputs, kind, **{**node.attrs, "dim": at}), dims)
+
+
 def _slice_past_permute(b: Rewriter, node: Node) -> Result:
     inner = b.made(node.inputs[0], "aten.permute.default")
     if inner is None:
@@ -219,14 +260,16 @@ def _op(name: str) -> str:
 
 
 RULES: dict[str, tuple[Rule, ...]] = {
-    "aten.view.default": (_view_of_view,),
+    "aten.view.default": (_view_of_view, _view_of_permute),
     "aten.permute.default": (_permute_of,),
     "aten.expand.default": (_expand_of,),
-    **{_op(name): (_past_view(0), _unary_past_permute) for name in UNARY},
+    **{_op(name): (_past_view(1, of_axes=0), _unary_past_permute) for name in UNARY},
     **{_op(name): (_binary_past_view, _many_past_permute) for name in BINARY},
     **{name: (_past_view(suffix), _suffix_past_permute) for name, suffix in _SUFFIX.items()},
     **{_op(name): (_last_axis_past_view,) for name in (*_LAST_AXIS, *_REDUCTIONS)},
     "aten.slice.Tensor": (_last_axis_past_view, _slice_past_permute),
+    "aten.select.int": (_last_axis_past_view, _select_past_permute),
+    **{_op(name): (_last_axis_past_view, _reduce_past_permute) for name in _REDUCTIONS},
     "aten.cat.default": (_many_past_permute,),
     "aten.gather.default": (_gather_past_view,),
 }  # fmt: skip
