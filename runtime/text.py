@@ -9,7 +9,9 @@ _UNCERTAIN = "\ufffd"
 """What a decoder writes for bytes that are not, or not yet, a character."""
 
 _CONTEXT = 6
-"""Tokens before the new ones that are decoded with them, for decoders that treat the beginning of a text specially."""
+"""Tokens before the new ones that are decoded with them, for decoders that treat the beginning of a text specially.
+There may be a few more: it begins where a character does.
+"""
 
 _LONGEST_CHARACTER = 4
 """Bytes, and so at most tokens, of a character in UTF-8."""
@@ -26,7 +28,8 @@ class Decoder(Protocol):
 class Detokenizer:
     """Turns a stream of tokens into text, piece by piece.
 
-    The pieces joined are what the decoder makes of all tokens at once. A token that ends within a character is held back.
+    The pieces joined are what the decoder makes of all tokens at once (where bytes that are no characters make a decoder change its
+    mind about characters before them, those stay as they were). A token that ends within a character is held back.
 
     Args:
         decoder: the tokenizer.
@@ -37,7 +40,7 @@ class Detokenizer:
     def __init__(self, decoder: Decoder, special: Iterable[int] = (), context: Sequence[int] = ()) -> None:
         self._decoder = decoder
         self._special = frozenset(special)
-        self._context = [token for token in context[-64:] if token not in self._special][-_CONTEXT:]
+        self._context = self._trim([token for token in context[-64:] if token not in self._special])
         self._pending: list[int] = []
 
     def push(self, token: int) -> str:
@@ -60,17 +63,24 @@ class Detokenizer:
         return self._emit(len(self._pending), self._text(self._pending)) if self._pending else ""
 
     def _emit(self, count: int, text: str) -> str:
-        self._context = [*self._context, *self._pending[:count]][-_CONTEXT:]
+        self._context = self._trim([*self._context, *self._pending[:count]])
         del self._pending[:count]
         return text
+
+    def _trim(self, tokens: list[int]) -> list[int]:
+        """The last tokens, from where a character begins."""
+        if len(tokens) <= _CONTEXT:
+            return tokens
+        ends = (tokens[-count:] for count in range(_CONTEXT, _CONTEXT + _LONGEST_CHARACTER))
+        return next((end for end in ends if not self._decode(end).startswith(_UNCERTAIN)), tokens[-_CONTEXT:])
 
     def _decode(self, tokens: list[int]) -> str:
         return self._decoder.decode(tokens, skip_special_tokens=False)
 
     def _text(self, tokens: list[int]) -> str:
         """The text of tokens that follow the context."""
-        before = self._decode(self._context)
-        return self._decode(self._context + tokens)[len(before) :]
+        before, whole = self._decode(self._context), self._decode(self._context + tokens)
+        return whole[len(before) :] if whole.startswith(before) else self._decode(tokens)
 
 
 class StopStrings:
