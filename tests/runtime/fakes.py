@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,12 @@ class MarkovExecutor:
         return self.table[np.asarray(rows)]
 
 
+@lru_cache(maxsize=4)
 def random_table(seed: int = 0, vocab: int = VOCAB) -> NDArray[np.float32]:
     """Logits [V, V] of a random Markov model."""
-    return np.random.default_rng(seed).normal(size=(vocab, vocab)).astype(np.float32) * 2
+    table = np.random.default_rng(seed).standard_normal((vocab, vocab), np.float32) * 2
+    table.flags.writeable = False
+    return table
 
 
 def chain_table(successors: Mapping[int, int], vocab: int) -> NDArray[np.float32]:
