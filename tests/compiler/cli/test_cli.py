@@ -1,0 +1,294 @@
+"""The command line: one line and status 2 on bad input, one JSON object with --json, and what each command prints."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moec.compiler.cli import bench, main as entry, run
+from moec.compiler.cli.common import format_size, import_extra, parse_list
+from moec.compiler.cli.main import COMMANDS, HIDDEN, main
+from moec.compiler.progress import Progress
+from moec.runtime import MoecError, Session
+from moec.runtime.measure import Sample, measure_speed, peak_memory_bytes, read_bandwidth
+from tests.runtime.fakes import MarkovExecutor, chain_table, fake_session, random_table, write_artifact
+
+Capture = pytest.CaptureFixture[str]
+
+
+def call(arguments: Sequence[str]) -> int:
+    """The exit status; help ends by an exception."""
+    try:
+        return main(arguments)
+    except SystemExit as error:
+        assert isinstance(error.code, int)
+        return error.code
+
+
+@pytest.fixture
+def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
+    """A session that `run` and `bench` load whatever path they are given."""
+    opened, _ = fake_session(tmp_path / "tiny.moec", random_table(vocab=4096), max_sequences=64)
+
+    def load(path: str, **options: Any) -> Session:
+        assert path == "tiny.moec"
+        return opened
+
+    monkeypatch.setattr(run, "load", load)
+    monkeypatch.setattr(bench, "load", load)
+    return opened
+
+
+def test_help_lists_the_commands_that_work(capsys: Capture) -> None:
+    assert call([]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in COMMANDS)
+    assert not any(f"  {name} " in out for name in HIDDEN)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, capsys: Capture) -> None:
+    assert call([name, "--help"]) == 0
+    assert f"Usage: moec {name}" in capsys.readouterr().out
+
+
+def test_the_contract_of_options_is_kept(capsys: Capture) -> None:
+    promised = {
+        "compile": "-o --target --backend --recipe --memory --latency --max-kl --calibration --resume --dry-run --json",
+        "run": "-n --temperature --seed --json",
+        "eval": "--data --reference --context --json",
+        "bench": "-p -n --batch --json",
+        "inspect": "--graph --stats --locality --html --json",
+    }
+    for command, options in promised.items():
+        assert call([command, "--help"]) == 0
+        out = capsys.readouterr().out
+        assert [option for option in options.split() if option not in out] == [], command
+
+
+BAD = {
+    ("frob",): "unknown command 'frob'",
+    ("complie",): "did you mean 'compile'?",
+    ("--frob",): "No such option: --frob",
+    ("run",): "Missing argument 'ARTIFACT'",
+    ("run", "x", "y", "-n", "0"): "Invalid value",
+    ("run", "x", "y", "-n", "many"): "Invalid value",
+    ("run", "x", "y", "--nope"): "No such option: --nope",
+    ("run", "no such", "y"): "no such: does not exist",
+    ("bench", "no such", "-p", "1,,2"): "-p '1,,2': expected integers of at least 1 separated by commas",
+    ("bench", "no such", "-t", "0"): "-t '0': expected integers",
+    ("bench", "no such"): "no such: does not exist",
+    ("verify", "no such"): "no such: does not exist",
+    ("inspect", "no such"): "no such",
+    ("eval", "no such", "--data", "no such"): "no such",
+    ("compile", "no such", "-o", "x.moec"): "no such",
+    ("targets", "show", "h10"): "unknown target 'h10'",
+    ("targets", "measure"): "`moec targets measure` is not available in this version",
+    ("plan", "x", "--target", "cpu"): "`moec plan` is not available in this version",
+    ("serve", "x"): "`moec serve` is not available in this version",
+    ("export", "x", "--to", "hf"): "`moec export` is not available in this version",
+    ("compare", "x", "y"): "`moec compare` is not available in this version",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD, ids=" ".join)
+def test_bad_input_is_one_line_and_status_2(arguments: tuple[str, ...], capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    *progress, line = err.splitlines()
+    assert line.startswith("error: ")
+    assert BAD[arguments] in line
+    assert not any(text.startswith(("error", "Traceback")) for text in progress)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "line"),
+    [
+        (MoecError("two\nlines"), 2, "error: two lines"),
+        (PermissionError(13, "Permission denied", "a.moec"), 2, "error: a.moec: Permission denied"),
+        (MemoryError(), 2, "error: out of memory"),
+        (KeyboardInterrupt(), 130, ""),
+        (BrokenPipeError(), 0, ""),
+    ],
+)
+def test_errors_become_exit_statuses(
+    raised: BaseException, status: int, line: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_names: Sequence[str]) -> Callable[..., None]:
+        raise raised
+
+    monkeypatch.setattr(entry, "build_app", fail)
+    monkeypatch.setattr("os.dup2", lambda *_: None)
+    assert main(["run"]) == status
+    assert capsys.readouterr().err.startswith(line)
+
+
+def test_run_streams_the_text(session: Session, capsys: Capture) -> None:
+    expected = "".join(token.text for token in session.generate("Hello", max_new_tokens=6))
+    assert call(["run", "tiny.moec", "Hello", "-n", "6"]) == 0
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_run_prints_one_json_object(session: Session, capsys: Capture) -> None:
+    expected = [token.id for token in session.generate("Hello", max_new_tokens=6, temperature=1.0, seed=3)]
+    assert call(["run", "tiny.moec", "Hello", "-n", "6", "--temperature", "1", "--seed", "3", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["tokens"] == expected
+    assert result["finish_reason"] == "length"
+    assert result["prompt"] == "Hello"
+    assert len(result["logprobs"]) == 6
+    assert set(result) >= {"text", "prompt_tokens", "load_ms", "time_to_first_token_ms", "decode_tokens_per_s"}
+
+
+def test_run_reads_the_prompt_from_standard_input(session: Session, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe"))
+    assert call(["run", "tiny.moec", "-", "-n", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "from a pipe"
+
+
+FIELDS = (
+    "prefill_tokens_per_s decode_tokens_per_s time_to_first_token_ms load_ms peak_memory_bytes weight_bytes bytes_per_token roofline_fraction"
+)
+
+
+@pytest.fixture
+def quick_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "read_bandwidth", lambda _threads: 1e10)
+
+
+@pytest.mark.usefixtures("quick_bandwidth")
+def test_bench_prints_its_figures_as_json(session: Session, capsys: Capture) -> None:
+    assert call(["bench", "tiny.moec", "-p", "8", "-n", "4", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [name for name in FIELDS.split() if name not in result] == []
+    assert result["roofline_fraction"] == pytest.approx(result["decode_tokens_per_s"] * 1000 / 1e10)  # the manifest says 1000 bytes a token
+    assert result["weight_bytes"] == session.artifact.manifest.weight_bytes
+    assert len(result["results"]) == 1
+
+
+@pytest.mark.usefixtures("quick_bandwidth", "session")
+def test_bench_prints_one_markdown_table_of_all_combinations(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Session, "close", lambda _self: None)
+    assert call(["bench", "tiny.moec", "-p", "4,8", "-n", "2", "-b", "1,3", "-t", "1,2", "-r", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    assert len({len(row) for row in rows}) == 1
+    assert [row[:4] for row in rows[2:]] == [[t, p, "2", b] for t in "12" for p in "48" for b in "13"]
+    assert all("±" in cell for row in rows[2:] for cell in row[4:7])
+    assert [bool(row[-1]) for row in rows[2:]] == [True, False] * 4  # one sequence only
+    assert "10.0 GB/s (1 threads)" in lines[-1]
+
+
+def test_bench_refuses_what_does_not_fit(session: Session, capsys: Capture) -> None:
+    assert call(["bench", "tiny.moec", "-p", "60", "-n", "10"]) == 2
+    assert "-p 60 -n 10: more than the context of 64 tokens" in capsys.readouterr().err
+
+
+def test_speed_counts_the_tokens_that_ran(tmp_path: Path) -> None:
+    opened, executor = fake_session(tmp_path / "a.moec", random_table(vocab=4096))
+    speed = measure_speed(opened, prompt=5, new=7, batch=3, repetitions=2)
+    assert executor.batches == [3] * 8 * 3  # a prefill and seven steps, one run to warm up and two that count
+    assert executor.sequences == {}
+    assert speed.prefill_tokens_per_s.mean == pytest.approx(3 * 5 * 1e3 / speed.time_to_first_token_ms.mean, rel=0.5)
+
+
+def test_machine_figures_are_plausible() -> None:
+    assert 1e8 < read_bandwidth(1, seconds=0) < 1e13
+    assert 1e6 < peak_memory_bytes() < 1e13
+
+
+def test_samples_print_mean_and_deviation() -> None:
+    assert str(Sample.of([1.0, 2.0, 3.0])) == "2.00 ± 1.00"
+    assert str(Sample.of([1234.5])) == "1234 ± 0"
+
+
+def test_verify_reports_and_exits(tmp_path: Path, capsys: Capture) -> None:
+    folder = write_artifact(tmp_path / "a.moec")
+    assert call(["verify", str(folder)]) == 0
+    assert capsys.readouterr().out == f"{folder}: 2 files match their digests\n"
+    weights = folder / "weights/shared.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+    assert call(["verify", str(folder)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {folder}: weights/shared.safetensors bytes 0 to 908 (layers.0.w codes, layers.0.w scale, norm data): changed")
+    assert err.count("\n") == 1
+    assert call(["verify", str(folder), "--json"]) == 2
+    problems = json.loads(capsys.readouterr().out)["problems"]
+    assert [(p["file"], p["begin"], p["end"]) for p in problems] == [("weights/shared.safetensors", 0, 908)]
+
+
+def test_inspect_summarises_an_artifact(tmp_path: Path, capsys: Capture) -> None:
+    folder = write_artifact(tmp_path / "a.moec", recipe=[{"quantize": {"format": "int4_g64"}}], quality={"kl_divergence": 0.01})
+    assert call(["inspect", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "tiny (markov)" in out
+    assert "int4_g64: 1 tensors, 1,024 parameters" in out
+    assert call(["inspect", str(folder), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["parameters"] == 8 * 128 + 3
+    assert summary["formats"] == {"f32": {"tensors": 1, "parameters": 3}, "int4_g64": {"tensors": 1, "parameters": 1024}}
+    assert summary["quality"] == {"kl_divergence": 0.01}
+
+
+def test_targets_and_doctor_print_json(capsys: Capture) -> None:
+    assert call(["targets", "list", "--json"]) == 0
+    assert "h100-sxm" in [target["name"] for target in json.loads(capsys.readouterr().out)["targets"]]
+    assert call(["targets", "show", "h100", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mem_bw_gb_s"] == 3350
+    assert call(["targets"]) == 0
+    assert "rtx-4090" in capsys.readouterr().out
+    assert call(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["packages"]["run"]["numpy"]
+    assert call(["doctor"]) == 0
+    assert "compile with the tvm backend" in capsys.readouterr().out
+
+
+def test_a_missing_package_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "needs_more.py").write_text("import no_such_package")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(MoecError, match=r"this needs the package no_such_package: pip install 'moec\[compile\]'"):
+        import_extra("needs_more", "compile")
+
+
+def test_sizes_and_lists() -> None:
+    assert [format_size(size) for size in (0, 1023, 1024, 5 * 2**40)] == ["0 B", "1023 B", "1.0 KiB", "5.0 TiB"]
+    assert parse_list(" 1, 20 ", "-p") == [1, 20]
+    for text in ("", "1;2", "-1", "1.5", "١", "9" * 30):
+        with pytest.raises(MoecError, match="expected integers"):
+            parse_list(text, "-p")
+
+
+def test_progress_writes_plain_lines_where_there_is_no_terminal() -> None:
+    stream = io.StringIO()
+    progress = Progress(stream)
+    with progress.step("trace"):
+        pass
+    assert list(progress.track([1, 2, 3], "weights")) == [1, 2, 3]
+    lines = stream.getvalue().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["trace: 0.0 s", "weights: 3/3"]
+
+
+def test_python_m_moec_runs_the_command_line() -> None:
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-m", "moec", "frob"], capture_output=True, text=True, cwd=root, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: unknown command 'frob'")
+
+
+def test_a_chat_needs_a_template(session: Session, capsys: Capture) -> None:
+    assert call(["run", "tiny.moec", "Hi", "--chat"]) == 2
+    assert "has no chat template" in capsys.readouterr().err
+    assert chain_table({}, 4).shape == (4, 4)
+    assert MarkovExecutor(random_table()).vocab_size == 16
