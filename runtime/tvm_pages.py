@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import tvm_ffi
+from moec.runtime.ffi import tvm_ffi
 from numpy.typing import NDArray
 
 from moec.runtime.errors import MoecError
@@ -52,6 +52,7 @@ class Pages:
         self._next = 0
         self._arrays: list[NDArray[np.float32]] = []
         self._free: list[int] = []
+        self._count = 0
         self.pools: list[Any] = []
         """The arrays as TVM's tensors."""
         self._grow(FIRST)
@@ -89,7 +90,7 @@ class Pages:
             self._free.append(found.pages.pop())
         while len(found.pages) < count:
             if not self._free:
-                self._grow(2 * len(self._arrays[0]) if self._arrays else count)
+                self._grow(2 * self._count)
             self._table[found.row, len(found.pages)] = self._free[-1]
             found.pages.append(self._free.pop())
         found.length = length
@@ -100,7 +101,7 @@ class Pages:
         return self._sequences[sequence]
 
     def _grow(self, pages: int) -> None:
-        before = self._arrays[0].shape[0] if self._arrays else 0
+        before, self._count = self._count, pages
         grown = []
         for index, shape in enumerate(self._shapes):
             array = aligned((pages, *shape), np.float32)

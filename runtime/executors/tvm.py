@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tvm_ffi
 from numpy.typing import NDArray
 
 from moec.runtime.artifact import Artifact
 from moec.runtime.errors import MoecError
 from moec.runtime.executor import Step
-from moec.runtime.tvm_pages import Pages, aligned
+from moec.runtime.ffi import tvm_ffi
 from moec.runtime.host import available_cores
+from moec.runtime.tvm_pages import Pages, aligned
 
 RUNTIME = "libtvm_runtime.so"
 CHUNK = 512
