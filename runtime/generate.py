@@ -22,14 +22,14 @@ class Token:
         id: its number in the vocabulary.
         text: the text that became certain with it; a character or stop string in the making is held back, so it may be empty.
         logprob: the logarithm of its probability under the model (before temperature and the rest).
-        sequence: which prompt it belongs to, counted from 0.
+        index: which prompt it belongs to, counted from 0.
         finish_reason: None, or why this is the sequence's last token: `eos`, `stop` (a stop string), `length`.
     """
 
     id: int
     text: str
     logprob: float
-    sequence: int
+    index: int
     finish_reason: str | None = None
 
 

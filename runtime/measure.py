@@ -89,17 +89,17 @@ def measure_speed(session: Session, prompt: int, new: int, batch: int, repetitio
 
 
 def read_bandwidth(threads: int, seconds: float = 0.5) -> float:
-    """Bytes a second that this machine reads from memory with so many threads: the best of as many runs as fit."""
+    """Bytes a second that this machine reads from memory with so many threads: the median of as many runs as fit, at least three."""
     buffer = np.ones(_BANDWIDTH_BYTES // 8, np.int64)
     parts = np.array_split(buffer, threads)
-    best, end = 0.0, time.perf_counter() + seconds
+    rates: list[float] = []
+    end = time.perf_counter() + seconds
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(np.maximum.reduce, parts))
-        while best == 0.0 or time.perf_counter() < end:
+        while len(rates) < 4 or time.perf_counter() < end:
             start = time.perf_counter()
             list(pool.map(np.maximum.reduce, parts))
-            best = max(best, buffer.nbytes / (time.perf_counter() - start))
-    return best
+            rates.append(buffer.nbytes / (time.perf_counter() - start))
+    return statistics.median(rates[1:])  # the first starts the threads
 
 
 def reset_peak_memory() -> None:

@@ -145,7 +145,7 @@ class Session:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
     ) -> Iterator[Token]:
-        """Go on from a prompt, or from several at once; `Token.sequence` tells which. Closing the iterator frees its memory.
+        """Go on from a prompt, or from several at once; `Token.index` tells which. Closing the iterator frees its memory.
 
         Args:
             prompt: a text or tokens, or a list of those.

@@ -25,7 +25,7 @@ def session(tmp_path: Path) -> Iterator[tuple[Session, MarkovExecutor]]:
 
 
 def ids(tokens: Iterator[Token], sequence: int = 0) -> list[int]:
-    return [token.id for token in tokens if token.sequence == sequence]
+    return [token.id for token in tokens if token.index == sequence]
 
 
 def text(tokens: Iterator[Token]) -> str:
@@ -63,7 +63,7 @@ def test_several_prompts_run_in_one_batch_and_give_what_each_gives_alone(session
     executor.batches.clear()
     together: list[list[tuple[int, str, str | None]]] = [[] for _ in prompts]
     for token in opened.generate(prompts, max_new_tokens=4):
-        together[token.sequence].append((token.id, token.text, token.finish_reason))
+        together[token.index].append((token.id, token.text, token.finish_reason))
     assert [[t[0] for t in tokens] for tokens in together] == [[t[0] for t in tokens[:4]] for tokens in alone]
     assert together[0] == alone[0]
     assert executor.batches == [4] * 4 + [2] * 4  # four places: one forward a step for all that are running
