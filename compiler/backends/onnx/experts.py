@@ -1,0 +1,183 @@
+"""`experts` in ONNX: QMoE, MoE, or one branch an expert. `placement` chooses.
+
+The routing is the graph's own: QMoE's and MoE's top-k is fed the final weights, scattered to [tokens, E] with zeros for experts that
+were not chosen, so that it selects just those that were chosen. QMoE takes the same array as the weights to mix with. MoE mixes with
+softmax over the chosen logits: with logits log(w) that is w / sum(w), and the result is multiplied by sum(w).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moec.compiler.backends.onnx.emit import CONTRIB
+from moec.compiler.backends.onnx.layout import IntLayout
+from moec.compiler.backends.onnx.linear import dense, product
+from moec.compiler.backends.onnx.placement import GATED, PLAIN, fixed
+from moec.compiler.ir import Node
+
+if TYPE_CHECKING:
+    from moec.compiler.backends.onnx.lower import Lowering
+
+
+def lower_experts(low: Lowering, node: Node) -> str:
+    """The `experts` op."""
+    plan = low.weights.placement.experts[node.name]
+    e = low.e
+    rank = len(low.shape(node.inputs[0]))
+    lead = low.shapes.vector(low.shape(node.inputs[0]))
+    width = low.shape(node.inputs[0])[-1]
+    assert isinstance(width, int)
+    x = low.value(node.inputs[0]) if rank == 2 else e.op("Reshape", low.value(node.inputs[0]), e.const([-1, width]))
+    routing = _routing(low, node)
+    run = {"qmoe": _qmoe, "moe": _moe, "unrolled": _unrolled}[plan.mode]
+    result = run(low, node, x, routing)
+    if rank == 2:
+        return result
+    if rank == 3:
+        return e.op("Reshape", result, e.op("Shape", low.value(node.inputs[0])))
+    return e.op("Reshape", result, lead)
+
+
+def _routing(low: Lowering, node: Node) -> str:
+    """The weights of all experts: [tokens, E], zero for those not chosen. Weights of an expert chosen twice add up."""
+    e, count = low.e, fixed(low.graph.params[node.inputs[3]].type.shape)[0]
+    top_k = low.shape(node.inputs[1])[-1]
+    assert isinstance(top_k, int)
+    ids, weights = (low.cast(node.inputs[1], "i64"), low.value(node.inputs[2]))
+    ids, weights = (e.op("Reshape", v, e.const([-1, top_k])) for v in (ids, weights))
+    zeros = e.op("Expand", low.number(0.0, "f32"), e.op("Concat", e.op("Shape", weights, end=1), e.const([count]), axis=0))
+    return e.op("ScatterElements", zeros, ids, weights, axis=1, reduction="add")
+
+
+def _attrs(node: Node, top_k: int) -> dict[str, Any]:
+    a = node.attrs
+    if not a.get("gated", True):
+        return {"k": top_k, "activation_type": PLAIN[a["activation"]]}
+    alpha, beta = GATED[a["activation"]]
+    limit = float(a["limit"]) if a.get("limit") else None
+    return {
+        "k": top_k, "activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": alpha, "activation_beta": beta,
+        "swiglu_limit": limit,
+    }  # fmt: skip
+
+
+def _biases(low: Lowering, node: Node) -> tuple[str, str]:
+    """Both biases; the first with gate and up interleaved, as the operators want the rows of the projection."""
+    e = low.e
+    up, down = (low.value(name) if name else "" for name in (*node.inputs[5:7], "", "")[:2])
+    if up and node.attrs.get("gated", True):
+        count, rows = fixed(low.graph.params[node.inputs[5]].type.shape)
+        halves = e.op("Reshape", up, e.const([count, 2, rows // 2]))
+        up = e.op("Reshape", e.op("Transpose", halves, perm=[0, 2, 1]), e.const([count, rows]))
+    return up, down
+
+
+def _top_k(low: Lowering, node: Node) -> int:
+    """Experts a token, at most all of them."""
+    top_k = low.shape(node.inputs[1])[-1]
+    assert isinstance(top_k, int)
+    return min(top_k, fixed(low.graph.params[node.inputs[3]].type.shape)[0])
+
+
+def _qmoe(low: Lowering, node: Node, x: str, routing: str) -> str:
+    e, plan = low.e, low.weights.placement.experts[node.name]
+    arrays: list[tuple[str, str, str]] = []
+    for name in node.inputs[3:5]:
+        layout, count = low.weights.layout(name), fixed(low.graph.params[name].type.shape)[0]
+        assert isinstance(layout, IntLayout)
+        data = e.stored(name, "weight", "u8", (count, layout.n, layout.padded_k * layout.bits // 8))
+        scale = e.op("Cast", e.stored(name, "scale", "f16", (count, layout.n, layout.groups)), to=1)
+        zero = e.stored(name, "zero", "u8", (count, *layout.arrays()["zero"].shape)) if layout.has_zero else ""
+        arrays.append((data, low.weights.per_block(layout, scale, 2), zero))
+    (up, up_scale, up_zero), (down, down_scale, down_zero) = arrays
+    up_bias, down_bias = _biases(low, node)
+    inputs = [
+        x, routing, up, up_scale, up_bias, down, down_scale, down_bias, "", "", "", up_zero, down_zero, "", routing,
+    ]  # fmt: skip
+    return e.multi(
+        "QMoE", inputs, 1, CONTRIB, node.name, **_attrs(node, _top_k(low, node)), expert_weight_bits=plan.bits, block_size=plan.block,
+        normalize_routing_weights=0, accuracy_level=low.accuracy_level, weights_prepacked=0,
+    )[0]  # fmt: skip
+
+
+def _moe(low: Lowering, node: Node, x: str, routing: str) -> str:
+    e = low.e
+    weights = []
+    for name in node.inputs[3:5]:
+        param = low.graph.params[name]
+        stored = e.stored(name, "weight", str(param.format), fixed(param.type.shape))
+        weights.append(stored if param.format == "f32" else e.op("Cast", stored, to=1))
+    up_bias, down_bias = _biases(low, node)
+    logits = e.op("Log", e.op("Max", routing, e.const(np.float32(1e-30))))
+    inputs = [x, logits, weights[0], up_bias, weights[1], down_bias]
+    result = e.multi("MoE", inputs, 1, CONTRIB, node.name, **_attrs(node, _top_k(low, node)), normalize_routing_weights=1)[0]
+    return e.op("Mul", result, e.op("ReduceSum", routing, e.const([1]), keepdims=1))
+
+
+def _unrolled(low: Lowering, node: Node, x: str, routing: str) -> str:
+    """Expert after expert, each only if a token was routed to it: its tokens are gathered, computed and added."""
+    e = low.e
+    up, down = node.inputs[3:5]
+    up_bias, down_bias = (low.value(name) if name else "" for name in (*node.inputs[5:7], "", "")[:2])
+    count = fixed(low.graph.params[up].type.shape)[0]
+    columns = e.op("Transpose", routing, perm=[1, 0])  # [E, tokens]
+    chosen = e.op("ReduceMax", low.cast_value(e.op("Cast", columns, to=9), "i32"), e.const([1]), keepdims=0)
+    used = e.multi("Split", [low.cast_value(chosen, "bool")], count, axis=0, num_outputs=count)
+    result = e.op("Mul", x, low.number(0.0, "f32"))
+    for expert in range(count):
+        with e.branch() as nodes:
+            weights = e.op("Gather", columns, e.const(np.int64(expert)), axis=0)  # [tokens]
+            at = e.op("Transpose", e.op("NonZero", weights), perm=[1, 0])  # [n, 1]
+            h = _project(low, e.op("GatherND", x, at), up, expert, up_bias)
+            h = activation(low, h, node)
+            h = _project(low, h, down, expert, down_bias)
+            h = e.op("Mul", h, e.op("Unsqueeze", e.op("GatherND", weights, at), e.const([1])))
+            then = nodes, e.op("ScatterND", result, at, h, reduction="add")
+        with e.branch() as nodes:
+            other = nodes, e.op("Identity", result)
+        result = e.when(used[expert], then, other, "f32")
+    return result
+
+
+def _project(low: Lowering, x: str, weight: str, expert: int, bias: str) -> str:
+    """x through one expert's matrix."""
+    e, param = low.e, low.graph.params[weight]
+    wide = any(n.name in low.weights.placement.experts and low.weights.placement.experts[n.name].wide for n in low.graph.users[weight])
+    if wide and param.format != "f32" and not isinstance(low.weights.layout(weight), IntLayout):
+        # An index that is not constant keeps ONNX Runtime from widening all experts when it loads the model.
+        stack = e.stored(weight, "weight", str(param.format), fixed(param.type.shape))
+        index = e.op("Add", e.op("Mul", low.shapes.scalar("T"), e.const(np.int64(0))), e.const(np.int64(expert)))
+        y = dense(low, x, e.op("Cast", e.op("Gather", stack, index, axis=0), to=1), 2)
+    else:
+        y = product(low, x, 2, weight, expert)
+    return e.op("Add", y, e.op("Gather", bias, e.const(np.int64(expert)), axis=0)) if bias else y
+
+
+def activation(low: Lowering, x: str, node: Node) -> str:
+    """`expert_activation`: x [n, 2F] (gate, then up) or [n, F] -> [n, F]."""
+    e, a = low.e, node.attrs
+    if not a.get("gated", True):
+        return _activate(low, x, a["activation"])
+    gate, up = e.multi("Split", [x], 2, axis=1, num_outputs=2)
+    if limit := a.get("limit"):
+        high, least = low.number(float(limit), "f32"), low.number(-float(limit), "f32")
+        gate, up = e.op("Clip", gate, "", high), e.op("Clip", up, least, high)
+    if a["activation"] == "swiglu_oai":
+        swish = e.op("Mul", gate, e.op("Sigmoid", e.op("Mul", gate, low.number(1.702, "f32"))))
+        return e.op("Mul", e.op("Add", up, low.number(1.0, "f32")), swish)
+    return e.op("Mul", _activate(low, gate, a["activation"]), up)
+
+
+def _activate(low: Lowering, x: str, name: str) -> str:
+    e = low.e
+    match name:
+        case "silu":
+            return e.op("Mul", x, e.op("Sigmoid", x))
+        case "gelu" | "gelu_tanh":
+            return e.op("Gelu", x, approximate="tanh" if name == "gelu_tanh" else "none")
+        case "relu" | "relu2":
+            positive = e.op("Relu", x)
+            return positive if name == "relu" else e.op("Mul", positive, positive)
+    return x

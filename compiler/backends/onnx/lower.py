@@ -1,0 +1,154 @@
+"""From a graph to an ONNX model with a cache of keys and values.
+
+inputs    ids, positions [B, T]; rows [R], of which tokens of a sequence the logits are wanted; past_key.i, past_value.i;
+          with GroupQueryAttention seqlens_k [B], the last index of each sequence after this step, and total_sequence_length
+outputs   logits [B, R, V]; present_key.i, present_value.i
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx
+
+from moec.compiler.backends.onnx import aten, aten_shape, semantic
+from moec.compiler.backends.onnx.attention import Cache, lower_attention
+from moec.compiler.backends.onnx.emit import ONNX_TYPES, Emitter
+from moec.compiler.backends.onnx.experts import lower_experts
+from moec.compiler.backends.onnx.linear import lower_linear
+from moec.compiler.backends.onnx.placement import Placement
+from moec.compiler.backends.onnx.shapes import Shapes, symbol_sources
+from moec.compiler.backends.onnx.weights import Weights
+from moec.compiler.errors import MoecError
+from moec.compiler.ir import Attr, Dim, Graph, Node
+from moec.compiler.text import print_node
+
+RULES: dict[str, Callable[[Lowering, Node], str | Sequence[str]]] = {
+    **aten.RULES,
+    **aten_shape.RULES,
+    "embedding": semantic.lower_embedding,
+    "linear": lower_linear,
+    "rms_norm": semantic.lower_rms_norm,
+    "layer_norm": semantic.lower_layer_norm,
+    "rope": semantic.lower_rope,
+    "attention": lower_attention,
+    "router": semantic.lower_router,
+    "experts": lower_experts,
+}
+"""How each op is lowered: a function that gives the ONNX name of the result, or of each result; "" if it was set already."""
+
+
+def reserved_names(graph: Graph) -> set[str]:
+    """The names of the model's inputs and outputs."""
+    layers = range(sum(node.op == "attention" for node in graph.nodes))
+    caches = {f"{time}_{kind}.{layer}" for time in ("past", "present") for kind in ("key", "value") for layer in layers}
+    return {*(v.name for v in graph.inputs), "logits", "seqlens_k", "total_sequence_length", *caches}
+
+
+class Lowering:
+    """One graph on its way to ONNX.
+
+    Args:
+        accuracy_level: of MatMulNBits and QMoE: 0 float activations, 4 int8 activations.
+    """
+
+    def __init__(self, graph: Graph, emitter: Emitter, placement: Placement, portable: bool, accuracy_level: int) -> None:
+        self.graph: Graph = graph
+        self.e: Emitter = emitter
+        self.portable, self.accuracy_level = portable, accuracy_level
+        self.shapes = Shapes(emitter, symbol_sources(graph))
+        self.weights = Weights(emitter, graph.params, placement, portable)
+        self.caches: list[Cache] = []
+        self.pending: dict[str, tuple[str, str]] = {}
+        """Additions that the norm reading them will do: the names of both operands."""
+        self._values: dict[str, str] = {}
+        self._flat: dict[str, str] = {}
+        self._presents: list[tuple[str, Sequence[int | str]]] = []
+
+    def run(self) -> onnx.ModelProto:
+        """The model."""
+        for value in self.graph.inputs:
+            self._values[value.name] = self.e.input(value.name, value.type.dtype, value.type.shape)
+        for node in self.graph.nodes:
+            if semantic.fused_addition(self, node):
+                first, second = node.inputs
+                self.pending[node.name] = self.value(first), self.value(second)
+                continue
+            self._lower(node)
+        kind = self.graph.type_of(self.graph.outputs[0])
+        self.e.output(self.value(self.graph.outputs[0]), "logits", kind.dtype, kind.shape)
+        for name, shape in self._presents:
+            self.e.outputs.append(onnx.helper.make_tensor_value_info(name, ONNX_TYPES["f32"], list(shape)))
+        return self.e.model(self.graph.name, "")
+
+    def _lower(self, node: Node) -> None:
+        if (rule := RULES.get(node.op)) is None:
+            raise MoecError(f"the onnx backend has no lowering of {node.op}: {print_node(self.graph, node)}")
+        results = rule(self, node)
+        names = (results,) if isinstance(results, str) else results
+        for output, name in zip(node.outputs, names, strict=True):
+            if name:
+                self._values[output.name] = name
+
+    def value(self, name: str) -> str:
+        """The ONNX name of a value or parameter."""
+        if name in self.graph.params:
+            return self.weights.value(name)
+        if name in self.pending:
+            self._values[name] = self.e.op("Add", *self.pending.pop(name), stem=name)
+        if name not in self._values:
+            shape = self.shape(name)
+            self._values[name] = self.e.op("Reshape", self._flat[name], self.e.const([0, 0, *(d for d in shape[2:] if isinstance(d, int))]))
+        return self._values[name]
+
+    def set_value(self, name: str, value: str) -> None:
+        """State the ONNX name of a value."""
+        self._values[name] = value
+
+    def flat(self, name: str) -> str:
+        """A value [B, T, H, d] as [B, T, H * d]."""
+        if name not in self._flat:
+            heads, size = self.shape(name)[2:]
+            assert isinstance(heads, int)
+            assert isinstance(size, int)
+            self._flat[name] = self.e.op("Reshape", self.value(name), self.e.const([0, 0, heads * size]))
+        return self._flat[name]
+
+    def set_flat(self, name: str, value: str) -> None:
+        """State the ONNX name of a value's flat form; the other form is made when somebody asks for it."""
+        self._flat[name] = value
+
+    def shape(self, name: str) -> tuple[Dim, ...]:
+        """The shape of a value or parameter."""
+        return self.graph.type_of(name).shape
+
+    def dtype(self, name: str) -> str:
+        """The element type of a value or parameter."""
+        return self.graph.type_of(name).dtype
+
+    def cast(self, name: str, dtype: str) -> str:
+        """A value in an element type."""
+        value = self.value(name)
+        return value if self.dtype(name) == dtype else self.cast_value(value, dtype)
+
+    def cast_value(self, value: str, dtype: str) -> str:
+        """An ONNX value in an element type."""
+        return self.e.op("Cast", value, to=ONNX_TYPES[dtype])
+
+    def number(self, number: Attr, dtype: str) -> str:
+        """A number, or a dimension in an attribute, as a scalar."""
+        if isinstance(number, str):
+            return self.cast_value(self.shapes.scalar(number), dtype)
+        return self.e.const(np.asarray(number).astype(onnx.helper.tensor_dtype_to_np_dtype(ONNX_TYPES[dtype])))
+
+    def cache_inputs(self) -> tuple[str, str]:
+        """The inputs that say how long the sequences are."""
+        if "seqlens_k" not in self._values:
+            self._values["seqlens_k"] = self.e.input("seqlens_k", "i32", ["B"])
+            self._values["total_sequence_length"] = self.e.input("total_sequence_length", "i32", [])
+        return "seqlens_k", "total_sequence_length"
+
+    def present(self, names: Sequence[str], shape: Sequence[int | str]) -> None:
+        """State outputs that hold a layer's keys and values."""
+        self._presents += [(name, shape) for name in names]

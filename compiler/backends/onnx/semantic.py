@@ -1,0 +1,156 @@
+"""The remaining semantic ops in ONNX: embedding, norms, rotary position embedding, router."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moec.compiler.backends.onnx.emit import CONTRIB
+from moec.compiler.backends.onnx.layout import IntLayout
+from moec.compiler.ir import Graph, Node, dim_symbols
+
+if TYPE_CHECKING:
+    from moec.compiler.backends.onnx.lower import Lowering
+
+
+def lower_embedding(low: Lowering, node: Node) -> str:
+    """The `embedding` op: rows are looked up as they are stored and widened afterwards."""
+    ids, weight = low.value(node.inputs[0]), node.inputs[1]
+    if weight not in low.graph.params:
+        return low.e.op("Gather", low.value(weight), ids, axis=0)
+    layout = low.weights.layout(weight)
+    if isinstance(layout, IntLayout):
+        return low.weights.rows(weight, ids)
+    table = low.e.stored(weight, "weight", layout.format, layout.shape)
+    rows = low.e.op("Gather", table, ids, axis=0, stem=node.name)
+    return rows if layout.format == "f32" else low.e.op("Cast", rows, to=1)
+
+
+def lower_rms_norm(low: Lowering, node: Node) -> str:
+    """The `rms_norm` op; together with the addition before it where only the sum is needed besides."""
+    e, x = low.e, node.inputs[0]
+    weight, eps = _norm_weight(low, node), float(node.attrs["eps"])
+    added = low.pending.pop(x, None)
+    if added is None:
+        return e.op("RMSNormalization", low.value(x), weight, axis=-1, epsilon=eps, stem=node.name)
+    result, total = e.name(node.name), e.name(x)
+    e.named("SkipSimplifiedLayerNormalization", (*added, weight), (result, "", "", total), CONTRIB, epsilon=eps)
+    low.set_value(x, total)
+    return result
+
+
+def _norm_weight(low: Lowering, node: Node) -> str:
+    size = low.shape(node.inputs[0])[-1]
+    assert isinstance(size, int)
+    if len(node.inputs) < 2 or not node.inputs[1]:
+        return low.e.const(np.ones(size, np.float32))
+    weight = low.value(node.inputs[1])
+    offset = float(node.attrs.get("offset", 0.0))
+    return low.e.op("Add", weight, low.number(offset, "f32")) if offset else weight
+
+
+def fused_addition(low: Lowering, node: Node) -> bool:
+    """Whether an addition is left to the norm that reads its result (SkipSimplifiedLayerNormalization gives both)."""
+    users = low.graph.users.get(node.name, ())
+    kinds = [low.graph.type_of(name) for name in node.inputs]
+    return (
+        not low.portable
+        and node.op == "aten.add.Tensor"
+        and len(kinds) == 2
+        and all(k == node.outputs[0].type and k.dtype == "f32" and len(k.shape) == 3 for k in kinds)
+        and bool(users)
+        and users[0].op == "rms_norm"
+        and users[0].inputs[0] == node.name
+        and _axis_param(low.graph, users[0])
+    )
+
+
+def _axis_param(graph: Graph, norm: Node) -> bool:
+    return len(norm.inputs) > 1 and norm.inputs[1] in graph.params
+
+
+def lower_layer_norm(low: Lowering, node: Node) -> str:
+    """The `layer_norm` op."""
+    size = low.shape(node.inputs[0])[-1]
+    assert isinstance(size, int)
+    weight, bias = (low.value(n) if n else "" for n in (*node.inputs[1:3], "", "")[:2])
+    weight = weight or low.e.const(np.ones(size, np.float32))
+    return low.e.op("LayerNormalization", low.value(node.inputs[0]), weight, bias, axis=-1, epsilon=float(node.attrs["eps"]))
+
+
+def lower_rope(low: Lowering, node: Node) -> str:
+    """The `rope` op: RotaryEmbedding where both halves of a token's angles are known to be equal, else elementwise."""
+    e, (x, cos, sin) = low.e, node.inputs
+    heads, size = low.shape(x)[2:]
+    assert isinstance(heads, int)
+    assert isinstance(size, int)
+    if _equal_halves(low.graph, cos) and _equal_halves(low.graph, sin) and low.shape(cos) == (*low.shape(x)[:2], size):
+        half = [e.op("Slice", low.value(c), e.const([0]), e.const([size // 2]), e.const([2])) for c in (cos, sin)]
+        low.set_flat(node.name, e.op("RotaryEmbedding", low.flat(x), *half, num_heads=heads))
+        return ""
+    lower, upper = (e.op("Slice", low.value(x), e.const([a]), e.const([b]), e.const([3])) for a, b in ((0, size // 2), (size // 2, size)))
+    turned = e.op("Concat", e.op("Neg", upper), lower, axis=3)
+    wide = [e.op("Unsqueeze", low.value(c), e.const([2])) for c in (cos, sin)]
+    return e.op("Add", e.op("Mul", low.value(x), wide[0]), e.op("Mul", turned, wide[1]))
+
+
+def _equal_halves(graph: Graph, name: str) -> bool:
+    """Whether a value [B, T, d] repeats its first d/2 numbers, as far as its ops show."""
+    node = graph.producers.get(name)
+    if node is None:
+        return False
+    rank = len(node.outputs[0].type.shape)
+    if node.op == "aten.cat.default":
+        return len(node.inputs) == 2 and node.inputs[0] == node.inputs[1] and node.attrs["dim"] in (-1, rank - 1)
+    unary = ("cos", "sin", "neg", "_to_copy")
+    number = node.op in ("aten.mul.Tensor", "aten.div.Tensor") and "other" in node.attrs
+    if number or node.op in [f"aten.{op}.default" for op in unary]:
+        return _equal_halves(graph, node.inputs[0])
+    return False
+
+
+def lower_router(low: Lowering, node: Node) -> Sequence[str]:
+    """The `router` op."""
+    e, a = low.e, node.attrs
+    logits = low.value(node.inputs[0])
+    score = a.get("score", "softmax")
+    scores = {"softmax": lambda: e.op("Softmax", logits, axis=-1), "sigmoid": lambda: e.op("Sigmoid", logits)}.get(score, lambda: logits)()
+    biased = len(node.inputs) > 1 and bool(node.inputs[1])
+    choice = e.op("Add", scores, low.value(node.inputs[1])) if biased else scores
+    if a.get("groups", 1) > 1:
+        choice = _best_groups(low, node, choice)
+    best, ids = e.multi("TopK", [choice, e.const([a["top_k"]])], 2, axis=-1, stem=node.name)
+    weights = best if choice == scores else e.op("GatherElements", scores, ids, axis=-1)
+    if score == "softmax_topk":
+        weights = e.op("Softmax", weights, axis=-1)
+    if a.get("normalize"):
+        weights = e.op("Div", weights, e.op("ReduceSum", weights, e.const([-1]), keepdims=1))
+    if (scale := a.get("scale", 1.0)) != 1.0:
+        weights = e.op("Mul", weights, low.number(float(scale), "f32"))
+    return weights, ids
+
+
+def _best_groups(low: Lowering, node: Node, choice: str) -> str:
+    """The choice with minus infinity for experts outside of the best groups."""
+    e, a = low.e, node.attrs
+    *lead, experts = low.shape(node.inputs[0])
+    assert isinstance(experts, int)
+    groups = a["groups"]
+    grouped = low.shapes.reshape(choice, (*lead, experts), (*lead, groups, experts // groups))
+    if a.get("group_score", "max") == "max":
+        merit = e.op("ReduceMax", grouped, e.const([-1]), keepdims=0)
+    else:
+        merit = e.op("ReduceSum", e.multi("TopK", [grouped, e.const([2])], 2, axis=-1)[0], e.const([-1]), keepdims=0)
+    _, best = e.multi("TopK", [merit, e.const([a["top_groups"]])], 2, axis=-1)
+    ones = e.op("Expand", low.number(1.0, "f32"), e.op("Shape", best))
+    chosen = e.op("ScatterElements", e.op("Mul", merit, low.number(0.0, "f32")), best, ones, axis=-1)
+    keep = e.op("Unsqueeze", e.op("Greater", chosen, low.number(0.5, "f32")), e.const([-1]))
+    kept = e.op("Where", keep, grouped, low.number(-np.inf, "f32"))
+    return low.shapes.reshape(kept, (*lead, groups, experts // groups), (*lead, experts))
+
+
+def token_axes(graph: Graph, name: str) -> bool:
+    """Whether a value has an axis of tokens."""
+    return any(dim_symbols(d) for d in graph.type_of(name).shape)

@@ -1,0 +1,136 @@
+"""The keys and values of the sequences that ONNX Runtime works on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession, IOBinding
+
+Layers = Sequence[Sequence[int]]
+"""Of each layer: key/value heads, size of a key, size of a value."""
+
+_FIRST_CAPACITY = 256
+"""Tokens for which a cache has room at first; it doubles when it is full."""
+
+_ALIGNMENT = 64
+
+
+def _aligned(shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """An array that is not touched before it is used, at a multiple of 64 bytes."""
+    count = int(np.prod(shape))
+    raw = np.empty(count + _ALIGNMENT // 4, np.float32)
+    start = -(raw.ctypes.data // 4) % (_ALIGNMENT // 4)
+    return raw[start : start + count].reshape(shape)
+
+
+class Cache(Protocol):
+    """Keys and values of several sequences, by slot, and the session that extends them."""
+
+    batches: bool
+    """Whether several sequences can run at once."""
+
+    def reserve(self, slot: int, length: int) -> None:
+        """Make room for a sequence of that length, keeping what is there."""
+        ...
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget what comes after `length` tokens."""
+        ...
+
+    def run(self, slots: Sequence[int], lengths: Sequence[int], feeds: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """Append to the sequences in `slots`, which are neighbours, and return logits [B, R, V]. `lengths` include the new tokens."""
+        ...
+
+
+class SharedCache:
+    """For GroupQueryAttention: one buffer a layer, past and present at once."""
+
+    batches = True
+
+    def __init__(self, session: InferenceSession, layers: Layers, vocab_size: int, context: int, slots: int) -> None:
+        self.session, self.layers, self.vocab_size, self.context, self.most_slots = session, layers, vocab_size, context, slots
+        self.capacity, self.slots = 0, 0
+        self.arrays: dict[str, NDArray[np.float32]] = {}
+        self._bindings: dict[tuple[int, int], IOBinding] = {}
+
+    def reserve(self, slot: int, length: int) -> None:
+        capacity = self.capacity
+        while capacity < length:
+            capacity = min(max(2 * capacity, _FIRST_CAPACITY), self.context)
+        slots = self.slots
+        while slots <= slot:
+            slots = min(max(2 * slots, 1), self.most_slots)
+        if (slots, capacity) == (self.slots, self.capacity):
+            return
+        for layer, (heads, *sizes) in enumerate(self.layers):
+            for kind, size in zip(("key", "value"), sizes, strict=True):
+                array = _aligned((slots, heads, capacity, size))
+                if (old := self.arrays.get(name := f"{kind}.{layer}")) is not None:
+                    array[: self.slots, :, : self.capacity] = old
+                self.arrays[name] = array
+        self.slots, self.capacity = slots, capacity
+        self._bindings.clear()
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Nothing to do: what lies beyond a sequence's length is not read."""
+        del slot, length
+
+    def _binding(self, first: int, count: int) -> IOBinding:
+        if (first, count) not in self._bindings:
+            binding = self.session.io_binding()
+            for name, array in self.arrays.items():
+                part = array[first : first + count]
+                binding.bind_input(f"past_{name}", "cpu", 0, np.float32, part.shape, part.ctypes.data)
+                binding.bind_output(f"present_{name}", "cpu", 0, np.float32, part.shape, part.ctypes.data)
+            self._bindings[first, count] = binding
+        return self._bindings[first, count]
+
+    def run(self, slots: Sequence[int], lengths: Sequence[int], feeds: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+        binding = self._binding(slots[0], len(slots))
+        if self.layers:
+            feeds["seqlens_k"] = np.array(lengths, np.int32) - np.int32(1)
+            feeds["total_sequence_length"] = np.array(max(lengths), np.int32)
+        for name, array in feeds.items():
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        logits = np.empty((len(slots), len(feeds["rows"]), self.vocab_size), np.float32)
+        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        self.session.run_with_iobinding(binding)
+        return logits
+
+
+class CopiedCache:
+    """For standard operators: past goes in, present comes out."""
+
+    batches = False
+
+    def __init__(self, session: InferenceSession, layers: Layers) -> None:
+        self.session = session
+        self.shapes = {
+            f"{kind}.{layer}": (1, heads, 0, size)
+            for layer, (heads, *sizes) in enumerate(layers)
+            for kind, size in zip(("key", "value"), sizes, strict=True)
+        }
+        self.arrays: dict[int, dict[str, NDArray[np.float32]]] = {}
+
+    def reserve(self, slot: int, length: int) -> None:
+        del length  # the arrays grow by themselves
+        if slot not in self.arrays:
+            self.truncate(slot, 0)
+
+    def truncate(self, slot: int, length: int) -> None:
+        if length == 0 or slot not in self.arrays:
+            self.arrays[slot] = {name: np.empty(shape, np.float32) for name, shape in self.shapes.items()}
+        self.arrays[slot] = {name: array[:, :, :length] for name, array in self.arrays[slot].items()}
+
+    def run(self, slots: Sequence[int], lengths: Sequence[int], feeds: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+        (slot,) = slots
+        del lengths  # the arrays know
+        past = {f"past_{name}": np.ascontiguousarray(array) for name, array in self.arrays[slot].items()}
+        logits, *present = self.session.run(["logits", *(f"present_{name}" for name in self.shapes)], {**feeds, **past})
+        self.arrays[slot] = dict(zip(self.shapes, present, strict=True))
+        return np.asarray(logits)
