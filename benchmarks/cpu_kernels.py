@@ -53,7 +53,9 @@ class Machine:
         self.isa, self.threads = Isa.of(self.target), threads
         tvm.get_global_func("runtime.config_threadpool")(1, threads)
         self._buffer = tensor((READ_WORDS // 64, 64), "int32", 1)
-        self._read, self._integer, self._float = (self.compile(f) for f in (self.read_func(), self.peak(True), self.peak(False)))
+        self._read, self._integer, self._float = (
+            self.compile(f) for f in (self.read_func(), self.peak(integer=True), self.peak(integer=False))
+        )
 
     def compile(self, func: Any) -> Callable[..., None]:
         """The function as a callable."""
@@ -77,7 +79,7 @@ class Machine:
         out = tensor((self.threads, self.isa.lanes), "int32", 0)
         return 4 * READ_WORDS / self.seconds(lambda: self._read(self._buffer, out), 5) / 1e9
 
-    def peak_gflop_s(self, integer: bool) -> float:
+    def peak_gflop_s(self, *, integer: bool) -> float:
         """GFLOP/s of multiply-adds on registers, on all threads: the integer dot product or float32."""
         out = tensor((self.threads, self.isa.lanes), "int32" if integer else "float32", 0)
         run = self._integer if integer else self._float
@@ -106,7 +108,7 @@ class Machine:
 
         return prim_func(build)
 
-    def peak(self, integer: bool) -> Any:
+    def peak(self, *, integer: bool) -> Any:
         """Independent multiply-adds on 12 registers."""
         lanes, dtype = self.isa.lanes, "int32" if integer else "float32"
         multiply_add = DOTS[self.isa.dot] if integer else lambda c, a, b, n: T.call_llvm_pure_intrin(f"float32x{n}", "llvm.fma", a, b, c)
@@ -155,9 +157,7 @@ def measure(machine: Machine, kernel: str, format: str, tokens: int, mib: int, r
     rng = np.random.default_rng(1)
     if kernel == "experts":
         layout = ExpertsLayout(EXPERTS, D, F, format, format)
-        run = machine.compile(
-            experts_func(layout, ExpertActivation(), machine.isa, tokens=1 if tokens == 1 else None, top_k=TOP_K)
-        )
+        run = machine.compile(experts_func(layout, ExpertActivation(), machine.isa, tokens=1 if tokens == 1 else None, top_k=TOP_K))
         sets = weight_sets(layout.arrays(), layout.nbytes(), mib)
         choices = [np.stack([rng.permutation(EXPERTS)[:TOP_K] for _ in range(tokens)]) for _ in range(16)]
         touched = float(np.mean([np.unique(ids).size for ids in choices])) / EXPERTS * layout.nbytes()
@@ -167,7 +167,7 @@ def measure(machine: Machine, kernel: str, format: str, tokens: int, mib: int, r
     else:
         n, k = LINEAR if kernel == "linear" else HEAD
         plain = LaneLayout(n, k, format)
-        run = machine.compile(linear_func(plain, tokens if tokens <= 8 else None, False, machine.isa))
+        run = machine.compile(linear_func(plain, tokens if tokens <= 8 else None, bias=False, isa=machine.isa))
         sets = weight_sets(plain.arrays(), plain.nbytes(), mib)
         touched, flops, leads = float(plain.nbytes()), 2 * tokens * n * k, [[]]
     x = tvm.runtime.tensor(rng.standard_normal((tokens, k), np.float32))
@@ -179,7 +179,7 @@ def measure(machine: Machine, kernel: str, format: str, tokens: int, mib: int, r
         for call in arguments:
             run(*call)
 
-    bandwidth, peak = machine.bandwidth(), machine.peak_gflop_s(format.startswith("int"))
+    bandwidth, peak = machine.bandwidth(), machine.peak_gflop_s(integer=format.startswith("int"))
     seconds = machine.seconds(run_all, repetitions) / calls
     gb_s, gflop_s = touched / seconds / 1e9, flops / seconds / 1e9
     return Result(kernel, format, tokens, seconds * 1e6, gb_s, gb_s / bandwidth, gflop_s, gflop_s / peak)
@@ -199,18 +199,23 @@ def main() -> None:
     mcpu = codegen.llvm_get_system_cpu() if options.mcpu == "native" else options.mcpu
     machine = Machine(mcpu, options.threads)
     if not options.json:
-        print(f"{mcpu}, {machine.isa.name}, {options.threads} threads, read {machine.bandwidth():.1f} GB/s, "
-              f"peak {machine.peak_gflop_s(True):.0f} GFLOP/s integer, {machine.peak_gflop_s(False):.0f} float32\n")
+        print(
+            f"{mcpu}, {machine.isa.name}, {options.threads} threads, read {machine.bandwidth():.1f} GB/s, "
+            f"peak {machine.peak_gflop_s(integer=True):.0f} GFLOP/s integer, {machine.peak_gflop_s(integer=False):.0f} float32\n"
+        )
         print("| kernel | format | tokens | us | GB/s (of read) | GFLOP/s (of peak) |\n|---|---|---|---|---|---|")
     for kernel in options.kernels.split(","):
-        for format in options.formats.split(","):
+        for weight_format in options.formats.split(","):
             for tokens in map(int, options.tokens.split(",")):
-                r = measure(machine, kernel, format, tokens, options.mib, options.repetitions)
+                r = measure(machine, kernel, weight_format, tokens, options.mib, options.repetitions)
                 if options.json:
                     print(json.dumps(asdict(r)), flush=True)
                 else:
-                    print(f"| {r.kernel} | {r.format} | {r.tokens} | {r.us:.0f} | {r.gb_s:.1f} ({r.bandwidth_fraction:.0%}) "
-                          f"| {r.gflop_s:.0f} ({r.peak_fraction:.0%}) |", flush=True)
+                    print(
+                        f"| {r.kernel} | {r.format} | {r.tokens} | {r.us:.0f} | {r.gb_s:.1f} ({r.bandwidth_fraction:.0%}) "
+                        f"| {r.gflop_s:.0f} ({r.peak_fraction:.0%}) |",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

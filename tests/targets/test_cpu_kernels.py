@@ -33,13 +33,17 @@ INTEGER = [f"int{b}_{g}{a}" for b in (2, 3, 4, 8) for g in ("g32", "g64", "g128"
 FLOATS = ["f32", "f16", "bf16"]
 TOLERANCE = 6e-5  # 16-bit activations: half a step of 1 / 32767 of a group's largest, against the group's typical value
 HOST = codegen.llvm_get_system_cpu()
-OTHERS = [name for name in ("x86-64-v2", "haswell", "skylake-avx512") if codegen.llvm_is_valid_cpu(name, Target("llvm"))]
+VECTORS = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}  # what a lesser x86 target may use
 
 Array = NDArray[Any]
 
 
 def target(mcpu: str = HOST) -> Target:
     return Target({"kind": "llvm", "mcpu": mcpu})
+
+
+def features(mcpu: str) -> set[str]:
+    return set(codegen.llvm_get_cpu_features(target(mcpu)))
 
 
 ISA = Isa.of(target())
@@ -68,18 +72,14 @@ def draw_codes(rng: np.random.Generator, layout: LaneLayout, *lead: int) -> tupl
     return codes, scale, None if integer.symmetric else rng.integers(0, integer.levels, side, np.uint8)
 
 
-def draw_weight(
-    rng: np.random.Generator, layout: LaneLayout, *lead: int, order: Callable[[Array], Array] = lambda x: x
-) -> tuple[Array, dict[str, Array]]:
-    """Random weights [..., N, K] as float64, and their arrays; `order` rearranges rows for storage (draw.n rows before it)."""
-    n = layout.n
-    draw = LaneLayout(n, layout.k, layout.format)
+def draw_weight(rng: np.random.Generator, layout: LaneLayout, *lead: int) -> tuple[Array, dict[str, Array]]:
+    """Random weights [..., N, K] as float64, and their arrays."""
     if (integer := layout.integer) is not None:
-        codes, scale, zero = draw_codes(rng, draw, *lead)
+        codes, scale, zero = draw_codes(rng, layout, *lead)
         full = np.full_like(scale, integer.levels // 2, np.uint8) if zero is None else zero
         values = integer.dequantize(codes, scale, full).astype(np.float64)
         return values, layout.tile(codes, scale, zero)
-    values = rng.standard_normal((*lead, n, layout.k), np.float32) / layout.k**0.5
+    values = rng.standard_normal((*lead, layout.n, layout.k), np.float32) / layout.k**0.5
     if layout.format == "bf16":
         bits = (values.view(np.uint32) >> 16).astype(np.uint16)
         return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64), layout.tile_values(bits)
@@ -87,10 +87,10 @@ def draw_weight(
     return stored.astype(np.float64), layout.tile_values(stored)
 
 
-def close(found: Array, expected: Array, layout: LaneLayout) -> None:
-    """Equal up to a part in 10^5 of the typical size of the result."""
+def close(found: Array, expected: Array, layout: LaneLayout, steps: int = 1) -> None:
+    """Equal up to a few parts in 10^5 of the typical size of the result, for so many matrix products in a row."""
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-    assert error < (TOLERANCE if layout.integer else 1e-6)
+    assert error < steps * (TOLERANCE if layout.integer else 1e-6)
 
 
 # the layout
@@ -138,7 +138,7 @@ def test_bytes_in_closed_form() -> None:
 
 @pytest.mark.parametrize("name", ["int4_g48", "f64", "int9_g32"])
 def test_formats_without_a_kernel_are_refused(name: str) -> None:
-    with pytest.raises(MoecError, match="format|groups"):
+    with pytest.raises(MoecError, match=r"format|groups"):
         LaneLayout(64, 128, name)
 
 
@@ -168,7 +168,7 @@ def test_linear_of_any_number_of_tokens(name: str) -> None:
 
 
 @given(st.sampled_from(INTEGER + FLOATS), st.integers(1, 70), st.integers(1, 300), st.integers(1, 9), st.integers(0, 2**32 - 1))
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 def test_linear_of_any_shape(name: str, n: int, k: int, tokens: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     layout = LaneLayout(n, k, name)
@@ -179,10 +179,10 @@ def test_linear_of_any_shape(name: str, n: int, k: int, tokens: int, seed: int) 
     np.testing.assert_allclose(found, x.astype(np.float64) @ expected.T, atol=TOLERANCE * scale)
 
 
-@pytest.mark.parametrize("mcpu", OTHERS)
+@pytest.mark.parametrize("mcpu", ["x86-64-v2", "haswell", "skylake-avx512"])
 @pytest.mark.parametrize("name", ["int3_g32_asym", "f16"])
 def test_linear_on_lesser_instruction_sets(mcpu: str, name: str) -> None:
-    if not set(codegen.llvm_get_cpu_features(target(mcpu))) <= set(codegen.llvm_get_cpu_features(target())):
+    if "x86_64" not in codegen.llvm_get_system_triple() or not features(mcpu) & VECTORS <= features(HOST):
         pytest.skip(f"this machine cannot run {mcpu}")
     rng = np.random.default_rng()
     layout = LaneLayout(50, 130, name)
@@ -267,8 +267,8 @@ def check_experts(
     gate_up, plain = draw_weight(rng, rows, layout.experts)
     if rows.integer:
         codes, scale, zero = rows.untile(plain)
-        parts = [layout.interleave(a) for a in (codes, scale, zero)]
-        arrays = layout.gate_up.tile(parts[0], parts[1], None if rows.integer.symmetric else parts[2])
+        zeros = None if rows.integer.symmetric else layout.interleave(zero)
+        arrays = layout.gate_up.tile(layout.interleave(codes), layout.interleave(scale), zeros)
     else:
         arrays = layout.gate_up.tile_values(layout.interleave(rows.untile_values(plain)))
     down, down_arrays = draw_weight(rng, layout.down, layout.experts)
@@ -288,8 +288,10 @@ def check_experts(
             ids[:] = np.arange(top_k)
         extra = () if biases is None else layout.biases(*biases)
         found = call(run, x, ids, weights, *stored, *extra, out=(t, layout.d))
-        expected = np.stack([sum(w * expert(row, e) for w, e in zip(*pair, strict=True)) for row, *pair in zip(x, weights, ids, strict=True)])
-        close(found, expected, layout.gate_up)
+        expected = np.stack(
+            [sum(w * expert(row, e) for w, e in zip(*pair, strict=True)) for row, *pair in zip(x, weights, ids, strict=True)]
+        )
+        close(found, expected, layout.down, steps=2)
 
 
 @pytest.mark.parametrize("name", ["int2_g64", "int3_g32_asym", "int4_g64", "int8_channel", "bf16"])
@@ -306,7 +308,7 @@ def test_expert_activations(kind: str, gated: bool) -> None:
 
 
 def test_experts_of_any_number_of_tokens() -> None:
-    check_experts(ExpertsLayout(9, 70, 50, "int4_g32_asym", "int3_g32"), [1, 2, 3, 7, 33], ids_dtype="int32", biased=True)
+    check_experts(ExpertsLayout(9, 70, 50, "int3_g32", "int4_g32_asym"), [1, 2, 3, 7, 33], ids_dtype="int32", biased=True)
 
 
 def test_more_tokens_than_a_block() -> None:

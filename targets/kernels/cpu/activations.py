@@ -69,9 +69,7 @@ class Activations:
                 store(tail, T.Select(i < rest, x[source, inside], T.float32(0)), i)
             self._quantise_group(lambda i: vector(tail, i, lanes=lanes), row, whole, largest, total)
 
-    def _quantise_group(
-        self, load: Callable[[Expr], Expr], row: Expr, g: Expr, largest: Register, total: Register
-    ) -> None:
+    def _quantise_group(self, load: Callable[[Expr], Expr], row: Expr, g: Expr, largest: Register, total: Register) -> None:
         """Quantise the group g of a row; `load(i)` is the vector at the i-th value of the group.
 
         Magnitudes are compared as integers, which orders them as numbers and puts NaN above all: it stays NaN in the scale.

@@ -44,9 +44,7 @@ def embedding_func(layout: LaneLayout, tokens: int | None, ids_dtype: str = "int
     return prim_func(build)
 
 
-def _integer_row(
-    layout: LaneLayout, weights: Mapping[str, Buffer], tile: Expr, lane: Expr, out: Buffer, token: Expr
-) -> None:
+def _integer_row(layout: LaneLayout, weights: Mapping[str, Buffer], tile: Expr, lane: Expr, out: Buffer, token: Expr) -> None:
     integer = layout.integer
     assert integer is not None
     with T.serial(layout.padded_k // CHUNK) as chunk:
@@ -77,9 +75,7 @@ def _code(words: list[Expr], bits: int, i: int) -> Expr:
     return T.cast(code, "int32")
 
 
-def embedding(
-    bb: relax.BlockBuilder, ids: relax.Expr, weights: Mapping[str, relax.Expr], layout: LaneLayout
-) -> relax.Var:
+def embedding(bb: relax.BlockBuilder, ids: relax.Expr, weights: Mapping[str, relax.Expr], layout: LaneLayout) -> relax.Var:
     """Emit rows `ids` (int32 or int64 [T], each from 0 to V - 1, not checked) of a weight [V, D] -> float32 [T, D]."""
     (t,) = tensor_shape(ids)
     tokens = int(t) if isinstance(t, tirx.IntImm) else None

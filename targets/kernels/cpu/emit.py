@@ -98,9 +98,7 @@ def prim_func(build: Any) -> tirx.PrimFunc:
     return builder.get()
 
 
-def store_rows(
-    buffer: Buffer, value: Expr, token: Expr, row: Expr, *, rows: int, lanes: int, add: Buffer | None = None
-) -> None:
+def store_rows(buffer: Buffer, value: Expr, token: Expr, row: Expr, *, rows: int, lanes: int, add: Buffer | None = None) -> None:
     """Write a vector of rows (plus those of `add` [rows]) to buffer[token, row:], leaving out what lies beyond `rows`."""
 
     def whole() -> None:

@@ -1,6 +1,6 @@
 """experts: the routed experts of a MoE layer, x float32 [T, D] -> float32 [T, D].
 
-    out[t] = sum over s of weights[t, s] * down[e] @ f(gate_up[e] @ x[t]),   e = ids[t, s]
+out[t] = sum over s of weights[t, s] * down[e] @ f(gate_up[e] @ x[t]),   e = ids[t, s]
 """
 
 from __future__ import annotations

@@ -33,9 +33,7 @@ def _expert(op: ExpertsOperands, slot: Expr) -> Expr:
     return T.Bind(T.cast(op.ids[0, slot], "int64"))
 
 
-def _hidden_tile(
-    op: ExpertsOperands, activation: ExpertActivation, isa: Isa, x: Activations, hidden: Expr, slot: Expr, tile: Expr
-) -> None:
+def _hidden_tile(op: ExpertsOperands, activation: ExpertActivation, isa: Isa, x: Activations, hidden: Expr, slot: Expr, tile: Expr) -> None:
     """16 hidden values of one expert: the gate tile, then the up tile, then the activation function."""
     layout, lanes = op.layout, isa.lanes
     expert = _expert(op, slot)
@@ -51,7 +49,7 @@ def _hidden_tile(
     kernel.emit([(expert, index) for index in indices], [0], keep)
     for lane in range(0, LANES, lanes):
         parts = [values[part, lane] for part in range(layout.parts)]
-        result = activation.gated(*parts, lanes) if layout.gated else activation.plain(parts[0], lanes)
+        result = activation.gated(parts[0], parts[1], lanes) if layout.gated else activation.plain(parts[0], lanes)
         store(hidden, result, slot, tile * LANES + lane, lanes=lanes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,8 @@ from tvm.tirx.script import builder as T
 from moec.targets.kernels.cpu.emit import Buffer, Expr, argument
 from moec.targets.kernels.cpu.layout import LANES, LaneLayout, ceil_div
 from moec.targets.kernels.cpu.register_tile import weight_arguments
+
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class ExpertsLayout:
         """The layout of an expert's down."""
         return LaneLayout(self.d, self.f, self.down_format)
 
-    def interleave(self, x: NDArray[np.generic]) -> NDArray[np.generic]:
+    def interleave(self, x: NDArray[Scalar]) -> NDArray[Scalar]:
         """Rows [..., parts * F, m] (all of gate, then all of up) -> [..., gate_up.n, m], zero rows added.
 
         For codes, scales and zero points alike; a bias [E, parts * F] goes through it as [E, parts * F, 1].
@@ -59,16 +62,14 @@ class ExpertsLayout:
         tiles = np.pad(parts, widths).reshape(*lead, self.parts, self.f_tiles, LANES, m)
         return np.ascontiguousarray(np.moveaxis(tiles, -4, -3)).reshape(*lead, self.gate_up.n, m)
 
-    def deinterleave(self, x: NDArray[np.generic]) -> NDArray[np.generic]:
+    def deinterleave(self, x: NDArray[Scalar]) -> NDArray[Scalar]:
         """The inverse of `interleave`."""
         *lead, _, m = x.shape
         tiles = np.moveaxis(x.reshape(*lead, self.f_tiles, self.parts, LANES, m), -3, -4)
         rows = tiles.reshape(*lead, self.parts, self.f_tiles * LANES, m)[..., : self.f, :]
         return np.ascontiguousarray(rows).reshape(*lead, self.parts * self.f, m)
 
-    def biases(
-        self, gate_up: NDArray[np.float32], down: NDArray[np.float32]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def biases(self, gate_up: NDArray[np.float32], down: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Biases [E, parts * F] and [E, D] -> [E, gate_up.n] and [E, D in whole tiles], as the kernels read them."""
         padding = self.down.tiles * LANES - self.d
         interleaved = self.interleave(gate_up[..., None])[..., 0]

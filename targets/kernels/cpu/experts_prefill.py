@@ -76,9 +76,7 @@ class _Sorting:
                 body(piece, T.Bind(T.cast(expert, "int64")), start, count)
 
 
-def _hidden(
-    op: ExpertsOperands, activation: ExpertActivation, isa: Isa, sorting: _Sorting, x: Activations, hidden: Buffer
-) -> None:
+def _hidden(op: ExpertsOperands, activation: ExpertActivation, isa: Isa, sorting: _Sorting, x: Activations, hidden: Buffer) -> None:
     """hidden[position] = f(gate_up @ x[token])."""
     layout, lanes = op.layout, isa.lanes
     kernel = RegisterTile(layout.gate_up, isa, op.gate_up, x)
@@ -100,7 +98,7 @@ def _hidden(
             for token in range(size):
                 for lane in range(0, LANES, lanes):
                     parts = [values[part, lane, token] for part in range(layout.parts)]
-                    result = activation.gated(*parts, lanes) if layout.gated else activation.plain(parts[0], lanes)
+                    result = activation.gated(parts[0], parts[1], lanes) if layout.gated else activation.plain(parts[0], lanes)
                     store(hidden, result, position + token, tile * LANES + lane, lanes=lanes)
 
         token_tiles(count, isa.tokens, tokens)

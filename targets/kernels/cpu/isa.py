@@ -24,6 +24,7 @@ class Isa:
     row_tiles: int  # tiles of 16 rows that a register tile spans
     tokens: int  # tokens that a register tile spans, a power of two
     dot: str  # key of DOTS
+    fused: bool = True  # has fused multiply-add in float32 (LLVM would call libm for it)
 
     @property
     def lanes(self) -> int:
@@ -40,10 +41,10 @@ class Isa:
 ISAS: list[tuple[set[str], Isa]] = [  # the first whose features the target has
     ({"avx512bw", "avx512vnni"}, Isa("avx512_vnni", 512, row_tiles=2, tokens=8, dot="vpdpwssd")),
     ({"avx512bw"}, Isa("avx512", 512, row_tiles=2, tokens=8, dot="vpmaddwd")),
-    ({"avx2", "avxvnni"}, Isa("avx_vnni", 256, row_tiles=1, tokens=4, dot="vpdpwssd")),
-    ({"avx2"}, Isa("avx2", 256, row_tiles=1, tokens=4, dot="vpmaddwd")),
+    ({"avx2", "fma", "avxvnni"}, Isa("avx_vnni", 256, row_tiles=1, tokens=4, dot="vpdpwssd")),
+    ({"avx2", "fma"}, Isa("avx2", 256, row_tiles=1, tokens=4, dot="vpmaddwd")),
     ({"neon"}, Isa("neon", 128, row_tiles=1, tokens=4, dot="portable")),
-    (set(), Isa("generic", 128, row_tiles=1, tokens=2, dot="portable")),
+    (set(), Isa("generic", 128, row_tiles=1, tokens=2, dot="portable", fused=False)),
 ]
 
 
@@ -72,3 +73,8 @@ DOTS: dict[str, Callable[[Expr, Expr, Expr, int], Expr]] = {
     "portable": _portable,
 }
 """accumulator [lanes] + the dot products of `a` and `b`, lane by lane: vectors int32 that hold two 16-bit integers a lane."""
+
+
+def multiply_add(isa: Isa, a: Expr, b: Expr, c: Expr) -> Expr:
+    """a * b + c on vectors of float32."""
+    return T.call_llvm_pure_intrin(f"float32x{isa.lanes}", "llvm.fma", a, b, c) if isa.fused else a * b + c

@@ -115,7 +115,8 @@ class LaneLayout:
     ) -> dict[str, NDArray[np.generic]]:
         """Codes [..., N, K], scales and (asymmetric) zero points [..., N, groups] -> the arrays of an integer format."""
         integer = self.integer
-        assert integer is not None and codes.shape[-2:] == (self.n, self.k) and scale.shape[-1] == self.groups
+        assert integer is not None
+        assert (codes.shape[-2:], scale.shape[-2:]) == ((self.n, self.k), (self.n, self.groups))
         lead = codes.shape[:-2]
         rows = self.tiles * LANES
         chunks = _padded(codes, rows, self.padded_k).reshape(*lead, self.tiles, LANES, -1, CHUNK)
@@ -125,7 +126,8 @@ class LaneLayout:
             "scale": _lanes_last(_padded(scale.astype(np.float16), rows, self.groups)),
         }
         if not integer.symmetric:
-            assert zero is not None and zero.shape == scale.shape
+            assert zero is not None
+            assert zero.shape == scale.shape
             arrays["zero"] = _lanes_last(_padded(zero, rows, self.groups))
         return arrays
 
@@ -145,7 +147,8 @@ class LaneLayout:
 
     def tile_values(self, values: NDArray[np.generic]) -> dict[str, NDArray[np.generic]]:
         """Values [..., N, K] in the format's storage (bf16: the bits as uint16) -> the array of a floating-point format."""
-        assert self.integer is None and values.shape[-2:] == (self.n, self.k)
+        assert self.integer is None
+        assert values.shape[-2:] == (self.n, self.k)
         return {"values": _lanes_last(_padded(values.view(FLOAT_STORAGE[self.format]), self.tiles * LANES, self.k))}
 
     def untile_values(self, arrays: Arrays) -> NDArray[np.generic]:

@@ -14,7 +14,7 @@ from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cpu.activations import Activations
 from moec.targets.kernels.cpu.emit import Buffer, Expr, Register, argument, lane_type, splat, to_float, vector, when
-from moec.targets.kernels.cpu.isa import DOTS, Isa
+from moec.targets.kernels.cpu.isa import DOTS, Isa, multiply_add
 from moec.targets.kernels.cpu.layout import CHUNK, FLOAT_STORAGE, LANES, LaneLayout, planes
 
 CHAINS = 8  # independent accumulators that hide the latency of a multiply-add
@@ -126,7 +126,7 @@ class RegisterTile:
                     total = total + register.get()
                 factor = scale * splat(self.activations.scale[token, g], "float32", lanes)
                 value = T.cast(total, lane_type("float32", lanes))
-                sums[r][t].set(_fma(value, factor, sums[r][t].get(), lanes))
+                sums[r][t].set(multiply_add(self.isa, value, factor, sums[r][t].get()))
 
     def _float(self, rows: list[Rows], tokens: Sequence[Expr], sums: list[list[Register]]) -> None:
         lanes = self.isa.lanes
@@ -139,11 +139,7 @@ class RegisterTile:
             for t, token in enumerate(tokens):
                 x = T.Bind(splat(self.activations.values[token, k], "float32", lanes))
                 for r, value in enumerate(values):
-                    sums[r][t].set(_fma(value, x, sums[r][t].get(), lanes))
-
-
-def _fma(a: Expr, b: Expr, c: Expr, lanes: int) -> Expr:
-    return T.call_llvm_pure_intrin(lane_type("float32", lanes), "llvm.fma", a, b, c)
+                    sums[r][t].set(multiply_add(self.isa, value, x, sums[r][t].get()))
 
 
 def _pair(words: list[Expr], bits: int, step: int, lanes: int) -> Expr:
