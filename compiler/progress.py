@@ -1,10 +1,10 @@
 """Progress of long work on standard error: a bar on a terminal, plain lines elsewhere.
 
-    progress = Progress()
-    with progress.step("trace"):
-        ...
-    for shard in progress.track(shards, "weights"):
-        ...
+progress = Progress()
+with progress.step("trace"):
+    ...
+for shard in progress.track(shards, "weights"):
+    ...
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The runtime: executes artifacts. It imports numpy, and when needed the tokenizer and the library that runs the code.
 
-    import moec.runtime
+import moec.runtime
 
-    with moec.runtime.load("olmoe.moec") as session:
-        for token in session.generate("Once upon a time", max_new_tokens=32):
-            print(token.text, end="", flush=True)
+with moec.runtime.load("olmoe.moec") as session:
+    for token in session.generate("Once upon a time", max_new_tokens=32):
+        print(token.text, end="", flush=True)
 """
 
 from moec.runtime.errors import MoecError

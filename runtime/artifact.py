@@ -136,9 +136,7 @@ class Artifact:
                 weight_file.check_header(self.folder, name, descriptor, self.manifest)
                 self._maps[name] = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
             elif digest(descriptor)[0] != entry.sha256:
-                raise MoecError(
-                    f"{self.folder}: {name} does not match its SHA-256 in {MANIFEST}; it was changed or damaged: copy it again"
-                )
+                raise MoecError(f"{self.folder}: {name} does not match its SHA-256 in {MANIFEST}; it was changed or damaged: copy it again")
         finally:
             os.close(descriptor)
 
@@ -148,9 +146,7 @@ class _Weights(Mapping[tuple[str, str], NDArray[np.generic]]):
 
     def __init__(self, manifest: Manifest, maps: Mapping[str, mmap.mmap]) -> None:
         self._entries: dict[tuple[str, str], ArrayEntry] = {
-            (param, component): entry
-            for param, weight in manifest.weights.items()
-            for component, entry in weight.arrays.items()
+            (param, component): entry for param, weight in manifest.weights.items() for component, entry in weight.arrays.items()
         }
         self._maps = maps
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 from moec.runtime.artifact import Artifact
 from moec.runtime.errors import MoecError
@@ -30,7 +30,7 @@ def render(artifact: Artifact, messages: Sequence[Message]) -> str:
     Raises:
         MoecError: the model has no template, or the template refuses the messages.
     """
-    if not messages or not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
+    if not messages or not all(isinstance(message.get("role"), str) for message in messages):
         raise MoecError("chat: expected messages such as [{'role': 'user', 'content': 'Hello'}]")
     config = loads(artifact.read(CONFIG), CONFIG) if CONFIG in artifact.manifest.files else {}
     source = artifact.read(TEMPLATE).decode() if TEMPLATE in artifact.manifest.files else _default(config.get("chat_template"))
@@ -57,7 +57,7 @@ def render_template(source: str, messages: Sequence[Message], special: Mapping[s
     class Generation(Extension):
         """`{% generation %}...{% endgeneration %}` marks what the assistant said; for rendering it is nothing."""
 
-        tags: ClassVar[set[str]] = {"generation"}
+        tags = {"generation"}  # noqa: RUF012  # the base class declares it so
 
         def parse(self, parser: Parser) -> list[nodes.Node]:
             next(parser.stream)
@@ -73,7 +73,7 @@ def render_template(source: str, messages: Sequence[Message], special: Mapping[s
     try:
         return environment.from_string(source).render(messages=[dict(m) for m in messages], add_generation_prompt=True, **special)
     except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
-        raise MoecError(f"chat template: {error or type(error).__name__}; check the messages' roles and contents") from error
+        raise MoecError(f"chat template: {str(error) or type(error).__name__}; check the messages' roles and contents") from error
 
 
 def _default(template: Any) -> str | None:

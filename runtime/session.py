@@ -1,8 +1,8 @@
 """A session: a loaded artifact that generates text.
 
-    with moec.runtime.load("olmoe.moec") as session:
-        for token in session.generate("The capital of France is", max_new_tokens=16):
-            print(token.text, end="", flush=True)
+with moec.runtime.load("olmoe.moec") as session:
+    for token in session.generate("The capital of France is", max_new_tokens=16):
+        print(token.text, end="", flush=True)
 """
 
 from __future__ import annotations
@@ -208,8 +208,7 @@ class Session:
             raise MoecError(f"{what}: expected at least one token id, got {'none' if tokens.size == 0 else f'{ids!r:.60}'}")
         if tokens.size > room:
             raise MoecError(
-                f"{what}: {tokens.size} tokens, but there is room for {room} "
-                f"(the context is {self.executor.context_length}): shorten it"
+                f"{what}: {tokens.size} tokens, but there is room for {room} (the context is {self.executor.context_length}): shorten it"
             )
         bad = tokens[(tokens < 0) | (tokens >= self.executor.vocab_size)]
         if bad.size:

@@ -1,7 +1,7 @@
 """JSON from files that nobody vouches for: duplicate keys, NaN and overlong numbers are errors, and every field is checked by type.
 
-    fields = Fields.parse(text, "manifest.json")
-    version = fields.integer("format_version", low=1)
+fields = Fields.parse(text, "manifest.json")
+version = fields.integer("format_version", low=1)
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Weight files: safetensors whose header must agree with the manifest.
 
-    8 bytes    N, little-endian
-    N bytes    JSON: {"NAME": {"dtype": "U8", "shape": [...], "data_offsets": [begin, end]}, ...}, padded with spaces
-    the rest   the tensors, without holes; each array of the manifest starts at a multiple of 64 of the file
+8 bytes    N, little-endian
+N bytes    JSON: {"NAME": {"dtype": "U8", "shape": [...], "data_offsets": [begin, end]}, ...}, padded with spaces
+the rest   the tensors, without holes; each array of the manifest starts at a multiple of 64 of the file
 """
 
 from __future__ import annotations

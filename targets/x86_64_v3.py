@@ -7,6 +7,13 @@ TARGET = Target(
     description="x86-64 with AVX2",
     kind="cpu",
     tvm=llvm("x86-64-v3", mtriple="x86_64-unknown-linux-gnu"),
-    features=("avx2", "bmi1", "bmi2", "f16c", "fma", "movbe",),
+    features=(
+        "avx2",
+        "bmi1",
+        "bmi2",
+        "f16c",
+        "fma",
+        "movbe",
+    ),
     sources=("https://gitlab.com/x86-psABIs/x86-64-ABI",),
 )

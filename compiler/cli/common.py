@@ -17,6 +17,7 @@ ArtifactArgument = Annotated[str, typer.Argument(metavar="ARTIFACT", help="A com
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Threads; all cores unless given.")]
 
+
 def format_size(size: float) -> str:
     """A size for people.
 

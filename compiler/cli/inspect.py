@@ -41,7 +41,8 @@ def command(
     print(f"{summary['model'].get('name')} ({summary['model'].get('model_type')}), compiled by moec {summary['moec_version']}")
     print(f"backend {summary['backend']}, target {summary['target'].get('name')}")
     print(f"vocabulary {summary['model']['vocab_size']}, context {summary['model']['context_length']}")
-    print(f"weights {format_size(summary['weight_bytes'])} in {summary['parameters']:,} parameters; files {format_size(summary['file_bytes'])}")
+    print(f"weights {format_size(summary['weight_bytes'])} in {summary['parameters']:,} parameters", end="")
+    print(f"; files {format_size(summary['file_bytes'])}")
     for name, entry in summary["formats"].items():
         print(f"  {name}: {entry['tensors']} tensors, {entry['parameters']:,} parameters")
     for step in summary["recipe"]:

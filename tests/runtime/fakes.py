@@ -54,7 +54,8 @@ class MarkovExecutor:
                 raise MoecError("the sequence would grow past the context")
             self.sequences[sequence] += tokens.tolist()
         rows = [token for _, tokens in steps for token in (tokens if all_logits else tokens[-1:])]
-        return self.table[np.asarray(rows)]
+        logits: NDArray[np.float32] = self.table[np.asarray(rows)]
+        return logits
 
 
 @lru_cache(maxsize=4)

@@ -203,8 +203,9 @@ def test_any_bytes_are_parsed_or_refused(content: bytes) -> None:
 
 
 UNSAFE = [
-    "..", "../x", "a/../x", "a/..", "/etc/passwd", "//x", "a//b", "a/", "./x", ".", ".hidden", "a/.b", "C:x", "C:\\x", "a\\b", "a\0b", "",
-    "a b", "a\nb", "é", "e\u0301", "\u202etxt", "x" * 256, "a:b", "~", "~/x", "-/../x", "\\\\host\\share", "a/b/../../../x", "*", "%2e%2e/x",
+    "..", "../x", "a/../x", "a/..", "/etc/passwd", "//x", "a//b", "a/", "./x", ".", ".hidden", "a/.b", "C:x", "C:\\x", "a\\b", "a\0b",
+    "",
+    "a b", "a\nb", "é", "e\u0301", "\u202etxt", "x" * 256, "a:b", "~", "~/x", "-/../x", "\\\\host\\share", "a/b/../../../x", "*", "%2e",
 ]  # fmt: skip
 
 
@@ -265,8 +266,8 @@ def test_a_file_without_permission_is_one_clear_error(folder: Path) -> None:
 
 def test_failing_loads_leave_no_descriptors(folder: Path) -> None:
     edit(folder, lambda m: m["files"]["code/model.bin"].update(sha256="0" * 64))
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(100):
         with pytest.raises(MoecError):
             open_artifact(folder)
-    assert len(os.listdir("/proc/self/fd")) <= before + 1
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1

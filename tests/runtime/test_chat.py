@@ -12,7 +12,7 @@ from moec.runtime.chat import render_template
 from moec.runtime.errors import MoecError
 from tests.runtime.fakes import TINY_MODEL, fake_session, random_table
 
-MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hé \"you\""}]
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 'Hé "you"'}]
 
 CHATML = """{% for message in messages %}
     {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + '<|im_end|>' + '\\n' }}
