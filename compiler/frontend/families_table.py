@@ -59,7 +59,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
 """Field name -> value in a tiny configuration."""
 
 
-_REQUIRED = r"(n_routed_experts|num_experts_per_tok|n_group|topk_group)"
+_REQUIRED = r"(n_routed_experts|num_experts_per_tok|n_group|topk_group|head_dim|moe_topk|n_shared_experts)"
 """Fields that a model needs although their default is None."""
 
 
@@ -116,7 +116,7 @@ def families() -> dict[str, Any]:
 
     found = {}
     for model_type in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        if model_type in CONFIG_MAPPING_NAMES:
+        if model_type in CONFIG_MAPPING_NAMES and f"{model_type}_text" not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             cls = CONFIG_MAPPING[model_type]
             source = inspect.getsource(sys.modules[cls.__module__])
             if re.search(r"^\s+\w*experts?\w*\s*:", source, re.MULTILINE) or re.search(r"num_experts|moe_", source):
@@ -156,12 +156,36 @@ def tiny_model(name: str) -> tuple[Any, Any]:
     try:
         config = tiny_config(known[name]())
         cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        model = cls._from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+        model = _build(cls, config)
     except Exception as error:
         raise MoecError(f"{name}: no tiny model: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
     model.set_experts_implementation("eager")
     randomise(model)
     return config, model
+
+
+_MISSING = {"rope_theta": 10000.0, "pad_token_id": None}
+"""What some configurations lack although their models read it."""
+
+
+def _build(cls: Any, config: Any) -> Any:
+    """The model; a configuration that lacks something gets it and is tried again."""
+    for _ in range(4):
+        try:
+            return cls._from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+        except AttributeError as error:
+            if error.name not in _MISSING:
+                raise
+            for part in (config, *(v for v in vars(config).values() if hasattr(v, "to_dict"))):
+                if not hasattr(part, error.name):
+                    setattr(part, error.name, _MISSING[error.name])
+        except TypeError:
+            if getattr(config, "layer_types", ()) is not None:
+                raise
+            source = inspect.getsource(sys.modules[cls.__module__])
+            kinds = [k for k in ("conv", "linear_attention", "sliding_attention", "full_attention") if f'"{k}"' in source]
+            config.layer_types = (kinds * LAYERS)[:LAYERS]
+    raise MoecError("the configuration lacks too much")
 
 
 @dataclass

@@ -95,6 +95,7 @@ def model_of(config: Any, where: str) -> Any:
         if type(candidate) in MODEL_FOR_CAUSAL_LM_MAPPING:
             cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(candidate)]
             cls = cls[0] if isinstance(cls, tuple) else cls
+            candidate = text if cls.config_class is type(text) else candidate
             try:
                 with torch.device("meta"):
                     return cls._from_config(candidate, dtype=torch.float32).eval()

@@ -6,10 +6,15 @@ rows alternating; the weight source applies a `Layout` when it reads, to a whole
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
+import torch
 from torch import Tensor
+
+from moec.compiler.interpreter import evaluate
+from moec.compiler.ir import Node, Param
 
 
 @dataclass(frozen=True)
@@ -45,3 +50,27 @@ class Layout:
         if self.flat:
             return (prod(shape),)
         return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A parameter that the model computes from others, and from nothing else: the graph sees its value as one.
+
+    Args:
+        inputs: the parameters that it is made of.
+        nodes: the operations, in order.
+        output: which of their results it is.
+    """
+
+    inputs: tuple[Param, ...]
+    nodes: tuple[Node, ...]
+    output: str
+
+    def value(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Its value for the values of `inputs`."""
+        known = dict(values)
+        dtype = next(iter(known.values())).dtype
+        for node in self.nodes:
+            results = evaluate(node, [known[name] for name in node.inputs], {}, dtype, "cpu")
+            known.update(zip((o.name for o in node.outputs), results, strict=True))
+        return known[self.output].contiguous()

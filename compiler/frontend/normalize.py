@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from moec.compiler.frontend.layout import Layout
+from moec.compiler.frontend.layout import Computed, Layout
 from moec.compiler.frontend.rewrite import Rewriter, merge
 from moec.compiler.frontend.rules import attention, canonical, complex, experts, linear, norms, rope, views
 from moec.compiler.ir import Graph, Node, Value
@@ -32,13 +32,13 @@ class Normalized:
     """A graph in normal form, the layouts that its parameters need, and why rules that nearly applied did not."""
 
     graph: Graph
-    layouts: Mapping[str, Layout]
+    layouts: Mapping[str, Layout | Computed]
     misses: tuple[tuple[str, str], ...]
 
 
 def normalize(graph: Graph) -> Normalized:
     """Rewrite until nothing changes."""
-    layouts: dict[str, Layout] = {}
+    layouts: dict[str, Layout | Computed] = {}
     misses: tuple[tuple[str, str], ...] = ()
     for _ in range(8):
         visit = Rewriter(graph, RULES)

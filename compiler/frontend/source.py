@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from moec.compiler.aten import DTYPE_NAMES
 from moec.compiler.errors import MoecError
-from moec.compiler.frontend.layout import Layout
+from moec.compiler.frontend.layout import Computed, Layout
 from moec.compiler.ir import Graph, Param
 
 
@@ -73,24 +73,38 @@ class GraphWeights:
 
     stored: Stored
     constants: Mapping[str, Tensor]
-    layouts: Mapping[str, Layout]
+    layouts: Mapping[str, Layout | Computed]
     original: Mapping[str, Param]
+    latest: dict[str, Tensor] = field(default_factory=dict)
 
     def load(self, name: str, expert: int | None = None) -> Tensor:
         """The value of a parameter, or of one index of its first axis, in the element type it is stored in."""
         if name in self.constants:
             value = self.constants[name]
             return value if expert is None else value[expert]
-        value = self.stored.load(name, expert)
         layout = self.layouts.get(name)
+        if isinstance(layout, Computed):
+            value = self._computed(name, layout)
+            return value if expert is None else value[expert]
+        value = self.stored.load(name, expert)
         return value if layout is None else layout.apply(value, stacked=expert is None)
+
+    def _computed(self, name: str, layout: Computed) -> Tensor:
+        """A computed parameter's value; the latest one is kept, since experts are asked for one after the other."""
+        if name not in self.latest:
+            self.latest.clear()
+            self.latest[name] = layout.value({p.name: self.stored.load(p.name) for p in layout.inputs})
+        return self.latest[name]
+
+    def _format(self, name: str) -> str:
+        if name in self.constants:
+            return DTYPE_NAMES[self.constants[name].dtype]
+        layout = self.layouts.get(name)
+        return self.stored.format(layout.inputs[0].name if isinstance(layout, Computed) else name)
 
     def formatted(self, graph: Graph) -> Graph:
         """The graph with each parameter's format that of the stored weight."""
-        formats = {
-            name: DTYPE_NAMES[self.constants[name].dtype] if name in self.constants else self.stored.format(name)
-            for name in graph.params
-        }
+        formats = {name: self._format(name) for name in graph.params}
         return graph.with_params(replace(p, format=formats[n]) for n, p in graph.params.items())
 
     def check(self, graph: Graph) -> None:
@@ -100,7 +114,11 @@ class GraphWeights:
             MoecError: one is missing or has another shape.
         """
         for name in graph.params:
-            if name not in self.constants:
+            layout = self.layouts.get(name)
+            if isinstance(layout, Computed):
+                for param in layout.inputs:
+                    self.stored.check(param)
+            elif name not in self.constants:
                 self.stored.check(self.original[name])
 
 

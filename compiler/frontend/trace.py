@@ -68,15 +68,33 @@ _ACTIVATIONS: weakref.WeakKeyDictionary[torch.nn.Module, Activation] = weakref.W
 
 def _recognise(module: Any) -> None:
     """Find the activation of an experts module, before tracing (numbers cannot be looked at while tracing)."""
+    if not hasattr(module, "has_gate"):
+        function = next((f for n in ("act_fn", "activation_fn", "activation") if callable(f := getattr(module, n, None))), None)
+        if function is not None:
+            with contextlib.suppress(MoecError):  # it is used only if a replacement method asks for it
+
+                def gate(x: Tensor) -> Tensor:
+                    first, second = x.chunk(2, -1)
+                    return function(first) * second  # type: ignore[no-any-return]
+
+                _ACTIVATIONS[module] = recognise(gate, True, False, module)
+        return
     if getattr(module, "has_post_expert_norm", False):
         raise MoecError(f"{type(module).__name__}: a norm after each expert is not supported")
     apply = module._apply_gate if module.has_gate else module.act_fn
     _ACTIVATIONS[module] = recognise(apply, module.has_gate, module.has_gate and not module.is_concatenated, module)
 
 
+def activation_of(module: Any) -> Activation:
+    """The activation of an experts module: that of its own gating function, or of `act_fn(gate) * up`."""
+    if module not in _ACTIVATIONS:
+        raise MoecError(f"{type(module).__name__}: the activation of its experts is not one that can be compiled")
+    return _ACTIVATIONS[module]
+
+
 def _experts(module: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """Transformers' experts interface: hidden [N, D], ids and weights [N, K] -> [N, D]."""
-    gated, found = bool(module.has_gate), _ACTIVATIONS[module]
+    gated, found = bool(module.has_gate), activation_of(module)
     interleaved = gated and not module.is_concatenated
     name = "gate_up_proj" if gated else "up_proj"
     biases = (getattr(module, f"{name}_bias"), module.down_proj_bias) if getattr(module, "has_bias", False) else (None, None)
@@ -120,8 +138,7 @@ def implementations(model: Any) -> Iterator[None]:
     """While this lasts, the model's experts and attention are ours."""
     register()
     for module in model.modules():
-        if hasattr(module, "is_concatenated") and hasattr(module, "has_gate"):
-            _recognise(module)
+        _recognise(module)
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     before = [(c, getattr(c, "_attn_implementation", None), getattr(c, "_experts_implementation", None)) for c in configs.values()]
     try:
@@ -145,10 +162,42 @@ class _Logits(torch.nn.Module):
 
 def export_language_model(model: Any) -> torch.export.ExportedProgram:
     """Export a causal language model as a program from `ids` and `positions` [B, T] to logits [B, T, V]."""
+    from moec.compiler.frontend.families import replaced
+
     device = next(model.parameters()).device
     example = torch.zeros(3, 7, dtype=torch.long, device=device)
     shape = {0: torch.export.Dim("B", min=1, max=1 << 20), 1: torch.export.Dim("T", min=2, max=1 << 30)}
-    with implementations(model), warnings.catch_warnings(), torch.no_grad():
+    with implementations(model), replaced(model), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        program = torch.export.export(_Logits(model), (example, example.clone()), dynamic_shapes=(shape, shape), strict=False)
-        return program.run_decompositions({})
+        return export(_Logits(model), (example, example.clone()), (shape, shape))
+
+
+def export(module: torch.nn.Module, examples: tuple[Tensor, ...], shapes: Any) -> torch.export.ExportedProgram:
+    """`torch.export`, with every condition on symbolic sizes that it assumed checked to hold for all of them.
+
+    Raises:
+        MoecError: the program depends on a size, for instance in the number of turns of a loop.
+    """
+    try:
+        program = torch.export.export(module, examples, dynamic_shapes=shapes, strict=False)
+    except torch._dynamo.exc.UserError as error:
+        if "Constraints violated" not in str(error):
+            raise
+        # some conditions are true of all sizes, but torch cannot see it: let it assume them, and try them here
+        program = torch.export.export(
+            module, examples, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
+        )
+        _check_assumptions(program)
+    return program.run_decompositions({})
+
+
+def _check_assumptions(program: torch.export.ExportedProgram) -> None:
+    for fx in program.graph.nodes:
+        if str(fx.target).startswith("aten._assert_scalar") and isinstance(fx.args[0], torch.fx.Node):
+            condition = fx.args[0].meta["val"]
+            expression = condition.node.expr if isinstance(condition, torch.SymBool) else condition
+            symbols = sorted(getattr(expression, "free_symbols", ()), key=str)
+            for value in (*range(1, 70), 127, 128, 129, 1000, 4096):
+                held = expression.subs({s: value + 3 * i for i, s in enumerate(symbols)}) if symbols else expression
+                if not bool(held):
+                    raise MoecError(f"the model computes something else when {expression} does not hold; it cannot be one graph")

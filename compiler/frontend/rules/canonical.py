@@ -113,6 +113,57 @@ def _slice(b: Rewriter, node: Node) -> Result:
     return None if dict(node.attrs) == attrs else b.emit(node.op, [x], node.outputs[0].type, **attrs)
 
 
+def _slice_of_cat(b: Rewriter, node: Node) -> Result:
+    """A slice that is just one of the tensors that were put one after the other."""
+    cat = b.made(node.inputs[0], "aten.cat.default")
+    if cat is None or cat.attrs["dim"] != node.attrs["dim"] or node.attrs["step"] != 1:
+        return None
+    start = 0
+    for part in cat.inputs:
+        size = b.shape(part)[node.attrs["dim"]]
+        if not isinstance(size, int):
+            return None
+        if isinstance(node.attrs["end"], int) and start <= node.attrs["start"] and node.attrs["end"] <= start + size:
+            if (node.attrs["start"], node.attrs["end"]) == (start, start + size):
+                return part
+            return cut(b, part, node.attrs["dim"], node.attrs["start"] - start, node.attrs["end"] - start)
+        start += size
+    return None
+
+
+def _slice_scatter(b: Rewriter, node: Node) -> Result:
+    """x with src at start:end is what comes before, src, and what comes after."""
+    x, src = node.inputs
+    dim, size = axis(b, node), b.shape(node.inputs[0])[axis(b, node)]
+    start, end = node.attrs.get("start") or 0, node.attrs.get("end")
+    if not isinstance(size, int) or node.attrs.get("step", 1) != 1:
+        return b.decline(node, "slice_scatter over an axis of symbolic size")
+    start, end = start % size if start < 0 else start, size if end is None else min(end % size if end < 0 else end, size)
+    parts = [cut(b, x, dim, 0, start)] if start else []
+    parts += [src, *([cut(b, x, dim, end, size)] if end < size else [])]
+    return b.emit("aten.cat.default", parts, node.outputs[0].type, tensors=len(parts), dim=dim)
+
+
+def _cat(b: Rewriter, node: Node) -> Result:
+    """One tensor is itself; a cat of a cat along the same axis is one cat."""
+    if len(node.inputs) == 1:
+        return node.inputs[0]
+    inner = [b.made(x, "aten.cat.default") for x in node.inputs]
+    if any(c and c.attrs["dim"] == node.attrs["dim"] for c in inner):
+        parts = [p for c, x in zip(inner, node.inputs, strict=True) for p in (c.inputs if c and c.attrs["dim"] == node.attrs["dim"] else (x,))]
+        return b.emit("aten.cat.default", parts, node.outputs[0].type, tensors=len(parts), dim=node.attrs["dim"])
+    return None
+
+
+def _copy(b: Rewriter, node: Node) -> Result:
+    """x overwritten with src is src, in x's shape and element type."""
+    x, src = node.inputs
+    kind = node.outputs[0].type
+    if b.type(src).dtype != kind.dtype:
+        src = b.emit("aten._to_copy.default", [src], TensorType(kind.dtype, b.shape(src)), dtype=kind.dtype)
+    return src if same_shape(b.shape(src), kind.shape) else b.emit("aten.expand.default", [src], kind, size=kind.shape)
+
+
 def cut(b: Rewriter, x: str, dim: int, start: int, end: int) -> str:
     """x[start:end] along one axis."""
     kind = b.type(x)
@@ -337,12 +388,14 @@ RULES: dict[str, tuple[Rule, ...]] = {
     **{f"aten.{name}": (_split,) for name in ("split.Tensor", "split.sizes", "split_with_sizes.default", "chunk.default")},
     "aten.view.default": (_view,),
     "aten.permute.default": (_permute,),
-    "aten.slice.Tensor": (_slice,),
+    "aten.slice.Tensor": (_slice, _slice_of_cat),
+    "aten.slice_scatter.default": (_slice_scatter,),
+    "aten.copy.default": (_copy,),
     "aten.slice_copy.Tensor": (_is("aten.slice.Tensor"),),
     "aten.select_copy.int": (_is("aten.select.int"),),
     "aten.unbind.int": (_unbind,),
     "aten.stack.default": (_stack,),
-    "aten.cat.default": (_axis_op(dim=0),),
+    "aten.cat.default": (_axis_op(dim=0), _cat),
     "aten.concat.default": (_is("aten.cat.default"),),
     "aten.concatenate.default": (_is("aten.cat.default"),),
     "aten.select.int": (lambda b, node: _axis_select(b, node),),

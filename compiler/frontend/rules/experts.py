@@ -10,7 +10,7 @@ from __future__ import annotations
 from moec.compiler.frontend.layout import Layout
 from moec.compiler.frontend.rewrite import Result, Rewriter, Rule
 from moec.compiler.frontend.rules.canonical import view
-from moec.compiler.frontend.rules.params import relaid
+from moec.compiler.frontend.rules.params import as_param, relaid
 from moec.compiler.frontend.rules.router import raise_router
 from moec.compiler.ir import Node, TensorType
 
@@ -19,6 +19,8 @@ def _experts(b: Rewriter, node: Node) -> Result:
     x, ids, weights, up, down, *biases = node.inputs
     attrs = dict(node.attrs)
     transposed, interleaved = bool(attrs.pop("transposed")), bool(attrs.pop("interleaved"))
+    up = as_param(b, up, "gate_up_proj" if attrs["gated"] else "up_proj")
+    down = as_param(b, down, "down_proj")
     relaid(b, up, Layout(transposed, interleaved))
     relaid(b, down, Layout(transposed))
     if biases and biases[0]:
