@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from moec.runtime.ffi import tvm_ffi
 from numpy.typing import NDArray
 
 from moec.runtime.errors import MoecError
+from moec.runtime.ffi import tvm_ffi
 
 FIRST = 16
 """Pages that are allocated at the start; afterwards their number doubles."""

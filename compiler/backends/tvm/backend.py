@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tvm
 from numpy.typing import NDArray
 from tvm.target import Target as TvmTarget
 
@@ -24,6 +26,7 @@ from moec.targets.kernels.cpu.attention import PAGE
 from moec.targets.kernels.cpu.isa import Isa
 
 LIBRARY = "lib.so"
+RUNTIME = "libtvm_runtime.so"
 
 
 class TvmBackend:
@@ -60,6 +63,8 @@ class TvmBackend:
         del locations  # the runtime gets the weights by name
         pages = [shape for spec in self._attention for shape in spec.page_shapes]
         build_library(self.graph, self._storage, self.isa, self.target, pages, folder / LIBRARY)
+        if not self.target.attrs.get("mtriple"):  # for this machine's platform: TVM's runtime travels along
+            shutil.copy(runtime_library(), folder / RUNTIME)
         return {
             "library": LIBRARY,
             "functions": {name: {"tokens": tokens, "rows": rows} for name, (tokens, rows) in FUNCTIONS.items()},
@@ -68,6 +73,11 @@ class TvmBackend:
             "page_shapes": [list(shape) for shape in pages],
             "params": [[param, component] for param, storage in self._storage.items() for component in storage.arrays()],
         }
+
+
+def runtime_library() -> Path:
+    """TVM's runtime in the installed package."""
+    return next(path for folder in tvm.__path__ if (path := Path(folder, "lib", RUNTIME)).is_file())
 
 
 def _input_roles(graph: Graph) -> list[str]:

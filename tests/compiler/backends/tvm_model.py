@@ -1,0 +1,86 @@
+"""A graph, compiled by the TVM backend and loaded by its executor, without an artifact in between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moec.compiler.backends.base import Quantized
+from moec.compiler.backends.tvm.backend import TvmBackend
+from moec.compiler.interpreter import Interpreter
+from moec.compiler.ir import Graph, Param
+from moec.compiler.pipeline import pack
+from moec.compiler.quantizers import get_quantizer
+from moec.compiler.weights import MemoryWeights, WeightSource
+from moec.runtime.executors.tvm import TvmExecutor
+from moec.runtime.formats import get_format
+from moec.runtime.formats.int import IntFormat
+from moec.targets import get_target
+
+Arrays = dict[tuple[str, str], NDArray[np.generic]]
+
+
+class Compiled:
+    """A compiled graph, and the values that its packed weights stand for."""
+
+    def __init__(self, graph: Graph, weights: WeightSource, folder: Path, threads: int = 2) -> None:
+        self.backend = TvmBackend(graph, get_target("cpu"))
+        self.arrays: Arrays = {}
+        values: dict[str, torch.Tensor] = {}
+        for param in graph.params.values():
+            values[param.name] = self._store(param, weights)
+        self.interpreter = Interpreter(graph, MemoryWeights(values))
+        self.section = self.backend.build(folder, {})
+        vocabulary, context = int(graph.meta["vocab_size"]), int(graph.meta["context_length"])
+        self.executor = TvmExecutor(folder / "lib.so", self.section, self.arrays, vocabulary, context, threads)
+
+    def _store(self, param: Param, weights: WeightSource) -> torch.Tensor:
+        experts: Sequence[int | None] = range(int(param.type.shape[0])) if self.backend.stacked(param) else (None,)
+        stored: list[Mapping[str, NDArray[np.generic]]] = []
+        values = []
+        for expert in experts:
+            packed = pack(param, weights.load(param.name, expert), expert, get_quantizer("rtn"))
+            stored.append(self.backend.store(param, packed))
+            assert_equal(packed, self.backend.restore(param, stored[-1]))
+            name = param.format if isinstance(param.format, str) else param.format[expert or 0]
+            fmt = get_format(name)
+            if isinstance(packed, Quantized):
+                assert isinstance(fmt, IntFormat)
+                values.append(torch.from_numpy(fmt.dequantize(packed.codes, packed.scale, packed.zero)))
+            else:
+                values.append(torch.from_numpy(fmt.unpack({"data": packed}, packed.shape)))
+        for component, array in self.backend.storage(param).items():
+            parts = [arrays[component] for arrays in stored]
+            whole = np.stack(parts) if self.backend.stacked(param) else parts[0]
+            assert (whole.dtype.name, whole.shape) == (array.dtype, array.shape)
+            self.arrays[param.name, component] = whole
+        shape = [int(d) for d in param.type.shape]
+        return (torch.stack(values) if self.backend.stacked(param) else values[0]).reshape(shape)
+
+    def expected(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The interpreter's logits [T, V] for one sequence."""
+        ids = torch.from_numpy(tokens)[None]
+        inputs = {value.name: ids if i == 0 else torch.arange(len(tokens))[None] for i, value in enumerate(self.interpreter.graph.inputs)}
+        found: NDArray[np.float32] = self.interpreter(**inputs)[0][0].numpy()
+        return found
+
+    def logits(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The executor's logits [T, V] for one sequence, all at once."""
+        sequence = self.executor.add()
+        try:
+            return self.executor.forward([(sequence, tokens)], all_logits=True)
+        finally:
+            self.executor.remove(sequence)
+
+
+def assert_equal(a: object, b: object) -> None:
+    """Packed weights are the same bit for bit."""
+    if isinstance(a, Quantized) and isinstance(b, Quantized):
+        for x, y in ((a.codes, b.codes), (a.scale, b.scale), (a.zero, b.zero)):
+            np.testing.assert_array_equal(x, y)
+    else:
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
