@@ -47,6 +47,7 @@ def pipeline() -> tvm.transform.Pass:
     """What happens to the module before code is generated."""
     return tvm.transform.Sequential(
         [
+            relax.backend.DispatchSortScan(),  # cumsum
             relax.transform.LegalizeOps(skip_ops=["relax.reshape"]),  # the ATen table becomes TIR; reshapes stay views
             relax.transform.AnnotateTIROpPattern(),
             relax.transform.FoldConstant(),
