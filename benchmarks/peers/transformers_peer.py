@@ -71,6 +71,8 @@ class Runner:
     def __init__(self, folder: Path, dtype: torch.dtype, prompt_tokens: int, new_tokens: int) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         self.model.train(False)
+        for parameter in self.model.parameters():  # some still lie in the mapped file, whose pages the kernel may drop
+            parameter.data = parameter.data.clone()
         self.config = self.model.config
         ids = torch.randint(
             self.config.vocab_size, (1, prompt_tokens + new_tokens), generator=torch.Generator().manual_seed(0)
