@@ -45,9 +45,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	rm -rf build/lib
 	$(PIP) '.[compile,onnx]'
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	rm -rf build/lib
 	$(PIP) '.[dev]'
 	touch $@

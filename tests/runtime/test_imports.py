@@ -33,8 +33,8 @@ def test_importing_the_runtime_brings_in_nothing_heavy() -> None:
 
 
 def test_importing_the_runtime_is_quick() -> None:
-    code = "import time; t = time.perf_counter(); import moec.runtime; print(time.perf_counter() - t)"
-    assert min(float(run(code)) for _ in range(3)) < 0.5  # 0.1 s when the machine has nothing else to do
+    code = "import time; t = time.process_time(); import moec.runtime; print(time.process_time() - t)"
+    assert min(float(run(code)) for _ in range(3)) < 0.4  # 0.12 s of processor time on a machine with nothing else to do
 
 
 @pytest.mark.parametrize("command", ["run", "bench", "verify", "inspect", "targets", "doctor"])
