@@ -91,7 +91,7 @@ CORE_ATEN: dict[str, str] = {
     "aten.sort.default": "x in order along `dim`, and the indices",
     # products
     "aten.matmul.default": "batched matrix product; leading axes broadcast",
-    "aten.convolution.default": "convolution (of sequences: depthwise, one-dimensional)",
+    "aten.conv1d.default": "convolution of sequences [B, C, T], depthwise where groups equals C",
     # made from nothing
     "aten.full.default": "`fill_value` in the shape `size`",
     "aten.arange.start_step": "start, start + step, ... below end",

@@ -102,6 +102,33 @@ def attention(
     return (logits.softmax(-1)[..., :tokens] @ v).transpose(1, 2)
 
 
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None = None) -> Tensor:
+    """Attention by a state of fixed size: q and k [B, T, HK, d], v [B, T, H, dv] -> [B, T, H, dv].
+
+    S_t = exp(decay_t) S_(t-1) + k_t u_t^T and y_t = S_t^T q_t, with u_t = v_t (https://arxiv.org/abs/2006.16236), or with beta the
+    delta rule u_t = beta_t (v_t - (exp(decay_t) S_(t-1))^T k_t) (https://arxiv.org/abs/2412.06464). S starts at zero; backends
+    keep it instead of a cache of keys and values. Head h of v reads head h // (H // HK) of q and k.
+
+    Args:
+        decay: [B, T, H], or [B, T, H, d] for one a key channel; logarithms, at most zero.
+        beta: [B, T, H].
+    """
+    if q.is_meta:
+        return v.new_empty(v.shape)
+    q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
+    factor = decay.exp() if decay.dim() == 4 else decay.exp().unsqueeze(-1)  # [B, T, H, d or 1]
+    state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])  # [B, H, d, dv]
+    result = torch.empty_like(v)
+    for t in range(v.shape[1]):
+        state = state * factor[:, t].unsqueeze(-1)
+        update = v[:, t]
+        if beta is not None:
+            update = (update - torch.einsum("bhde,bhd->bhe", state, k[:, t])) * beta[:, t].unsqueeze(-1)
+        state = state + k[:, t].unsqueeze(-1) * update.unsqueeze(-2)
+        result[:, t] = torch.einsum("bhde,bhd->bhe", state, q[:, t])
+    return result
+
+
 def router(
     logits: Tensor,
     bias: Tensor | None = None,
@@ -209,6 +236,6 @@ def experts(
 
 
 OPS: dict[str, Callable[..., Any]] = {
-    op.__name__: op for op in (embedding, linear, rms_norm, layer_norm, rope, attention, router, experts)
+    op.__name__: op for op in (embedding, linear, rms_norm, layer_norm, rope, attention, linear_attention, router, experts)
 }
 """The semantic ops by name."""

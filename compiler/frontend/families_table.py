@@ -66,7 +66,9 @@ _REQUIRED = r"(n_routed_experts|num_experts_per_tok|n_group|topk_group|head_dim|
 def _tiny_value(name: str, value: Any) -> Any:
     if value is None and re.fullmatch(_REQUIRED, name):
         value = 2
-    if isinstance(value, int) and not isinstance(value, bool) and value is not None:
+    if name == "clip_qkv":
+        return 0.8
+    if isinstance(value, int) and not isinstance(value, bool):
         for pattern, size in _SIZES:
             if re.fullmatch(pattern, name):
                 return 1 if value == 1 and name in ("n_group", "topk_group") else size
@@ -137,6 +139,8 @@ def randomise(model: Any, seed: int = 0) -> None:
                 tensor.copy_(noise * min(tensor.shape[-1], tensor.shape[-2]) ** -0.5)
             elif name.endswith("bias") or "sink" in name:
                 tensor.copy_(noise * 0.2)
+            elif name.endswith("A_log"):  # decay rates; fast decay makes transformers' own chunked float32 form inexact
+                tensor.copy_(noise * 0.3 - 3)
             else:
                 tensor.copy_(1 + noise * 0.3)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from moec.compiler.errors import MoecError
 from moec.compiler.frontend.activation import Activation, recognise
 from moec.compiler.frontend.masks import mask_interface, merged
+from moec.compiler.ops import linear_attention
 
 
 @torch.library.custom_op("moec::experts", mutates_args=())
@@ -61,6 +62,17 @@ def attention_op(
 @attention_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+@torch.library.custom_op("moec::linear_attention", mutates_args=())
+def linear_attention_op(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor | None) -> Tensor:
+    """The traced form of `moec.compiler.ops.linear_attention`."""
+    return linear_attention(q, k, v, decay, beta)
+
+
+@linear_attention_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return v.new_empty(v.shape)
 
 
 _ACTIVATIONS: weakref.WeakKeyDictionary[torch.nn.Module, Activation] = weakref.WeakKeyDictionary()
@@ -163,11 +175,12 @@ class _Logits(torch.nn.Module):
 def export_language_model(model: Any) -> torch.export.ExportedProgram:
     """Export a causal language model as a program from `ids` and `positions` [B, T] to logits [B, T, V]."""
     from moec.compiler.frontend.families import replaced
+    from moec.compiler.frontend.recurrence import without_loops
 
     device = next(model.parameters()).device
     example = torch.zeros(3, 7, dtype=torch.long, device=device)
     shape = {0: torch.export.Dim("B", min=1, max=1 << 20), 1: torch.export.Dim("T", min=2, max=1 << 30)}
-    with implementations(model), replaced(model), warnings.catch_warnings(), torch.no_grad():
+    with implementations(model), replaced(model), without_loops(model), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         return export(_Logits(model), (example, example.clone()), (shape, shape))
 

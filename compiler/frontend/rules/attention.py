@@ -18,4 +18,11 @@ def _attention(b: Rewriter, node: Node) -> Result:
     return b.emit("attention", inputs, node.outputs[0].type, **attrs)
 
 
-RULES: dict[str, tuple[Rule, ...]] = {"moec.attention.default": (_attention,)}
+def _linear_attention(b: Rewriter, node: Node) -> Result:
+    return b.emit("linear_attention", node.inputs, node.outputs[0].type)
+
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "moec.attention.default": (_attention,),
+    "moec.linear_attention.default": (_linear_attention,),
+}

@@ -136,12 +136,56 @@ def _slice_scatter(b: Rewriter, node: Node) -> Result:
     x, src = node.inputs
     dim, size = axis(b, node), b.shape(node.inputs[0])[axis(b, node)]
     start, end = node.attrs.get("start") or 0, node.attrs.get("end")
-    if not isinstance(size, int) or node.attrs.get("step", 1) != 1:
+    if not isinstance(size, int):
         return b.decline(node, "slice_scatter over an axis of symbolic size")
     start, end = start % size if start < 0 else start, size if end is None else min(end % size if end < 0 else end, size)
+    if (step := int(node.attrs.get("step", 1))) != 1:
+        taken = {at: i for i, at in enumerate(range(start, end, step))}
+        ones = [cut(b, src, dim, taken[at], taken[at] + 1) if at in taken else cut(b, x, dim, at, at + 1) for at in range(size)]
+        return b.emit("aten.cat.default", ones, node.outputs[0].type, tensors=size, dim=dim)
     parts = [cut(b, x, dim, 0, start)] if start else []
     parts += [src, *([cut(b, x, dim, end, size)] if end < size else [])]
     return b.emit("aten.cat.default", parts, node.outputs[0].type, tensors=len(parts), dim=dim)
+
+
+def _select_scatter(b: Rewriter, node: Node) -> Result:
+    """x with src at one index of an axis."""
+    x, src = node.inputs
+    dim, shape = axis(b, node), b.shape(x)
+    size, index = shape[dim], int(node.attrs["index"])
+    if not isinstance(size, int):
+        return b.decline(node, "select_scatter over an axis of symbolic size")
+    index %= size
+    parts = [cut(b, x, dim, 0, index)] if index else []
+    parts += [view(b, src, (*shape[:dim], 1, *shape[dim + 1 :]))]
+    parts += [cut(b, x, dim, index + 1, size)] if index + 1 < size else []
+    return b.emit("aten.cat.default", parts, node.outputs[0].type, tensors=len(parts), dim=dim)
+
+
+def _select_of_cat(b: Rewriter, node: Node) -> Result:
+    """One index of tensors put one after the other along that axis, or of an axis that is repeated."""
+    dim, index = node.attrs["dim"], node.attrs["index"]
+    kind = node.outputs[0].type
+    if (wide := b.made(node.inputs[0], "aten.expand.default")) is not None:
+        source = b.shape(wide.inputs[0])
+        at = dim - (len(b.shape(node.inputs[0])) - len(source))
+        if at >= 0 and source[at] == 1:
+            rest = view(b, wide.inputs[0], (*source[:at], *source[at + 1 :]))
+            return rest if same_shape(b.shape(rest), kind.shape) else b.emit("aten.expand.default", [rest], kind, size=kind.shape)
+        if at < 0:
+            narrow = wide.inputs[0]
+            return narrow if same_shape(source, kind.shape) else b.emit("aten.expand.default", [narrow], kind, size=kind.shape)
+    cat = b.made(node.inputs[0], "aten.cat.default")
+    if cat is None or cat.attrs["dim"] != dim or not isinstance(index, int):
+        return None
+    for part in cat.inputs:
+        size = b.shape(part)[dim]
+        if not isinstance(size, int):
+            return None
+        if index < size:
+            return view(b, part, kind.shape) if size == 1 else b.emit(node.op, [part], kind, dim=dim, index=index)
+        index -= size
+    return None
 
 
 def _cat(b: Rewriter, node: Node) -> Result:
@@ -398,7 +442,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "aten.cat.default": (_axis_op(dim=0), _cat),
     "aten.concat.default": (_is("aten.cat.default"),),
     "aten.concatenate.default": (_is("aten.cat.default"),),
-    "aten.select.int": (lambda b, node: _axis_select(b, node),),
+    "aten.select.int": (lambda b, node: _axis_select(b, node), _select_of_cat),
+    "aten.select_scatter.default": (_select_scatter,),
     "aten.masked_fill.Scalar": (_masked_fill,),
     "aten.masked_fill.Tensor": (_masked_fill,),
     "aten.where.ScalarSelf": (_where_scalar,),
