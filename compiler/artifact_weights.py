@@ -14,6 +14,7 @@ from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph, Param
 from moec.compiler.text import parse_graph
 from moec.runtime.artifact import Artifact
+from moec.runtime.artifact import open_artifact as open_for_reading
 from moec.runtime.formats import get_format
 from moec.runtime.formats.float import PlainFormat
 from moec.runtime.formats.int import IntFormat
@@ -57,7 +58,7 @@ def _value(param: Param, expert: int | None, packed: Quantized | np.ndarray) -> 
 
 def open_artifact(path: str | Path) -> tuple[Graph, ArtifactWeights]:
     """The graph of an artifact and the values of its weights, for the interpreter."""
-    artifact = Artifact.open(path)
+    artifact = open_for_reading(path)
     graph = parse_graph(artifact.read("graph.txt").decode())
     portable = bool(artifact.executor.get("portable", False))
     target = Target(**{k: tuple(v) if isinstance(v, list) else v for k, v in artifact.manifest.target.items()})
