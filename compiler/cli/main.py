@@ -80,5 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    """Print one line; what a hostile file put into it cannot steer the terminal."""
+    line = " ".join(message.split())
+    print("error: " + "".join(letter if letter.isprintable() else "?" for letter in line), file=sys.stderr)
     return 2

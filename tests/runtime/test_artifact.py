@@ -18,6 +18,7 @@ from moec.runtime.artifact import open_artifact
 from moec.runtime.errors import MoecError
 from moec.runtime.files import is_safe_name
 from moec.runtime.manifest import MANIFEST, MANIFEST_DIGEST, parse_manifest
+from moec.runtime.weight_file import describe
 from tests.runtime.fakes import weights, write_artifact, write_manifest
 
 WEIGHTS = "weights/shared.safetensors"
@@ -200,6 +201,41 @@ def test_any_value_anywhere_is_parsed_or_refused(tmp_path_factory: pytest.TempPa
 def test_any_bytes_are_parsed_or_refused(content: bytes) -> None:
     with pytest.raises(MoecError):
         parse_manifest(content)
+
+
+HEADER_VALUE = JSON | st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["U8", "F32", "F99"]) | JSON,
+        "shape": st.lists(st.integers(-1, 2**65), max_size=3) | JSON,
+        "data_offsets": st.lists(st.integers(-1, 2**65), max_size=3) | JSON,
+    }
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    header=st.dictionaries(st.text(max_size=4), HEADER_VALUE, max_size=3).map(lambda value: json.dumps(value).encode())
+    | st.binary(max_size=60)
+)
+def test_any_weight_header_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, header: bytes) -> None:
+    base = tmp_path_factory.getbasetemp() / "header.moec"
+    if not base.exists():
+        write_artifact(base)
+    path = base / WEIGHTS
+    content = len(header).to_bytes(8, "little") + header + bytes(-(8 + len(header)) % 64) + bytes(1024)
+    path.write_bytes(content)
+    edit(base, lambda m: m["files"].update({WEIGHTS: describe(path)}))  # somebody who forges the digests too
+    with pytest.raises(MoecError):
+        open_artifact(base)
+
+
+@pytest.mark.parametrize("length", [0, 7, 8, 900, 901, 2**31, 2**63, 2**64 - 1])
+def test_a_weight_header_of_impossible_length_is_refused(folder: Path, length: int) -> None:
+    path = folder / WEIGHTS
+    good = path.read_bytes()
+    path.write_bytes(length.to_bytes(8, "little") + good[8:])
+    with pytest.raises(MoecError, match="header"):
+        open_artifact(folder)
 
 
 UNSAFE = [

@@ -118,6 +118,7 @@ def test_bad_input_is_one_line_and_status_2(
     ("raised", "status", "line"),
     [
         (MoecError("two\nlines"), 2, "error: two lines"),
+        (MoecError("\x1b[2Jred\u202e"), 2, "error: ?[2Jred?"),
         (PermissionError(13, "Permission denied", "a.moec"), 2, "error: a.moec: Permission denied"),
         (MemoryError(), 2, "error: out of memory"),
         (KeyboardInterrupt(), 130, ""),
