@@ -32,7 +32,7 @@ class Activations:
         if self.quantised:
             shape = (rows, layout.padded_k // 2 + PAD_WORDS)
             self.q = workspace(shape, "int32")
-            self._view = T.decl_buffer(shape, "int32", data=self.q.data, layout=None)
+            self._view = self.q if isinstance(rows, int) else T.decl_buffer(shape, "int32", data=self.q.data, layout=None)
             self.scale = workspace((rows, self.groups), "float32")
             self.sum = workspace((rows, self.groups), "int32")
         else:
@@ -41,8 +41,9 @@ class Activations:
     def pair(self, row: Expr, chunk: Expr, step: int) -> Expr:
         """Values 2 * step and 2 * step + 1 of a chunk of 32, as one int32.
 
-        TVM derives the region that each access to memory of its own covers: seconds for unrolled code. It leaves views alone, but
-        must see an access to the memory itself wherever it is in use, lest it gives the memory away.
+        TVM derives the region that each access to memory of its own covers: seconds for unrolled code and a symbolic number of rows.
+        It leaves views alone, but must see an access to the memory itself wherever it is in use, lest it gives the memory away; and
+        LLVM takes the two for different memory, so that what reads a view must be in a parallel loop after the one that fills it.
         """
         return (self._view if step else self.q)[row, chunk * (CHUNK // 2) + step]
 

@@ -67,6 +67,12 @@ def store(buffer: Buffer, value: Expr, *index: Expr, lanes: int = 1) -> None:
     T.buffer_store(buffer, value, [*outer, T.ramp(last, 1, lanes) if lanes > 1 else last])
 
 
+def prefetch(buffer: Buffer, *index: Expr) -> None:
+    """Ask for the cache line at an index, which may lie beyond the buffer."""
+    read, keep, data = T.int32(0), T.int32(3), T.int32(1)
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(buffer[index]), read, keep, data))
+
+
 def lane_type(dtype: str, lanes: int) -> str:
     """The name of a vector type."""
     return f"{dtype}x{lanes}" if lanes > 1 else dtype

@@ -13,11 +13,12 @@ from typing import NamedTuple
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cpu.activations import Activations
-from moec.targets.kernels.cpu.emit import Buffer, Expr, Register, argument, lane_type, splat, to_float, vector, when
+from moec.targets.kernels.cpu.emit import Buffer, Expr, Register, argument, lane_type, prefetch, splat, to_float, vector, when
 from moec.targets.kernels.cpu.isa import DOTS, Isa, multiply_add
 from moec.targets.kernels.cpu.layout import CHUNK, FLOAT_STORAGE, LANES, LaneLayout, planes
 
 CHAINS = 8  # independent accumulators that hide the latency of a multiply-add
+PREFETCH_BYTES = 1536  # how far ahead of its use a tile's next codes are asked for
 
 
 class Rows(NamedTuple):
@@ -74,6 +75,7 @@ class RegisterTile:
             self._start(rows, tokens, partial, g)
             with T.serial(act.group // CHUNK) as c:
                 chunk = T.Bind(g * (act.group // CHUNK) + c)
+                self._prefetch(rows, chunk)
                 words = [[T.Bind(self._word(row, chunk, w)) for w in range(integer.bits)] for row in rows]
                 for step in range(CHUNK // 2):
                     codes = [T.Bind(_pair(row, integer.bits, step, lanes)) for row in words]
@@ -83,6 +85,16 @@ class RegisterTile:
                             register = partial[r][t][step % chains]
                             register.set(dot(register.get(), code, x, lanes))
             self._finish(rows, tokens, partial, sums, g)
+
+    def _prefetch(self, rows: list[Rows], chunk: Expr) -> None:
+        """Ask for the codes a little ahead; hardware alone leaves a sixth of the speed of a few tokens on the table."""
+        integer = self.layout.integer
+        assert integer is not None
+        ahead = chunk + PREFETCH_BYTES // (4 * LANES * integer.bits)
+        for row in rows:
+            if row.lane == 0:  # a word of all lanes is one cache line
+                for word in range(integer.bits):
+                    prefetch(self.weights["codes"], *row.tile, ahead, word, 0)
 
     def _word(self, row: Rows, chunk: Expr, word: int) -> Expr:
         return vector(self.weights["codes"], *row.tile, chunk, word, row.lane, lanes=self.isa.lanes)
