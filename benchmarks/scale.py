@@ -54,7 +54,8 @@ def main() -> None:
     record["files_written_twice"] = sum(after[name] != stamp for name, stamp in before.items())
     record["artifact_bytes"] = sum(p.stat().st_size for p in args.output.rglob("*") if p.is_file())
     print(json.dumps(record, indent=1))
-    subprocess.run([sys.executable, "-m", "moec", "bench", str(args.output), "-p", "128", "-n", "64", "-t", str(os.cpu_count())], check=True)
+    bench = [sys.executable, "-m", "moec", "bench", str(args.output), "-p", "128", "-n", "64", "-t", str(os.cpu_count())]
+    subprocess.run(bench, check=True)
 
 
 if __name__ == "__main__":

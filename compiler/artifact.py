@@ -59,8 +59,7 @@ def plan_shards(backend: Backend) -> list[Shard]:
         arrays = {(param.name, component): array for component, array in backend.storage(param).items()}
         layers.setdefault(-1 if layer is None else layer, {}).update(arrays)
     return [
-        _plan_shard(f"weights/{'shared' if layer < 0 else f'{layer:05d}'}.safetensors", arrays)
-        for layer, arrays in sorted(layers.items())
+        _plan_shard(f"weights/{'shared' if layer < 0 else f'{layer:05d}'}.safetensors", arrays) for layer, arrays in sorted(layers.items())
     ]
 
 
@@ -80,9 +79,7 @@ def _plan_shard(path: str, arrays: Mapping[tuple[str, str], StoredArray]) -> Sha
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGN)
     header = len(text).to_bytes(8, "little") + text
-    located = {
-        key: (array, Location(path, len(header) + offsets[key], array.nbytes)) for key, array in arrays.items()
-    }
+    located = {key: (array, Location(path, len(header) + offsets[key], array.nbytes)) for key, array in arrays.items()}
     return Shard(path, header, len(header) + offset, located)
 
 

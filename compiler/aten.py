@@ -28,6 +28,9 @@ TORCH_DTYPES = {
     "u8": torch.uint8,
     "bool": torch.bool,
 }
+_WORDS = ("approximate", "reduction", "rounding_mode", "reduce", "mode")
+"""Arguments of ATen that are words."""
+
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -44,7 +47,7 @@ def overload(op: str) -> torch._ops.OpOverload:
         found = getattr(getattr(getattr(torch.ops, namespace), name), variant or "default")
     except AttributeError as error:
         raise MoecError(f"op {op!r} is neither a semantic op nor an ATen operator of torch {torch.__version__}") from error
-    assert isinstance(found, torch._ops.OpOverload)
+    assert isinstance(found, torch._ops.OpOverload)  # noqa: SLF001  # as above
     return found
 
 
@@ -70,37 +73,32 @@ def call(
     function, queue = overload(op), list(tensors)
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
-    for argument in function._schema.arguments:
-        kind = str(argument.type)
-        value: Any
-        if "Tensor" in kind:
-            if argument.name in attrs and "List[" not in kind:
-                number = attrs[argument.name]  # torch takes a number where the schema says tensor
-                value = dim_value(number, symbols) if isinstance(number, str) else number
-                if op == "aten.where.self":  # which takes tensors only
-                    other = next(t for t in tensors[1:] if t is not None)
-                    value = torch.scalar_tensor(value, dtype=other.dtype, device=other.device)
-            elif "List[" in kind:
-                value = [queue.pop(0) for _ in range(attrs[argument.name])]
-            else:
-                value = queue.pop(0) if queue else None
-        elif argument.name == "device":
-            value = torch.device(device)
-        elif argument.name not in attrs:
-            if not argument.has_default_value():
-                raise MoecError(f"{op}: attribute {argument.name!r} is missing")
+    for argument in function._schema.arguments:  # noqa: SLF001  # torch has no public name for it
+        if argument.name == "device":
+            value: Any = torch.device(device)
+        elif "Tensor" in str(argument.type) and argument.name not in attrs:
+            value = queue.pop(0) if queue else None
+        elif "List[" in str(argument.type) and "Tensor" in str(argument.type):
+            value = [queue.pop(0) for _ in range(attrs[argument.name])]
+        elif argument.name in attrs:  # a number may stand where the schema says tensor
+            value = _value(attrs[argument.name], argument.name, symbols, float_dtype)
+        elif argument.has_default_value():
             value = argument.default_value
         else:
-            value = attrs[argument.name]
-            # torch shows a ScalarType argument as int; its attribute is a name.
-            if isinstance(value, str) and value in TORCH_DTYPES and argument.name in ("dtype", "to"):
-                value = float_dtype if value == "f32" else TORCH_DTYPES[value]
-            elif isinstance(value, str) and ("int" in kind or "SymInt" in kind or "number" in kind or "Scalar" in kind):
-                value = dim_value(value, symbols)
-            elif isinstance(value, tuple):
-                value = [dim_value(v, symbols) if isinstance(v, str) else v for v in value]
+            raise MoecError(f"{op}: attribute {argument.name!r} is missing")
         if argument.kwarg_only:
             kwargs[argument.name] = value
         else:
             args.append(value)
     return function(*args, **kwargs)
+
+
+def _value(attr: Attr, name: str, symbols: Mapping[str, int], float_dtype: torch.dtype) -> Any:
+    """An attribute as torch takes it: element types by their objects, dimensions by their values."""
+    if isinstance(attr, tuple):
+        return [_value(a, "", symbols, float_dtype) for a in attr]
+    if isinstance(attr, str) and name == "dtype":
+        return float_dtype if attr == "f32" else TORCH_DTYPES[attr]
+    if isinstance(attr, str) and name not in _WORDS:
+        return dim_value(attr, symbols)
+    return attr

@@ -41,7 +41,7 @@ CORE_ATEN: dict[str, str] = {
     "aten.tanh.default": "hyperbolic tangent",
     "aten.sigmoid.default": "1 / (1 + e^-x)",
     "aten.silu.default": "x * sigmoid(x)",
-    "aten.gelu.default": "x * Phi(x); approximate=\"tanh\" for the tanh form",
+    "aten.gelu.default": 'x * Phi(x); approximate="tanh" for the tanh form',
     "aten.relu.default": "max(x, 0)",
     "aten.softplus.default": "log(1 + e^x)",
     "aten.maximum.default": "the greater of x and y",

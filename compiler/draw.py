@@ -117,7 +117,8 @@ def _format(graph: Graph, param: str) -> str:
 _STYLE = """
 body { font: 14px system-ui, sans-serif; margin: 2em; color: #222 } table { border-collapse: collapse; margin: 1em 0 }
 td, th { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: right } td:first-child, th:first-child { text-align: left }
-svg { font: 11px ui-monospace, monospace; max-width: 100% } rect { stroke: #888 } path { fill: none; stroke: #aaa } .t { fill: #666; font-size: 9px }
+svg { font: 11px ui-monospace, monospace; max-width: 100% } rect { stroke: #888 } path { fill: none; stroke: #aaa }
+.t { fill: #666; font-size: 9px }
 """
 
 

@@ -69,9 +69,7 @@ class Interpreter:
         device, dtype: where, and in which float type, everything is computed.
     """
 
-    def __init__(
-        self, graph: Graph, weights: WeightSource, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, graph: Graph, weights: WeightSource, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.graph, self.weights, self.device, self.dtype = graph, weights, torch.device(device), dtype
         last_use = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
         self._dead: dict[int, list[str]] = {}

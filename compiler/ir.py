@@ -215,8 +215,8 @@ class Graph:
         A vertex has the attributes `kind` (`input`, `param`, `op`) and `node` (for `op`).
         """
         flow = nx.DiGraph(name=self.name)
-        flow.add_nodes_from(((v.name, {"kind": "input"}) for v in self.inputs))
-        flow.add_nodes_from(((p, {"kind": "param"}) for p in self.params))
+        flow.add_nodes_from((v.name, {"kind": "input"}) for v in self.inputs)
+        flow.add_nodes_from((p, {"kind": "param"}) for p in self.params)
         for node in self.nodes:
             for output in node.outputs:
                 flow.add_node(output.name, kind="op", node=node)

@@ -151,10 +151,7 @@ def router(
         groups: experts come in this many groups of neighbours; only those of the best `top_groups` groups can be chosen.
         group_score: a group is as good as its best expert (`max`) or as its two best together (`top2`).
     """
-    if score == "softmax_topk":
-        scores = logits
-    else:
-        scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
+    scores = {"softmax": lambda: logits.softmax(-1), "sigmoid": logits.sigmoid, "softmax_topk": lambda: logits}[score]()
     choice = scores if bias is None else scores + bias
     if groups > 1:
         grouped = choice.unflatten(-1, (groups, -1))  # [..., groups, E / groups]

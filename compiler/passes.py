@@ -47,9 +47,7 @@ def make_pass(name: str, options: dict[str, Any]) -> Pass:
     return made
 
 
-def run_passes(
-    graph: Graph, passes: Sequence[Pass], after: Callable[[Pass, Graph], None] | None = None
-) -> tuple[Graph, bool]:
+def run_passes(graph: Graph, passes: Sequence[Pass], after: Callable[[Pass, Graph], None] | None = None) -> tuple[Graph, bool]:
     """Run passes in order.
 
     Args:

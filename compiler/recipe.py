@@ -77,9 +77,8 @@ def parse_recipe(data: Any, name: str, where: str) -> Recipe:
     if not isinstance(steps, list):
         raise MoecError(f"recipe {where}: `passes` must be a list, found {type(steps).__name__}")
     passes = []
-    for index, step in enumerate(steps, 1):
-        if isinstance(step, str):
-            step = {step: {}}
+    for index, entry in enumerate(steps, 1):
+        step = {entry: {}} if isinstance(entry, str) else entry
         if not isinstance(step, dict) or len(step) != 1:
             raise MoecError(f"recipe {where}, pass {index}: expected `name: {{options}}`, found {step!r}")
         ((kind, options),) = step.items()

@@ -1,12 +1,12 @@
 """The text form of a graph: `print_graph` and `parse_graph` are inverse to each other.
 
-    graph olmoe {context_length=512} {
-      input %ids: i64[B, T]
-      param @lm_head.weight: f32[4096, 192] as bf16
-      %h: f32[B, T, 192] = embedding(%ids, @lm_head.weight)
-      %w: f32[B, T, 2], %i: i64[B, T, 2] = router(%logits) {top_k=2, score="softmax"}
-      return %h
-    }
+graph olmoe {context_length=512} {
+  input %ids: i64[B, T]
+  param @lm_head.weight: f32[4096, 192] as bf16
+  %h: f32[B, T, 192] = embedding(%ids, @lm_head.weight)
+  %w: f32[B, T, 2], %i: i64[B, T, 2] = router(%logits) {top_k=2, score="softmax"}
+  return %h
+}
 """
 
 from __future__ import annotations

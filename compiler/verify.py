@@ -77,8 +77,8 @@ def _check_types(graph: Graph, node: Node, symbols: dict[str, int]) -> None:
         results = evaluate(node, tensors, symbols, torch.float32, "meta")
     except MoecError:
         raise
-    except Exception as error:
-        _require(False, graph, node, f"the op rejects its inputs: {str(error).splitlines()[0]}")
+    except Exception as error:  # noqa: BLE001  # torch raises many kinds, and each means the same here
+        _require(condition=False, graph=graph, node=node, message=f"the op rejects its inputs: {str(error).splitlines()[0]}")
         return
     _require(len(results) == len(node.outputs), graph, node, f"the op has {len(results)} results")
     for output, result in zip(node.outputs, results, strict=True):

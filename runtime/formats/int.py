@@ -72,9 +72,7 @@ class IntFormat:
         zeros = 0 if self.symmetric else -(-groups * self.bits // 8)
         return rows * (self._row_bytes(k) + 2 * groups + zeros)
 
-    def pack(
-        self, codes: NDArray[np.uint8], scale: NDArray[np.float16], zero: NDArray[np.uint8] | None = None
-    ) -> Arrays:
+    def pack(self, codes: NDArray[np.uint8], scale: NDArray[np.float16], zero: NDArray[np.uint8] | None = None) -> Arrays:
         """Codes [..., N, K], scales [..., N, groups] and (asymmetric) zero points [..., N, groups] -> stored arrays."""
         k = codes.shape[-1]
         size = self.group_size(k)
@@ -89,9 +87,7 @@ class IntFormat:
             arrays["zero"] = pack_bits(zero, self.bits)
         return arrays
 
-    def codes(
-        self, arrays: Arrays, shape: tuple[int, ...]
-    ) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.uint8]]:
+    def codes(self, arrays: Arrays, shape: tuple[int, ...]) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.uint8]]:
         """Codes, scales and zero points of a packed weight: the inverse of `pack` (symmetric: zero points are constant)."""
         *lead, k = shape
         size, groups = self.group_size(k), self.groups(k)
@@ -106,9 +102,7 @@ class IntFormat:
             return body, scale, np.full(scale.shape, self.levels // 2, np.uint8)
         return body, scale, unpack_bits(arrays["zero"].reshape(*lead, -1), self.bits, groups)
 
-    def dequantize(
-        self, codes: NDArray[np.uint8], scale: NDArray[np.float16], zero: NDArray[np.uint8]
-    ) -> NDArray[np.float32]:
+    def dequantize(self, codes: NDArray[np.uint8], scale: NDArray[np.float16], zero: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(codes - zero) * scale in float32, group by group: [..., N, K]."""
         k = codes.shape[-1]
         size = self.group_size(k)

@@ -31,9 +31,7 @@ def plain_round_to_nearest(weight: np.ndarray, fmt: IntFormat) -> float:
     bits=st.integers(2, 8), group=st.sampled_from([0, 32, 64]), symmetric=st.booleans(),
     n=st.integers(1, 9), k=st.integers(1, 150), seed=st.integers(0, 999), spread=st.sampled_from([1e-9, 1e-3, 1.0, 1e3]),
 )  # fmt: skip
-def test_never_worse_than_plain_rounding(
-    bits: int, group: int, symmetric: bool, n: int, k: int, seed: int, spread: float
-) -> None:
+def test_never_worse_than_plain_rounding(bits: int, group: int, symmetric: bool, n: int, k: int, seed: int, spread: float) -> None:
     fmt = IntFormat(bits, group, symmetric)
     weight = torch.from_numpy(np.random.default_rng(seed).standard_t(4, (n, k)).astype(np.float32)) * spread
     packed = quantize(weight, fmt)

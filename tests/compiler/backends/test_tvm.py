@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from moec.compiler.frontend import huggingface
 from moec.compiler.ir import Graph
 from moec.runtime.errors import MoecError
-
 from tests.compiler.backends.tvm_model import Compiled
 from tests.graphs import moe, random_weights
 
@@ -130,7 +130,11 @@ def test_prompts_longer_than_a_call(tiny: Compiled, monkeypatch: pytest.MonkeyPa
 def test_errors_leave_sequences_as_they_were(small: Compiled) -> None:
     sequence = small.executor.add()
     small.executor.forward([(sequence, random_ids(small, 10))])
-    for tokens, message in (([40], "token id 40 is not in the vocabulary of 40"), ([0] * 55, "longer than the context of 64"), ([], "at least one")):
+    for tokens, message in (
+        ([40], "token id 40 is not in the vocabulary of 40"),
+        ([0] * 55, "longer than the context of 64"),
+        ([], "at least one"),
+    ):
         with pytest.raises(MoecError, match=message):
             small.executor.forward([(sequence, np.array(tokens, np.int64))])
     with pytest.raises(MoecError, match="twice"):

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from moec.compiler.text import parse_graph
 from moec.compiler.verify import verify
 from moec.compiler.weights import MemoryWeights
-
 from tests.compiler.backends.tvm_model import Compiled
 
 # Each line defines a value; those that end in _ and those that are not f32[B, T, n] are only inputs of others.
@@ -116,6 +116,6 @@ def test_every_operator(tmp_path: Path) -> None:
 
 def definitions(line: str) -> list[str]:
     """The results of a line that are f32 streams of numbers."""
-    left = line.split(" = ")[0]
+    left = line.split(" = ", maxsplit=1)[0]
     parts = left.replace("], %", "]; %").split("; ")
     return [p for p in parts if ": f32[B, T, " in p and p.count(",") == 2 and not p.split(":")[0].endswith("_")]

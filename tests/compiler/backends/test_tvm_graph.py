@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from moec.compiler.backends.select_rows import select_rows
 from moec.compiler.backends.tokenwise import check_tokenwise, is_tokenwise
 from moec.compiler.backends.tvm.backend import TvmBackend
@@ -12,7 +13,6 @@ from moec.compiler.interpreter import Interpreter
 from moec.compiler.ir import Node
 from moec.compiler.text import parse_graph, print_node
 from moec.targets import get_target
-
 from tests.graphs import moe, random_weights
 
 NODES = """
@@ -37,12 +37,12 @@ def one(node: str) -> tuple[Node, bool]:
         "%y: f32[B, T, 6] = aten.mul.Tensor(%x, %x)",
         "%y: f32[B, T] = aten.sum.dim_IntList(%x) {dim=[-1]}",
         "%y: f32[B, 6, T] = aten.permute.default(%x) {dims=[0, 2, 1]}",
-        "%y: f32[B*T, 6] = aten.view.default(%x) {size=[\"B*T\", 6]}",
+        '%y: f32[B*T, 6] = aten.view.default(%x) {size=["B*T", 6]}',
         "%y: f32[B, T, 6] = aten.matmul.default(%x, @w)",
         "%y: f32[B, T, 6] = aten.cumsum.default(%x) {dim=2}",
         "%y: f32[B, T, 3] = aten.slice.Tensor(%x) {dim=2, start=0, end=3}",
-        "%y: f32[B, T, 4] = aten.full.default() {size=[\"B\", \"T\", 4], fill_value=2.0, dtype=\"f32\"}",
-        "%y: f32[B, 6*T] = aten.view.default(%x) {size=[\"B\", \"6*T\"]}",
+        '%y: f32[B, T, 4] = aten.full.default() {size=["B", "T", 4], fill_value=2.0, dtype="f32"}',
+        '%y: f32[B, 6*T] = aten.view.default(%x) {size=["B", "6*T"]}',
         "%y: i64[6] = aten.arange.default() {end=6}",
     ],
 )
@@ -57,8 +57,8 @@ def test_token_wise(node: str) -> None:
         "%y: f32[B, 6] = aten.sum.dim_IntList(%x) {dim=[1]}",
         "%y: f32[B, T, 6] = aten.flip.default(%x) {dims=[1]}",
         "%y: f32[B, T, 6] = aten._softmax.default(%x) {dim=1, half_to_float=false}",
-        "%y: i64[T] = aten.arange.default() {end=\"T\"}",
-        "%y: f32[B, T, 6] = aten.mul.Tensor(%x) {other=\"T\"}",
+        '%y: i64[T] = aten.arange.default() {end="T"}',
+        '%y: f32[B, T, 6] = aten.mul.Tensor(%x) {other="T"}',
         "%z: f32[B, 6, T] = aten.permute.default(%x) {dims=[0, 2, 1]}\n  %y: f32[B, T, T] = aten.bmm.default(%x, %z)",
     ],
 )
@@ -91,7 +91,9 @@ def test_selected_rows_are_those_of_all() -> None:
 
 
 def test_unknown_ops_are_named_at_once() -> None:
-    graph = parse_graph(NODES.replace("RESULT", "%a: f32[B, T, 6] = aten.lgamma.default(%x)\n  %y: f32[B, T, 6] = aten.digamma.default(%a)\n  return %y"))
+    graph = parse_graph(
+        NODES.replace("RESULT", "%a: f32[B, T, 6] = aten.lgamma.default(%x)\n  %y: f32[B, T, 6] = aten.digamma.default(%a)\n  return %y")
+    )
     with pytest.raises(MoecError, match=r"no lowering for aten.digamma.default, aten.lgamma.default, first in: %a"):
         TvmBackend(graph, get_target("cpu"))
 

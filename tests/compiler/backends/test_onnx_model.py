@@ -1,0 +1,168 @@
+"""The model of the ONNX backend and its executor."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx.reference import ReferenceEvaluator
+
+from moec.compiler.backends.onnx import OnnxBackend
+from moec.compiler.errors import MoecError
+from moec.compiler.frontend import huggingface
+from moec.compiler.ir import Graph
+from moec.compiler.text import parse_graph
+from moec.passes.quantize import Quantize
+from moec.targets import get_target
+from tests.graphs import moe, random_weights
+from tests.onnx_model import TARGET, Built, build
+
+TINY = Path("examples/models/tiny-moe")
+INT4 = Quantize(experts="int4_g32", linear="int4_g32", embedding="int8_g64")
+
+needs_tiny = pytest.mark.skipif(not (TINY / "model.safetensors").is_file(), reason="examples/models/tiny-moe is not there")
+
+
+def wide_moe() -> Graph:
+    """The shared small graph with sizes that the quantised operators take."""
+    sizes = {"16": "64", "24": "64", "12": "32", "8": "32"}
+    text = ["layers=1, context_length=64, vocab_size=40"]
+    from tests.graphs import MOE
+
+    lines = []
+    for line in MOE.splitlines():
+        if "attention" in line or "aten.view" in line or "q4" in line:
+            line = line.replace("4, 4]", "4, 16]").replace("2, 4]", "2, 16]")
+        for a, b in sizes.items():
+            line = line.replace(f", {a}]", f", {b}]").replace(f"f32[{a}", f"f32[{b}").replace(f"[6, {a}, ", f"[6, {b}, ")
+        lines.append(line)
+    del text
+    return parse_graph("\n".join(lines))
+
+
+def tokens_of(count: int, seed: int = 0, vocabulary: int = 40) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, vocabulary, count)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    graph, _ = INT4.run(wide_moe())
+    return build(graph, random_weights(graph), tmp_path_factory.mktemp("int4"))
+
+
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    graph, _ = INT4.run(wide_moe())
+    return build(graph, random_weights(graph), tmp_path_factory.mktemp("portable"), portable=True)
+
+
+def test_weights_are_not_in_the_model(built: Built) -> None:
+    model = onnx.load(built.folder / "model.onnx", load_external_data=False)
+    onnx.checker.check_model(built.folder / "model.onnx")
+    inline = sum(len(i.raw_data) for i in model.graph.initializer if i.data_location != onnx.TensorProto.EXTERNAL)
+    stored = sum(array.nbytes for p in built.graph.params.values() for array in built.backend.storage(p).values())
+    assert inline < 2000 < stored
+    assert {e.value for i in model.graph.initializer for e in i.external_data if e.key == "location"} == {
+        "weights/00000.safetensors", "weights/shared.safetensors",
+    }  # fmt: skip
+    assert "QMoE" in {node.op_type for node in model.graph.node}
+
+
+@pytest.mark.parametrize("kind", ["built", "portable"])
+def test_sequences_do_not_disturb_each_other(kind: str, request: pytest.FixtureRequest) -> None:
+    model: Built = request.getfixturevalue(kind)
+    executor = model.executor(max_sequences=4)
+    texts = [tokens_of(n, n) for n in (12, 9, 15, 7)]
+    references = [model.reference(t) for t in texts]
+    scale = max(np.abs(r).max() for r in references)
+    handles = [executor.add() for _ in texts]
+    logits = executor.forward([(h, t[:4]) for h, t in zip(handles, texts, strict=True)])
+    np.testing.assert_allclose(logits, [r[3] for r in references], atol=1e-5 * scale)
+    mixed = executor.forward([(handles[2], texts[2][4:5]), (handles[0], texts[0][4:7]), (handles[3], texts[3][4:5])], all_logits=True)
+    expected = np.concatenate([references[2][4:5], references[0][4:7], references[3][4:5]])
+    np.testing.assert_allclose(mixed, expected, atol=1e-5 * scale)
+    assert [executor.length(h) for h in handles] == [7, 4, 5, 5]
+    executor.remove(handles[1])
+    handles[1] = executor.add()
+    executor.truncate(handles[2], 3)
+    again = executor.forward([(handles[1], texts[1][:6]), (handles[2], texts[2][3:5])])
+    np.testing.assert_allclose(again, [references[1][5], references[2][4]], atol=1e-5 * scale)
+    steps = [(h, t[executor.length(h)][None]) for h, t in zip(handles, texts, strict=True)]
+    at = [executor.length(h) for h in handles]
+    batch = executor.forward(steps[:2] + steps[3:])
+    np.testing.assert_allclose(batch, [references[i][at[i]] for i in (0, 1, 3)], atol=1e-5 * scale)
+
+
+def test_limits(built: Built) -> None:
+    executor = built.executor(max_sequences=2)
+    first, second = executor.add(), executor.add()
+    with pytest.raises(MoecError, match="2 sequences are open"):
+        executor.add()
+    with pytest.raises(MoecError, match="65 tokens, more than the context of 64"):
+        executor.forward([(second, tokens_of(3)), (first, tokens_of(65))])
+    with pytest.raises(MoecError, match="token 40 is outside"):
+        executor.forward([(first, np.array([40]))])
+    assert executor.length(second) == 0
+    assert executor.forward([(first, tokens_of(64))], all_logits=True).shape == (64, 40)
+    with pytest.raises(MoecError, match="65 tokens"):
+        executor.forward([(first, tokens_of(1))])
+
+
+def test_portable_model_has_standard_operators_only(portable: Built) -> None:
+    model = onnx.load(portable.folder / "model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert [o.domain for o in model.opset_import] == [""]
+    tokens = tokens_of(4)
+    feeds = {"ids": tokens[None], "positions": np.arange(4)[None], "rows": np.arange(4, dtype=np.int32)}
+    feeds |= {f"past_{kind}.0": np.zeros((1, 2, 0, 16), np.float32) for kind in ("key", "value")}
+    logits = ReferenceEvaluator(str(portable.folder / "model.onnx")).run(None, {k: v for k, v in feeds.items() if k != "positions"})[0]
+    np.testing.assert_allclose(logits[0], portable.reference(tokens), atol=1e-5)
+
+
+def test_statement_of_quantised_activations() -> None:
+    graph, _ = Quantize(experts="int4_g32", linear="int8_g32").run(wide_moe())
+    assert OnnxBackend(graph, TARGET).activation_quantised() == []
+    assert any(line.startswith("e: ") for line in OnnxBackend(graph, TARGET, activations="int8").activation_quantised())
+    graph, _ = Quantize(experts="int2_g32").run(wide_moe())
+    assert OnnxBackend(graph, TARGET).activation_quantised() == ["e: QMoE computes 2-bit blocks with int8 activations"]
+
+
+def test_int8_activations_are_close(tmp_path: Path) -> None:
+    graph, _ = Quantize(experts="int8_g32", linear="int4_g32").run(wide_moe())
+    model = build(graph, random_weights(graph), tmp_path, activations="int8")
+    executor, tokens = model.executor(), tokens_of(10)
+    logits = executor.forward([(executor.add(), tokens)], all_logits=True)
+    reference = model.reference(tokens)
+    error = np.abs(logits - reference).max() / np.abs(reference).max()
+    assert 1e-5 < error < 0.1
+
+
+def test_gpus_and_bidirectional_attention_are_refused() -> None:
+    with pytest.raises(MoecError, match="h100-sxm: the onnx backend writes models for CPUs"):
+        OnnxBackend(moe(), get_target("h100-sxm"))
+    graph = moe()
+    nodes = [replace(n, attrs={**n.attrs, "causal": False}) if n.op == "attention" else n for n in graph.nodes]
+    backend = OnnxBackend(graph.with_nodes(nodes), TARGET)
+    with pytest.raises(MoecError, match="not causal"):
+        backend.build(Path(), {(p.name, c): None for p in graph.params.values() for c in backend.storage(p)})  # type: ignore[misc]
+
+
+@needs_tiny
+@pytest.mark.parametrize("portable", [False, True])
+def test_tiny_moe_writes_what_transformers_writes(portable: bool, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    graph, weights = huggingface.load(TINY)
+    executor = build(graph, weights, tmp_path, portable=portable).executor()
+    model = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    prompt = np.arange(20, 36)
+    expected = model.generate(torch.from_numpy(prompt)[None], max_new_tokens=24, do_sample=False, eos_token_id=None)[0].tolist()
+    sequence, written = executor.add(), prompt.tolist()
+    logits = executor.forward([(sequence, prompt)])
+    for _ in range(24):
+        written.append(int(logits[0].argmax()))
+        logits = executor.forward([(sequence, np.array(written[-1:]))])
+    assert written == expected

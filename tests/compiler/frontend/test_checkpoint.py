@@ -1,0 +1,133 @@
+"""Checkpoints as they lie on disk: per-expert and fused names, shards, element types, and everything that can be wrong with them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moec.compiler.errors import MoecError
+from moec.compiler.frontend.families_table import difference, tiny_model
+from moec.compiler.frontend.huggingface import load
+
+TINY = Path(__file__).parents[3] / "examples" / "models" / "tiny-moe"
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "dbrx"])
+def test_a_saved_family_loads_as_it_was(name: str, tmp_path: Path) -> None:
+    """Saving turns fused parameters into the names that hub checkpoints have; loading must undo it, expert by expert."""
+    _, model = tiny_model(name)
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    graph, weights = load(tmp_path)
+    assert difference(model, graph, weights) < 1e-4
+    for node in graph.nodes:
+        if node.op == "experts":
+            for stacked in node.inputs[3:5]:
+                whole = weights.load(stacked)
+                assert all(torch.equal(weights.load(stacked, e), whole[e]) for e in range(whole.shape[0]))
+
+
+def test_one_expert_reads_only_its_own_tensors(tmp_path: Path) -> None:
+    _, model = tiny_model("mixtral")
+    model.save_pretrained(tmp_path)
+    graph, weights = load(tmp_path)
+    tensors: Any = weights.stored.tensors  # type: ignore[attr-defined]
+    read: list[str] = []
+    original = tensors.read
+    tensors.read = lambda name, row=None: (read.append(name), original(name, row))[1]
+    name = next(n.inputs[3] for n in graph.nodes if n.op == "experts")
+    weights.load(name, expert=3)
+    assert len(read) == 2 and all(".experts.3." in name for name in read)  # gate and up
+
+
+def _copy(folder: Path) -> Path:
+    shutil.copytree(TINY, folder / "model")
+    return folder / "model"
+
+
+def _config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    data = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in data.items() if v is not None}))
+
+
+def _tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _index(folder: Path, shard: str) -> None:
+    names = load_file(folder / "model.safetensors").keys()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
+
+
+def _drop(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.1.self_attn.q_proj.weight"]
+
+
+def _reshape(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.norm.weight"] = torch.ones(7, dtype=torch.bfloat16)
+
+
+CASES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda f: (f / "config.json").unlink(), "there is no config.json"),
+    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object, found a list"),
+    "no model type": (lambda f: _config(f, model_type=None), "expected a model_type"),
+    "unknown model type": (lambda f: _config(f, model_type="olmoee"), "did you mean 'olmoe'"),
+    "remote code": (lambda f: _config(f, model_type="mine", auto_map={"AutoModel": "evil.Model"}), "never run"),
+    "no language model": (lambda f: _config(f, model_type="vit"), "no causal language model"),
+    "quantised": (lambda f: _config(f, quantization_config={"quant_method": "fp8"}), r"already quantised \(fp8\)"),
+    "pickle only": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "can run code"),
+    "truncated": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]), "truncated or damaged"),
+    "missing shard": (lambda f: _index(f, "model-00002.safetensors"), "the shard model-00002.safetensors is missing"),
+    "shard outside": (lambda f: _index(f, "../model.safetensors"), "not a .* file of this folder"),
+    "missing tensor": (lambda f: _tensors(f, _drop), "no tensor for model.layers.1.self_attn.q_proj.weight"),
+    "wrong shape": (lambda f: _tensors(f, _reshape), r"model.norm.weight has the shape \[7\], expected \[192\]"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_wrong_is_said_in_one_line(case: str, tmp_path: Path) -> None:
+    folder = _copy(tmp_path)
+    damage, message = CASES[case]
+    damage(folder)
+    with pytest.raises(MoecError, match=message) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_such_folder() -> None:
+    with pytest.raises(MoecError, match="no such folder"):
+        load("/nowhere/at/all")
+
+
+def test_nan_is_found_when_a_weight_is_read(tmp_path: Path) -> None:
+    folder = _copy(tmp_path)
+    _tensors(folder, lambda tensors: tensors["model.norm.weight"].__setitem__(5, torch.nan))
+    _, weights = load(folder)
+    with pytest.raises(MoecError, match=r"model.norm.weight has a value that is NaN or infinite, at \[5\]"):
+        weights.load("model.norm.weight")
+
+
+def test_keys_that_choose_code_are_ignored(tmp_path: Path) -> None:
+    folder = _copy(tmp_path)
+    _config(folder, auto_map={"AutoConfig": "evil.Config"}, _attn_implementation="flash", trust_remote_code=True)
+    (folder / "evil.py").write_text("raise SystemExit('ran')")
+    load(folder)
+
+
+def test_a_folder_without_weights_gives_the_graph(tmp_path: Path) -> None:
+    shutil.copy(TINY / "config.json", tmp_path)
+    graph, weights = load(tmp_path)
+    assert graph.meta["layers"] == 4 and graph.params["model.norm.weight"].format == "bf16"
+    with pytest.raises(MoecError, match="no weights in this folder"):
+        weights.load("model.norm.weight")

@@ -1,0 +1,45 @@
+"""A fast subset of the table of families, and the vocabulary of graphs in normal form.
+
+`python -m moec.compiler.frontend.families` runs all of them.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from moec.compiler.core_aten import CORE_ATEN
+from moec.compiler.frontend.families_table import TOLERANCE, check_family, families, tiny_model
+from moec.compiler.ops import OPS
+from moec.runtime.errors import MoecError
+
+# one for each mechanism: groups and bias, expert biases and sinks and windows, chunks and input scaling, computed weights,
+# mixture of attention heads, recurrence, short convolution
+SUBSET = ("deepseek_v3", "gpt_oss", "llama4_text", "dbrx", "jetmoe", "qwen3_next", "lfm2_moe", "ernie4_5_moe")
+
+
+@pytest.mark.parametrize("name", SUBSET)
+def test_family_agrees_with_eager_execution(name: str) -> None:
+    row = check_family(name)
+    assert row.ok, row.reason or f"differs by {row.error}"
+    assert row.raised and not row.reason  # every router is an op, and every other op is a core one
+
+
+def test_families_are_discovered() -> None:
+    required = {
+        "mixtral", "olmoe", "flex_olmo", "qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3", "phimoe", "granitemoe",
+        "granitemoeshared", "gpt_oss", "glm4_moe", "ernie4_5_moe", "minimax_m2", "lfm2_moe", "afmoe", "dots1", "hunyuan_v1_moe",
+        "jetmoe", "llama4_text", "dbrx",
+    }  # fmt: skip
+    assert required <= families().keys()
+
+
+def test_unknown_family_names_the_nearest() -> None:
+    with pytest.raises(MoecError, match="did you mean 'mixtral'"):
+        tiny_model("mixtrall")
+
+
+def test_core_operators_exist() -> None:
+    from moec.compiler.aten import overload
+
+    assert all(overload(op) for op in CORE_ATEN)
+    assert not OPS.keys() & CORE_ATEN.keys()
