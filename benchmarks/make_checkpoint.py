@@ -95,8 +95,8 @@ SHAPES: dict[str, Config] = {"olmoe-1b-7b": OLMOE_1B_7B, "qwen3-30b-a3b": QWEN3_
 def layer_shapes(config: Config, layer: int) -> Shapes:
     """Names and shapes of one decoder layer, as hub checkpoints have them."""
     hidden, experts = config["hidden_size"], config["num_experts"]
-    width = config.get("moe_intermediate_size", config["intermediate_size"])
-    head = config.get("head_dim", hidden // config["num_attention_heads"])
+    width = int(config.get("moe_intermediate_size") or config["intermediate_size"])
+    head = int(config.get("head_dim") or hidden // config["num_attention_heads"])
     queries, keys = head * config["num_attention_heads"], head * config["num_key_value_heads"]
     per_head_norm = config["model_type"] == "qwen3_moe"  # OLMoE normalises the whole projection
     shapes: Shapes = {
@@ -129,7 +129,7 @@ def shards(config: Config) -> Iterator[Shapes]:
     }
 
 
-def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+def random_tensor(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """Ones for norms, normal values with standard deviation 0.02 for everything else."""
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
@@ -146,7 +146,7 @@ def write_checkpoint(out: Path, config: Config, seed: int) -> int:
     steps = track(shards(config), "writing", total, console=console, disable=not console.is_terminal)
     for number, shapes in enumerate(steps, start=1):
         file = f"model-{number:05d}-of-{total:05d}.safetensors"
-        tensors = {name: random_tensor(name, shape, generator) for name, shape in shapes.items()}
+        tensors = {name: random_tensor(shape, generator) for name, shape in shapes.items()}
         save_file(tensors, out / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
         nbytes += sum(tensor.nbytes for tensor in tensors.values())

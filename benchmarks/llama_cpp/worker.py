@@ -31,7 +31,7 @@ def decode(context: Any, tokens: list[int]) -> None:
 
 
 def run_once(context: Any, prompt: list[int], continuation: list[int]) -> dict[str, float]:
-    lib.llama_memory_clear(lib.llama_get_memory(context), True)
+    lib.llama_memory_clear(lib.llama_get_memory(context), 1)  # 1: the data too
     start = time.perf_counter()
     decode(context, prompt)
     lib.llama_synchronize(context)

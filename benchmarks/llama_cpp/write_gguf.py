@@ -30,7 +30,7 @@ TYPES = {name.lower(): gguf.GGMLQuantizationType[name] for name in ("Q4_0", "Q8_
 FLOAT32 = gguf.GGMLQuantizationType.F32
 
 
-class Unsupported(Exception):
+class UnsupportedError(Exception):
     """llama.cpp has no graph for this checkpoint; the message says why."""
 
 
@@ -46,13 +46,13 @@ class Entry:
 
 def choose_graph(config: dict[str, Any]) -> str:
     if config["model_type"] != "olmoe":
-        raise Unsupported(f"this writer knows model_type olmoe, config.json says {config['model_type']}")
+        raise UnsupportedError(f"this writer knows model_type olmoe, config.json says {config['model_type']}")
     if config.get("clip_qkv"):
-        raise Unsupported(f"llama.cpp's graphs do not clip q, k and v; config.json says clip_qkv {config['clip_qkv']}")
+        raise UnsupportedError(f"llama.cpp's graphs do not clip q, k and v; config.json says clip_qkv {config['clip_qkv']}")
     if config["norm_topk_prob"]:
         return "minimax-m2"
     if config["num_key_value_heads"] != config["num_attention_heads"]:
-        raise Unsupported("llama.cpp's olmoe graph has no grouped queries (its k_norm is as wide as the hidden size)")
+        raise UnsupportedError("llama.cpp's olmoe graph has no grouped queries (its k_norm is as wide as the hidden size)")
     return "olmoe"
 
 
@@ -70,9 +70,7 @@ def load(tensor: LocalTensor) -> np.ndarray:
     return floats.astype(np.float32).reshape(tensor.shape)
 
 
-def entries(
-    config: dict[str, Any], graph: str, kind: gguf.GGMLQuantizationType, index: dict[str, LocalTensor]
-) -> Iterator[Entry]:
+def entries(config: dict[str, Any], graph: str, kind: gguf.GGMLQuantizationType, index: dict[str, LocalTensor]) -> Iterator[Entry]:
     """All tensors of the file, in file order."""
 
     def entry(name: str, *sources: str, router: bool = False) -> Entry:
@@ -142,9 +140,7 @@ def write_gguf(checkpoint: Path, out: Path, type_name: str) -> str:
         stored = gguf.quant_shape_to_byte_shape(entry.shape, entry.kind)
         quantised = entry.kind not in (FLOAT32, gguf.GGMLQuantizationType.F16)
         dtype = np.dtype(np.uint8 if quantised else np.float32 if entry.kind is FLOAT32 else np.float16)
-        writer.add_tensor_info(
-            entry.name, stored if quantised else entry.shape, dtype, int(np.prod(stored)), raw_dtype=entry.kind
-        )
+        writer.add_tensor_info(entry.name, stored if quantised else entry.shape, dtype, int(np.prod(stored)), raw_dtype=entry.kind)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -167,7 +163,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         graph = write_gguf(options.checkpoint, options.out, options.type)
-    except Unsupported as reason:
+    except UnsupportedError as reason:
         print(f"{options.checkpoint}: {reason}", file=sys.stderr)
         return 2
     print(f"{options.out}: graph {graph}, {options.type}, {options.out.stat().st_size / 2**30:.2f} GiB")

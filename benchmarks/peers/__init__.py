@@ -9,7 +9,7 @@ the prompt, and drop one warm-up run.
 from dataclasses import dataclass
 
 
-class PeerUnavailable(Exception):
+class PeerUnavailableError(Exception):
     """This peer cannot run here, or not this model; the message says why and what to do."""
 
 

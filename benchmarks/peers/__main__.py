@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import benchmarks.peers
-from benchmarks.peers import PeerUnavailable
+from benchmarks.peers import PeerUnavailableError
 
 NAMES = [m.name for m in pkgutil.iter_modules(benchmarks.peers.__path__) if m.name != "__main__"]
 
@@ -70,7 +70,7 @@ def main() -> int:
         for peer in peers:
             try:
                 records.append(measure(peer, options))
-            except PeerUnavailable as reason:
+            except PeerUnavailableError as reason:
                 print(f"skipped: {reason}", file=sys.stderr)
     if options.json:
         print(json.dumps({"model": options.model.name, "threads": options.threads, "records": records}))

@@ -13,7 +13,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from benchmarks.peers import PeerUnavailable, Speed
+from benchmarks.peers import PeerUnavailableError, Speed
 
 SCRIPTS = Path(__file__).parents[1] / "llama_cpp"
 
@@ -21,16 +21,16 @@ SCRIPTS = Path(__file__).parents[1] / "llama_cpp"
 def peer_python() -> str:
     if python := os.environ.get("MOEC_LLAMA_PYTHON"):
         return python
-    raise PeerUnavailable("MOEC_LLAMA_PYTHON is not set: name a Python that has llama-cpp-python and gguf")
+    raise PeerUnavailableError("MOEC_LLAMA_PYTHON is not set: name a Python that has llama-cpp-python and gguf")
 
 
 def run_script(script: str, *arguments: str) -> str:
     """Standard output of one of the scripts that run under llama.cpp's Python."""
     # -P: the script's folder must not hide installed packages of the same name
     command = [peer_python(), "-P", str(SCRIPTS / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
-        raise PeerUnavailable(f"llama.cpp: {script}: {done.stderr.strip().splitlines()[-1]}")
+        raise PeerUnavailableError(f"llama.cpp: {script}: {done.stderr.strip().splitlines()[-1]}")
     return done.stdout
 
 
@@ -47,9 +47,7 @@ def gguf_file(checkpoint: Path, weights: str) -> Path:
     return out
 
 
-def measure(
-    model: Path, prompt_tokens: int, new_tokens: int, threads: int, repetitions: int, weights: str = "q4_0"
-) -> list[Speed]:
+def measure(model: Path, prompt_tokens: int, new_tokens: int, threads: int, repetitions: int, weights: str = "q4_0") -> list[Speed]:
     """`weights` is one of q4_0, q8_0, f16, f32; `model` may also be a GGUF file."""
     file = model if model.suffix == ".gguf" else gguf_file(model, weights)
     numbers = {"-p": prompt_tokens, "-n": new_tokens, "-t": threads, "-r": repetitions}

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from benchmarks.peers import PeerUnavailable, Speed
+from benchmarks.peers import PeerUnavailableError, Speed
 
 DTYPES = (torch.float32, torch.bfloat16)
 EXPERTS = ("grouped_mm", "eager", "batched_mm")
@@ -70,13 +70,11 @@ class Runner:
 
     def __init__(self, folder: Path, dtype: torch.dtype, prompt_tokens: int, new_tokens: int) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        self.model.train(False)
+        self.model.requires_grad_(requires_grad=False).train(mode=False)
         for parameter in self.model.parameters():  # some still lie in the mapped file, whose pages the kernel may drop
             parameter.data = parameter.data.clone()
         self.config = self.model.config
-        ids = torch.randint(
-            self.config.vocab_size, (1, prompt_tokens + new_tokens), generator=torch.Generator().manual_seed(0)
-        )
+        ids = torch.randint(self.config.vocab_size, (1, prompt_tokens + new_tokens), generator=torch.Generator().manual_seed(0))
         self.prompt, self.continuation = ids[:, :prompt_tokens], torch.chunk(ids[:, prompt_tokens:], new_tokens, dim=1)
         self.positions = torch.arange(prompt_tokens, ids.shape[1])[:, None, None].unbind()  # made before the clock runs
         self.total = ids.shape[1]
@@ -89,7 +87,7 @@ class Runner:
         if not setting.compiled:
             return self.model
         if setting not in self.compiled:
-            torch._dynamo.reset()  # otherwise Dynamo counts every setting as one more recompilation of the same code
+            torch.compiler.reset()  # otherwise Dynamo counts every setting as one more recompilation of the same code
             self.compiled = {setting: torch.compile(self.model.forward, dynamic=False)}
         return self.compiled[setting]
 
@@ -152,17 +150,15 @@ def search(folder: Path, prompt_tokens: int, new_tokens: int) -> Plan:
         del runner
         gc.collect()
     if not plans:
-        raise PeerUnavailable(f"transformers: {folder} does not fit in memory in any of {DTYPES}")
+        raise PeerUnavailableError(f"transformers: {folder} does not fit in memory in any of {DTYPES}")
     return min(plans, key=lambda plan: plan[0])[1]
 
 
-def measure(
-    model: Path, prompt_tokens: int, new_tokens: int, threads: int, repetitions: int, plan: Plan | None = None
-) -> list[Speed]:
+def measure(model: Path, prompt_tokens: int, new_tokens: int, threads: int, repetitions: int, plan: Plan | None = None) -> list[Speed]:
     """Searches the fastest plan first, unless one is given."""
     config = json.loads((model / "config.json").read_text())
     if "num_experts_per_tok" not in config:
-        raise PeerUnavailable(f"transformers: {model} is no Mixture-of-Experts checkpoint (no num_experts_per_tok)")
+        raise PeerUnavailableError(f"transformers: {model} is no Mixture-of-Experts checkpoint (no num_experts_per_tok)")
     torch.set_num_threads(threads)
     plan = plan or search(model, prompt_tokens, new_tokens)
     print(f"fastest: {plan.dtype}; prefill {plan.prefill}; decode {plan.decode}", file=sys.stderr)
