@@ -1,7 +1,7 @@
 """The executor of the TVM backend: a Relax virtual machine over one shared library, and the pages of its attention caches.
 
-It needs numpy, `tvm_ffi` and `libtvm_runtime.so`, which is looked for in $MOEC_TVM_RUNTIME, in the artifact and in the apache-tvm
-package; the compiler itself is never imported.
+It needs numpy, `tvm_ffi` and `libtvm_runtime.so`, which is looked for in $MOEC_TVM_RUNTIME, in an installed apache-tvm and
+in the artifact; the compiler itself is never imported.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ from moec.runtime.host import available_cores
 from moec.runtime.tvm_pages import Pages, aligned
 
 RUNTIME = "libtvm_runtime.so"
+_LOADER = "ffi.Module.load_from_bytes.relax.VMExecutable"
+"""A function that the library registers."""
+
 CHUNK = 512
 """Tokens that one call computes at most: longer prompts are cut."""
 
@@ -35,34 +38,51 @@ BLOCK = 16
 LOGITS_BYTES = 1 << 26
 """Logits that one call may return."""
 
+Piece = tuple[int, int, int]
+"""Part of a step: its index, the first token, and the end."""
+
 
 def load_executor(artifact: Artifact, threads: int | None, max_sequences: int) -> TvmExecutor:
     """The executor of an artifact."""
     manifest, section = artifact.manifest, artifact.executor
     bundled = artifact.path(RUNTIME) if RUNTIME in manifest.files else None
-    load_runtime(bundled)
+    load_runtime(bundled, section.get("tvm"))
     library = artifact.path(str(section["library"]))
     return TvmExecutor(library, section, artifact.weights, manifest.vocab_size, manifest.context_length, threads, max_sequences)
 
 
-def load_runtime(bundled: Path | None = None) -> None:
-    """Load TVM's runtime library into the process.
+def load_runtime(bundled: Path | None = None, version: str | None = None) -> None:
+    """Load TVM's runtime library into the process, unless it is there: a second copy would end the process.
+
+    Args:
+        bundled: a copy to fall back on.
+        version: the version of apache-tvm that compiled the library. An installed package of this version comes first, because its
+            compiler, should the process import it later, brings the same file.
 
     Raises:
         MoecError: there is none.
     """
-    if "tvm" in sys.modules:
+    if tvm_ffi.get_global_func(_LOADER, allow_missing=True) is not None:
         return
     os.environ.setdefault("TVM_BIND_THREADS", "0")  # two processes would be pinned to the same cores
-    spec = importlib.util.find_spec("tvm")
-    installed = [Path(folder, "lib", RUNTIME) for folder in (spec.submodule_search_locations or ())] if spec else []
     asked = os.environ.get("MOEC_TVM_RUNTIME")
-    candidates = [Path(asked)] if asked else [*([bundled] if bundled else []), *installed]
-    found = next((path for path in candidates if path.is_file()), None)
+    installed = _installed(version)
+    found = next((path for path in ([Path(asked)] if asked else [installed, bundled]) if path is not None and path.is_file()), None)
     if found is None:
-        where = f"$MOEC_TVM_RUNTIME is {asked}" if asked else "the package apache-tvm has it: pip install 'moec[tvm]'"
+        where = f"$MOEC_TVM_RUNTIME is {asked}" if asked else "the package apache-tvm has it: pip install apache-tvm"
         raise MoecError(f"{RUNTIME} is not found: {where}, or set MOEC_TVM_RUNTIME to its path")
     ctypes.CDLL(str(found), ctypes.RTLD_GLOBAL)
+
+
+def _installed(version: str | None) -> Path | None:
+    """The library in an installed apache-tvm of this version."""
+    try:
+        if version is not None and metadata.version("apache-tvm") != version:
+            return None
+    except metadata.PackageNotFoundError:
+        return None
+    spec = importlib.util.find_spec("tvm")
+    return next((Path(folder, "lib", RUNTIME) for folder in (spec.submodule_search_locations or ())), None) if spec else None
 
 
 class TvmExecutor:
@@ -162,38 +182,51 @@ class TvmExecutor:
         most = min(CHUNK, max(BLOCK, LOGITS_BYTES // (4 * self.vocab_size))) if all_logits else CHUNK
         done = 0
         for pieces in _chunks(steps, most):
-            ids = np.concatenate([steps[index][1][begin:end] for index, begin, end in pieces])
-            positions, blocks, rows, first = [], [], [], 0
-            for index, begin, end in pieces:
-                sequence, tokens = steps[index]
-                start = before[sequence] + begin
-                positions.append(np.arange(start, start + end - begin))
-                for at in range(0, end - begin, BLOCK):
-                    blocks.append((self._pages.row(sequence), first + at, min(BLOCK, end - begin - at), start + at))
-                first += end - begin
-                if end == len(tokens):
-                    rows.append(first - 1)
-            wanted = np.arange(first) if all_logits else np.array(rows)
-            arrays = {"ids": ids, "positions": np.concatenate(positions), "rows": wanted if wanted.size else np.array([0])}
+            arrays, wanted = self._stream(steps, before, pieces, all_logits)
             tensors = [_copied(arrays[role], np.int32 if role == "rows" else np.int64) for role in self._inputs]
-            table = self._pages.table
-            result = self._forward(*tensors, _copied(np.array(blocks), np.int32), table, *self._pages.pools, self._weights)
-            if wanted.size:
-                out[done : done + wanted.size] = np.from_dlpack(result)
-                done += wanted.size
+            blocks = _copied(arrays["blocks"], np.int32)
+            result = self._forward(*tensors, blocks, self._pages.table, *self._pages.pools, self._weights)
+            out[done : done + wanted] = np.from_dlpack(result)[:wanted]
+            done += wanted
         return out
+
+    def _stream(
+        self, steps: Sequence[Step], before: Mapping[int, int], pieces: Sequence[Piece], all_logits: bool
+    ) -> tuple[dict[str, NDArray[np.int64]], int]:
+        """The inputs of one call by role, and how many rows of logits are wanted (one is computed where none is)."""
+        ids: list[NDArray[np.int64]] = []
+        positions: list[NDArray[np.int64]] = []
+        blocks: list[tuple[int, int, int, int]] = []
+        rows: list[int] = []
+        first = 0
+        for index, begin, end in pieces:
+            sequence, tokens = steps[index]
+            row, start, count = self._pages.row(sequence), before[sequence] + begin, end - begin
+            ids.append(tokens[begin:end])
+            positions.append(np.arange(start, start + count))
+            blocks += [(row, first + at, min(BLOCK, count - at), start + at) for at in range(0, count, BLOCK)]
+            first += count
+            if all_logits:
+                rows += range(first - count, first)
+            elif end == len(tokens):
+                rows.append(first - 1)
+        arrays = {"ids": np.concatenate(ids), "positions": np.concatenate(positions), "blocks": np.array(blocks)}
+        return {**arrays, "rows": np.array(rows or [0])}, len(rows)
 
     def _configure(self) -> None:
         """Set the number of threads: TVM has a pool for each thread that calls it."""
         caller = threading.get_ident()
         if caller not in self._configured:
+            # A pool is made with as many threads as the variable says, and cannot grow; calls use as many as it says then.
+            os.environ["TVM_NUM_THREADS"] = str(max(self._threads, available_cores()))
             tvm_ffi.get_global_func("runtime.config_threadpool")(1, self._threads)
             self._configured.add(caller)
+        os.environ["TVM_NUM_THREADS"] = str(self._threads)
 
 
-def _chunks(steps: Sequence[Step], most: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Cut the steps into calls of at most `most` tokens: lists of (step, first token, end)."""
-    pieces: list[tuple[int, int, int]] = []
+def _chunks(steps: Sequence[Step], most: int) -> Iterator[list[Piece]]:
+    """Cut the steps into calls of at most `most` tokens."""
+    pieces: list[Piece] = []
     room = most
     for index, (_, tokens) in enumerate(steps):
         begin = 0

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from moec.targets import Target
 
 
-def make(graph: Graph, target: Target, portable: bool = False) -> TvmBackend:
-    """The backend for a graph and target. `portable` is an option of other backends."""
+def make(graph: Graph, target: Target, portable: bool = False) -> TvmBackend:  # noqa: ARG001  # an option of other backends
+    """The backend for a graph and target."""
     from moec.compiler.backends.tvm.backend import TvmBackend  # importing TVM takes a second
 
     return TvmBackend(graph, target)

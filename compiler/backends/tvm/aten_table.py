@@ -25,7 +25,7 @@ def _axis(axis: int, rank: int) -> int:
 
 def _axes(a: Args, rank: int) -> list[int] | None:
     dim = a.get("dim")
-    if dim is None or dim == () or dim == []:
+    if dim is None or dim in ((), []):
         return None
     return [_axis(d, rank) for d in (dim if isinstance(dim, (tuple, list)) else [dim])]
 
@@ -301,9 +301,7 @@ OTHERS: dict[str, Callable[[Args], Result]] = {
     "split": _split,
     "split_with_sizes": _split,
     "chunk": _split,
-    "unbind": lambda a: [
-        relax.op.reshape(part, kind.shape) for part, kind in zip(_unbound(a), a["out"], strict=True)
-    ],
+    "unbind": lambda a: [relax.op.reshape(part, kind.shape) for part, kind in zip(_unbound(a), a["out"], strict=True)],
     "cat": _cat,
     "stack": _stack,
     "repeat": _repeat,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ class TvmBackend:
             shutil.copy(runtime_library(), folder / RUNTIME)
         return {
             "library": LIBRARY,
+            "tvm": metadata.version("apache-tvm"),
             "functions": {name: {"tokens": tokens, "rows": rows} for name, (tokens, rows) in FUNCTIONS.items()},
             "inputs": self.roles,
             "page_tokens": PAGE,
@@ -82,7 +84,7 @@ def runtime_library() -> Path:
 
 def _input_roles(graph: Graph) -> list[str]:
     """What each input of the lowered graph is: `ids`, `positions`, and `rows` at last."""
-    first, *others = graph.inputs
+    others = graph.inputs[1:]
     if len(others) > 1 or any(v.type.shape != ("B", "T") or v.type.dtype not in ("i64", "i32") for v in graph.inputs):
         found = ", ".join(f"%{v.name}: {v.type}" for v in graph.inputs)
         raise MoecError(f"graph {graph.name}: expected the inputs ids and positions, integers [B, T]; got {found}")

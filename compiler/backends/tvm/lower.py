@@ -186,9 +186,13 @@ class FunctionLowering:
             SEMANTIC["aten.topk"](self, node)
             return
         streams = [stream(self.graph.type_of(n)) for n in node.inputs if n]
-        if name in aten_table.ELEMENTWISE and kind and all(
-            s == kind and n not in self.graph.params and self._rank(n) == len(self._flat_shape(result.type, kind))
-            for s, n in zip(streams, node.inputs, strict=False)
+        if (
+            name in aten_table.ELEMENTWISE
+            and kind
+            and all(
+                s == kind and n not in self.graph.params and self._rank(n) == len(self._flat_shape(result.type, kind))
+                for s, n in zip(streams, node.inputs, strict=False)
+            )
         ):
             out = relax.TensorType(self._flat_shape(result.type, kind), DTYPES[result.type.dtype])
             self._flat[result.name] = self.bb.emit(aten_table.ELEMENTWISE[name](self._bind(node, self.flat, [out])))
@@ -206,7 +210,7 @@ class FunctionLowering:
     def _bind(self, node: Node, tensor: Callable[[str], Expr], out: list[relax.TensorType]) -> dict[str, Any]:
         """The arguments of an ATen node by their names."""
         queue, bound = list(node.inputs), dict[str, Any]()
-        for argument in overload(node.op)._schema.arguments:
+        for argument in overload(node.op)._schema.arguments:  # noqa: SLF001  # torch has no public way to a schema
             kind = str(argument.type)
             if argument.name in node.attrs and "Tensor[]" not in kind and "List[Tensor]" not in kind:
                 bound[argument.name] = self._attr(node.attrs[argument.name])

@@ -23,7 +23,8 @@ Arrays = Mapping[str, NDArray[np.generic]]
 class Storage(Protocol):
     """How one parameter is stored."""
 
-    stacked: bool
+    @property
+    def stacked(self) -> bool: ...
 
     def arrays(self) -> dict[str, StoredArray]: ...
 
@@ -69,7 +70,7 @@ class ExpertStorage:
         if self.up:
             order = self.layout.interleave
             if isinstance(packed, Quantized):
-                packed = Quantized(order(packed.codes), order(packed.scale), order(packed.zero))  # type: ignore[arg-type]  # dtypes stay
+                packed = Quantized(order(packed.codes), order(packed.scale), order(packed.zero))
             else:
                 packed = order(packed)
         return _tile(self._lanes, packed)
@@ -79,7 +80,7 @@ class ExpertStorage:
         if not self.up:
             return packed
         if isinstance(packed, Quantized):
-            return Quantized(order(packed.codes), order(packed.scale), order(packed.zero))  # type: ignore[arg-type]  # dtypes stay
+            return Quantized(order(packed.codes), order(packed.scale), order(packed.zero))
         return order(packed)
 
 

@@ -13,12 +13,30 @@ from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cpu.emit import Buffer, Expr, Register, lane_type, splat, store, vector, workspace
 from moec.targets.kernels.cpu.isa import Isa
-from moec.targets.kernels.cpu.layout import CHUNK, LaneLayout, ceil_div
+from moec.targets.kernels.cpu.layout import LaneLayout, ceil_div
 
 LIMIT = 32767
 TINY = 0x0DA24260  # the bits of 1e-30, the least scale * 32767: keeps 1 / scale finite
 PAD_WORDS = 16  # a cache line: rows of 4 KiB would share a set of the L1 cache
 GROUPS = (128, 64, 32)  # 255 * 32767 * 128 < 2^31: a group's int32 sum cannot overflow
+
+
+class Unrolled:
+    """Memory that unrolled code reads.
+
+    TVM derives the region that each access to memory of its own covers: seconds for unrolled code and a symbolic number of rows.
+    It leaves views alone, but must see an access to the memory itself wherever it is in use, lest it gives the memory away; and
+    LLVM takes the two for different memory, so that what reads a view must be in a parallel loop after the one that fills it.
+    """
+
+    def __init__(self, shape: tuple[Expr, ...], dtype: str) -> None:
+        self.memory = workspace(shape, dtype)
+        symbolic = not isinstance(shape[0], int)
+        self._view = T.decl_buffer(shape, dtype, data=self.memory.data, layout=None) if symbolic else self.memory
+
+    def load(self, row: Expr, column: Expr, *, first: bool) -> Expr:
+        """An element; `first` in one access of every loop that reads."""
+        return (self.memory if first else self._view)[row, column]
 
 
 class Activations:
@@ -30,22 +48,11 @@ class Activations:
         self.group = next(g for g in GROUPS if layout.group % g == 0) if self.quantised else layout.k
         self.groups = layout.padded_k // self.group
         if self.quantised:
-            shape = (rows, layout.padded_k // 2 + PAD_WORDS)
-            self.q = workspace(shape, "int32")
-            self._view = self.q if isinstance(rows, int) else T.decl_buffer(shape, "int32", data=self.q.data, layout=None)
-            self.scale = workspace((rows, self.groups), "float32")
-            self.sum = workspace((rows, self.groups), "int32")
+            self.q = Unrolled((rows, layout.padded_k // 2 + PAD_WORDS), "int32")
+            self.scale = Unrolled((rows, self.groups), "float32")
+            self.sum = Unrolled((rows, self.groups), "int32")
         else:
             self.values = workspace((rows, ceil_div(layout.k, 16) * 16 + PAD_WORDS), "float32")
-
-    def pair(self, row: Expr, chunk: Expr, step: int) -> Expr:
-        """Values 2 * step and 2 * step + 1 of a chunk of 32, as one int32.
-
-        TVM derives the region that each access to memory of its own covers: seconds for unrolled code and a symbolic number of rows.
-        It leaves views alone, but must see an access to the memory itself wherever it is in use, lest it gives the memory away; and
-        LLVM takes the two for different memory, so that what reads a view must be in a parallel loop after the one that fills it.
-        """
-        return (self._view if step else self.q)[row, chunk * (CHUNK // 2) + step]
 
     def fill(self, x: Buffer, *, first: Expr = 0, rows: Expr | None = None, parallel: bool = True) -> None:
         """Convert rows of x float32 [.., at least K], from row `first` on."""
@@ -84,12 +91,12 @@ class Activations:
             largest.set(T.max(largest.get(), magnitude))
         bits = T.call_llvm_pure_intrin("int32", "llvm.vector.reduce.smax", largest.get())
         peak = T.Bind(T.reinterpret("float32", T.max(bits, TINY)))
-        store(self.scale, peak * T.float32(1 / LIMIT), row, g)
+        store(self.scale.memory, peak * T.float32(1 / LIMIT), row, g)
         inverse = T.Bind(T.float32(LIMIT) / peak)
         with T.serial(self.group // lanes) as i:
             rounded = T.call_llvm_pure_intrin(floats, "llvm.nearbyint", load(i * lanes) * splat(inverse, "float32", lanes))
             q = T.Bind(T.cast(rounded, ints))
             total.set(total.get() + q)
             pairs = T.reinterpret(lane_type("int32", lanes // 2), T.cast(q, lane_type("int16", lanes)))
-            store(self.q, pairs, row, (g * self.group + i * lanes) // 2, lanes=lanes // 2)
-        store(self.sum, T.call_llvm_pure_intrin("int32", "llvm.vector.reduce.add", total.get()), row, g)
+            store(self.q.memory, pairs, row, (g * self.group + i * lanes) // 2, lanes=lanes // 2)
+        store(self.sum.memory, T.call_llvm_pure_intrin("int32", "llvm.vector.reduce.add", total.get()), row, g)

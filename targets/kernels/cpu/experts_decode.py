@@ -10,6 +10,7 @@ from moec.targets.kernels.cpu.emit import Expr, splat, store, store_rows, vector
 from moec.targets.kernels.cpu.experts_layout import ExpertsOperands
 from moec.targets.kernels.cpu.isa import Isa
 from moec.targets.kernels.cpu.layout import LANES, ceil_div
+from moec.targets.kernels.cpu.loops import over_tiles
 from moec.targets.kernels.cpu.register_tile import RegisterTile
 
 RUN = 4  # tiles of down that a thread takes of an expert at a time: longer streams, fewer pieces of work
@@ -21,7 +22,7 @@ def emit_decode(op: ExpertsOperands, activation: ExpertActivation, isa: Isa) -> 
     hidden = workspace((op.top_k, layout.f_tiles * LANES), "float32")
     gate_up_input = Activations(layout.gate_up, isa, 1)
     gate_up_input.fill(op.x, parallel=False)
-    with T.parallel(op.top_k * layout.f_tiles) as task:
+    with over_tiles(1, op.top_k * layout.gate_up.nbytes(), op.top_k * layout.f_tiles) as task:
         slot, tile = T.Bind(task // layout.f_tiles), T.Bind(task % layout.f_tiles)
         _hidden_tile(op, activation, isa, gate_up_input, hidden, slot, tile)
     down_input = Activations(layout.down, isa, op.top_k)
@@ -59,7 +60,7 @@ def _down(op: ExpertsOperands, isa: Isa, hidden: Activations) -> None:
     kernel = RegisterTile(layout.down, isa, op.down, hidden)
     tiles = layout.down.tiles
     sums = workspace((tiles * LANES,), "float32")
-    with T.parallel(ceil_div(tiles, RUN)) as run:
+    with over_tiles(1, op.top_k * layout.down.nbytes(), ceil_div(tiles, RUN)) as run:
         first, count = T.Bind(run * RUN), T.Bind(T.min(RUN, tiles - run * RUN))
         with T.serial(count * (LANES // lanes)) as i:
             store(sums, splat(0.0, "float32", lanes), first * LANES + i * lanes, lanes=lanes)

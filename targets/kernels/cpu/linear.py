@@ -11,6 +11,7 @@ from moec.targets.kernels.cpu.activations import Activations
 from moec.targets.kernels.cpu.emit import Expr, argument, prim_func, store_rows, tensor_shape, tensor_type
 from moec.targets.kernels.cpu.isa import Isa
 from moec.targets.kernels.cpu.layout import LANES, LaneLayout, ceil_div
+from moec.targets.kernels.cpu.loops import over_tiles
 from moec.targets.kernels.cpu.register_tile import RegisterTile, token_tiles, weight_arguments
 
 
@@ -26,7 +27,7 @@ def linear_func(layout: LaneLayout, tokens: int | None, bias: bool, isa: Isa) ->
         activations = Activations(layout, isa, t)
         activations.fill(x)
         kernel = RegisterTile(layout, isa, weights, activations)
-        with T.parallel(ceil_div(layout.tiles, isa.row_tiles)) as task:
+        with over_tiles(tokens, layout.nbytes(), ceil_div(layout.tiles, isa.row_tiles)) as task:
             tiles = [T.Bind(T.min(task * isa.row_tiles + r, layout.tiles - 1)) for r in range(isa.row_tiles)]
 
             def tile(first: Expr, size: int) -> None:

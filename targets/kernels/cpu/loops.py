@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from tvm.tirx.script import builder as T
 
@@ -10,6 +11,14 @@ from moec.targets.kernels.cpu.emit import Buffer, Expr
 
 PARALLEL_VALUES = 1 << 14
 """Values below which waking the other threads costs more than they save."""
+
+SMALL_BYTES = 1 << 18
+"""Weights of which one thread reads all in the time that it takes to wake the others and wait for them."""
+
+
+def over_tiles(tokens: int | None, nbytes: int, count: Expr) -> Any:
+    """The loop over tiles of rows of weights of `nbytes`: on all threads, unless one token meets few weights."""
+    return T.serial(count) if tokens == 1 and nbytes < SMALL_BYTES else T.parallel(count)
 
 
 def over_tokens(tokens: Expr, values: int, body: Callable[[Expr], None]) -> None:

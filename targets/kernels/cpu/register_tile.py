@@ -80,7 +80,7 @@ class RegisterTile:
                 for step in range(CHUNK // 2):
                     codes = [T.Bind(_pair(row, integer.bits, step, lanes)) for row in words]
                     for t, token in enumerate(tokens):
-                        x = T.Bind(splat(act.pair(token, chunk, step), "int32", lanes))
+                        x = T.Bind(splat(act.q.load(token, chunk * (CHUNK // 2) + step, first=step + t == 0), "int32", lanes))
                         for r, code in enumerate(codes):
                             register = partial[r][t][step % chains]
                             register.set(dot(register.get(), code, x, lanes))
@@ -115,7 +115,7 @@ class RegisterTile:
                 zero = T.Bind(splat(0, "int32", lanes) - T.cast(stored, lane_type("int32", lanes)))
             for t, token in enumerate(tokens):
                 first, *others = partial[r][t]
-                first.set(zero * splat(self.activations.sum[token, g], "int32", lanes))
+                first.set(zero * splat(self.activations.sum.load(token, g, first=r + t == 0), "int32", lanes))
                 for register in others:
                     register.clear()
 
@@ -136,7 +136,7 @@ class RegisterTile:
                 total = partial[r][t][0].get()
                 for register in partial[r][t][1:]:
                     total = total + register.get()
-                factor = scale * splat(self.activations.scale[token, g], "float32", lanes)
+                factor = scale * splat(self.activations.scale.load(token, g, first=r + t == 0), "float32", lanes)
                 value = T.cast(total, lane_type("float32", lanes))
                 sums[r][t].set(multiply_add(self.isa, value, factor, sums[r][t].get()))
 

@@ -172,10 +172,8 @@ class _Router:
             store(kept, T.int32(0), group)
         with T.serial(spec.top_groups):
             store(kept, T.int32(1), groups.take())
-        with T.serial(spec.groups) as group:
-            with when(kept[group] == 0):
-                with T.serial(size) as i:
-                    store(choice.values, T.float32(MASKED), group * size + i)
+        with T.serial(spec.groups) as group, when(kept[group] == 0), T.serial(size) as i:
+            store(choice.values, T.float32(MASKED), group * size + i)
 
 
 def router_func(spec: RouterSpec, tokens: int | None, isa: Isa) -> tirx.PrimFunc:

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import tvm
 import tvm_ffi
+from numpy.typing import NDArray
+from tvm.target import Target
+
 from moec.runtime.tvm_pages import aligned
 from moec.targets import get_target
 from moec.targets.kernels.cpu.isa import Isa
-from numpy.typing import NDArray
-from tvm.target import Target
 
 TARGET = Target(json.loads(get_target("cpu").tvm))
 ISA = Isa.of(TARGET)

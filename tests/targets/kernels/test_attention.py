@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moec.compiler import ops
-from moec.targets.kernels.cpu.attention import PAGE, AttentionSpec, attention_func
 from numpy.typing import NDArray
 
+from moec.compiler import ops
+from moec.targets.kernels.cpu.attention import PAGE, AttentionSpec, attention_func
 from tests.targets.kernels.run import ISA, Kernel
 
 SPECS = [
@@ -24,7 +24,7 @@ SPECS = [
 MAX_PAGES = 6
 
 
-@lru_cache(maxsize=None)
+@cache
 def kernel(index: int, tokens: int | None) -> Kernel:
     return Kernel(attention_func(SPECS[index], tokens, ISA))
 
@@ -49,7 +49,7 @@ def test_pieces_of_sequences_in_any_order(data: st.DataObject, index: int, seed:
     cache, done = Cache(spec, len(lengths), rng), [0] * len(lengths)
     found: list[list[NDArray[np.float32]]] = [[] for _ in lengths]
     while any(d < n for d, n in zip(done, lengths, strict=True)):
-        parts = []
+        parts = list[tuple[int, int, int]]()
         for i, n in enumerate(lengths):
             size = data.draw(st.integers(0 if parts or i + 1 < len(lengths) else min(1, n - done[i]), n - done[i]))
             parts += [(i, done[i], done[i] + size)] if size else []

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from moec.compiler import ops
 from moec.targets.kernels.cpu.norm import NormSpec, norm_func
 from moec.targets.kernels.cpu.rope import rope_func
 from moec.targets.kernels.cpu.router import RouterSpec, router_func, topk_func
-
 from tests.targets.kernels.run import ISA, Kernel
 
 ROUTERS = [
     RouterSpec(16, 4, normalize=True),
     RouterSpec(6, 2),
-    RouterSpec(64, 8, "sigmoid", True, 2.5, 8, 4, "top2", True),
+    RouterSpec(64, 8, "sigmoid", normalize=True, scale=2.5, groups=8, top_groups=4, group_score="top2", bias=True),
     RouterSpec(40, 3, "softmax_topk"),
     RouterSpec(24, 3, groups=4, top_groups=2),
     RouterSpec(5, 5, "sigmoid"),
@@ -35,7 +35,7 @@ def double(x: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(x).double()
 
 
-@lru_cache(maxsize=None)
+@cache
 def router(index: int) -> Kernel:
     return Kernel(router_func(ROUTERS[index], None, ISA))
 
