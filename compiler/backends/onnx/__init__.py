@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from moec.compiler.backends.base import Location, Packed, Quantized, StoredArray
 from moec.compiler.backends.onnx.emit import Emitter
 from moec.compiler.backends.onnx.layout import IntLayout
-from moec.compiler.backends.onnx.lower import Lowering, reserved_names
+from moec.compiler.backends.onnx.lower import Lowering, check_lowerable, reserved_names
 from moec.compiler.backends.onnx.placement import place
 from moec.compiler.backends.select_rows import select_rows
 from moec.compiler.backends.tokenwise import check_tokenwise
+from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph, Param
 from moec.targets import Target
 
@@ -30,17 +31,20 @@ class OnnxBackend:
 
     Args:
         graph: from ids and positions [B, T] to logits [B, T, V].
-        target: its memory limits what is widened to float32 at load.
+        target: a CPU.
         portable: standard operators only.
         activations: what products with integer weights compute with: `float`, or `int8` with a scale a block, which is faster and costs
             about 1 % of accuracy a product.
     """
 
     def __init__(self, graph: Graph, target: Target, portable: bool = False, activations: Activations = "float") -> None:
+        if target.kind != "cpu":
+            raise MoecError(f"target {target.name}: the onnx backend writes models for CPUs; use a CPU target, or --backend tvm")
         self.graph, self.portable, self.activations = graph, portable, activations
         check_tokenwise(graph)
+        check_lowerable(graph)
         self._lowered = select_rows(graph)
-        self._placement = place(graph, portable, activations, target.memory_bytes)
+        self._placement = place(graph, portable, activations)
 
     def stacked(self, param: Param) -> bool:
         """See `Backend`."""

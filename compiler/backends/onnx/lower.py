@@ -22,7 +22,6 @@ from moec.compiler.backends.onnx.shapes import Shapes, symbol_sources
 from moec.compiler.backends.onnx.weights import Weights
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Attr, Dim, Graph, Node
-from moec.compiler.text import print_node
 
 RULES: dict[str, Callable[[Lowering, Node], str | Sequence[str]]] = {
     **aten.RULES,
@@ -37,6 +36,19 @@ RULES: dict[str, Callable[[Lowering, Node], str | Sequence[str]]] = {
     "experts": lower_experts,
 }
 """How each op is lowered: a function that gives the ONNX name of the result, or of each result; "" if it was set already."""
+
+
+def check_lowerable(graph: Graph) -> None:
+    """Check that there is a rule for every node.
+
+    Raises:
+        MoecError: there is none for some; the message names them.
+    """
+    if missing := sorted({node.op for node in graph.nodes} - RULES.keys()):
+        raise MoecError(f"graph {graph.name}: the onnx backend has no lowering of {', '.join(missing)}")
+    for node in graph.nodes:
+        if node.op == "attention" and not node.attrs.get("causal", True):
+            raise MoecError(f"attention %{node.name} is not causal: it sees tokens that are not there yet when a text is generated")
 
 
 def reserved_names(graph: Graph) -> set[str]:
@@ -83,9 +95,7 @@ class Lowering:
         return self.e.model(self.graph.name, "")
 
     def _lower(self, node: Node) -> None:
-        if (rule := RULES.get(node.op)) is None:
-            raise MoecError(f"the onnx backend has no lowering of {node.op}: {print_node(self.graph, node)}")
-        results = rule(self, node)
+        results = RULES[node.op](self, node)
         names = (results,) if isinstance(results, str) else results
         for output, name in zip(node.outputs, names, strict=True):
             if name:
