@@ -248,7 +248,7 @@ def _tensor(array: NDArray[np.generic]) -> Any:
         return _copied(array, array.dtype)
     if not array.flags.writeable:  # numpy would refuse to export it
         memory = (ctypes.c_uint8 * array.nbytes).from_address(array.ctypes.data)
-        array = np.frombuffer(memory, array.dtype).reshape(array.shape)
+        array = np.frombuffer(memoryview(memory), array.dtype).reshape(array.shape)
     return tvm_ffi.from_dlpack(array)
 
 

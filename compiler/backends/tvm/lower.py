@@ -15,10 +15,11 @@ from tvm import relax, tirx
 from moec.compiler.aten import overload
 from moec.compiler.backends.tvm import aten_table
 from moec.compiler.backends.tvm.relax_types import DTYPES, Sizes, stream, typed
-from moec.compiler.backends.tvm.semantic import SEMANTIC
+from moec.compiler.backends.tvm.semantic import SEMANTIC, add_and_norm, residual_norm
 from moec.compiler.backends.tvm.storage import Storage
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Dim, Graph, Node, TensorType
+from moec.compiler.ops import OPS
 from moec.compiler.text import print_node
 from moec.targets.kernels.cpu.isa import Isa
 
@@ -31,6 +32,9 @@ def check_supported(graph: Graph) -> None:
     Raises:
         MoecError: some cannot; the message names them all.
     """
+    for node in graph.nodes:
+        if node.op in OPS and node.op not in SEMANTIC:
+            raise MoecError(f"{node.op} needs recurrent state, which the tvm backend does not keep yet: {print_node(graph, node)}")
     missing = [n for n in graph.nodes if n.op not in SEMANTIC and not aten_table.supported(n.op)]
     if missing:
         ops = sorted({n.op for n in missing})
@@ -165,7 +169,11 @@ class FunctionLowering:
         self._full[name] = value
 
     def _node(self, node: Node) -> None:
-        if (lower := SEMANTIC.get(node.op)) is not None:
+        if node.name in self._flat:  # came with a node before it
+            return
+        if (norm := residual_norm(self.graph, node)) is not None:
+            add_and_norm(self, node, norm)
+        elif (lower := SEMANTIC.get(node.op)) is not None:
             lower(self, node)
         else:
             self._aten(node)

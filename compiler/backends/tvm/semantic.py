@@ -92,18 +92,37 @@ def _width(graph: Graph, name: str) -> int:
     return width
 
 
-def _norm(low: FunctionLowering, node: Node) -> None:
-    x = low.flat(node.inputs[0])
+def residual_norm(graph: Graph, node: Node) -> Node | None:
+    """The normalisation that reads a residual addition, if both can be one kernel."""
+    kind = node.outputs[0].type
+    plain = node.op == "aten.add.Tensor" and len(node.inputs) == 2 and not node.attrs and kind.dtype == "f32"
+    same = plain and all(name in graph.values and graph.type_of(name) == kind for name in node.inputs)
+    if not same or len(kind.shape) != 3 or kind.shape[:2] not in (("B", "T"), ("B", "R")):
+        return None
+    users = [user for user in graph.users.get(node.name, ()) if user.op in ("rms_norm", "layer_norm") and user.inputs[0] == node.name]
+    return next((user for user in users if all(name in graph.params for name in user.inputs[1:] if name)), None)
+
+
+def add_and_norm(low: FunctionLowering, addition: Node, node: Node) -> None:
+    """Emit a residual addition together with the normalisation that reads it."""
+    _norm(low, node, addition)
+
+
+def _norm(low: FunctionLowering, node: Node, addition: Node | None = None) -> None:
+    inputs = [low.flat(name) for name in (addition.inputs if addition else node.inputs[:1])]
+    x = inputs[0]
     weight, bias = _optional(low, node, 1), _optional(low, node, 2)
     size = int(low.graph.type_of(node.name).shape[-1])
     spec = NormSpec(
         size, _width(low.graph, node.name) // size, float(node.attrs["eps"]), float(node.attrs.get("offset", 0.0)),
-        center=node.op == "layer_norm", weight=weight is not None, bias=bias is not None,
+        center=node.op == "layer_norm", weight=weight is not None, bias=bias is not None, residual=addition is not None,
     )  # fmt: skip
     tokens = _static(x)
     kernel = low.kernel(node.op, (spec, tokens), lambda: norm_func(spec, tokens, low.isa))
-    args = [x, *(a for a in (weight, bias) if a is not None)]
-    (out,) = _call(low, kernel, args, ([_count(x), spec.size * spec.groups], "float32"))
+    args = [*inputs, *(a for a in (weight, bias) if a is not None)]
+    *total, out = _call(low, kernel, args, *[([_count(x), spec.size * spec.groups], "float32")] * len(inputs))
+    if addition is not None:
+        low.set_flat(addition.name, total[0])
     low.set_flat(node.name, out)
 
 
