@@ -38,6 +38,7 @@ of the TVM backend contains native code, so run only artifacts that you trust.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import mmap
 import os
@@ -51,9 +52,12 @@ from numpy.typing import NDArray
 
 from moec.runtime import weight_file
 from moec.runtime.errors import MoecError
-from moec.runtime.files import digest, open_inside, read_inside
+from moec.runtime.files import Folder, digest
 from moec.runtime.manifest import MANIFEST, ArrayEntry, Manifest, read_manifest
-from moec.runtime.verify import find_problems
+from moec.runtime.verify import check_all
+
+ATTEMPTS = 20
+"""How often an artifact is opened anew because another replaced it meanwhile."""
 
 
 class Artifact:
@@ -64,15 +68,16 @@ class Artifact:
         manifest: what it says about itself, parsed.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder = folder
+    def __init__(self, folder: Folder, manifest: Manifest) -> None:
+        self.folder = folder.path
         self.manifest = manifest
+        self._open_folder = folder
         self._maps: dict[str, mmap.mmap] = {}
         try:
             for name in manifest.files:
                 self._check(name)
         except BaseException:
-            self.close()
+            self._unmap()
             raise
 
     @cached_property
@@ -103,18 +108,25 @@ class Artifact:
         """
         self.path(name)
         entry = self.manifest.files[name]
-        content = read_inside(self.folder, name, entry.size)
+        content = self._open_folder.read(name, entry.size)
         if hashlib.sha256(content).hexdigest() != entry.sha256:
             raise MoecError(f"{self.folder}: {name} changed since the artifact was opened; open it again")
         return content
 
+    @property
+    def current(self) -> bool:
+        """Whether the path still means the folder that was opened, and not one that replaced it."""
+        return self._open_folder.current
+
     def close(self) -> None:
-        """Unmap the weight files. Arrays that are still in use keep theirs."""
+        """Unmap the weight files and let go of the folder. Arrays that are still in use stay."""
+        self._unmap()
+        self._open_folder.close()
+
+    def _unmap(self) -> None:
         for mapped in self._maps.values():
-            try:
+            with contextlib.suppress(BufferError):  # someone holds an array; the map goes with the last of them
                 mapped.close()
-            except BufferError:  # someone holds an array; the map goes with the last of them
-                continue
         self._maps.clear()
 
     def __enter__(self) -> Self:
@@ -126,14 +138,14 @@ class Artifact:
     def _check(self, name: str) -> None:
         """Check the size of a file and its digest; map it if it is a weight file (then the digest is that of its header)."""
         entry = self.manifest.files[name]
-        descriptor = open_inside(self.folder, name)
+        descriptor = self._open_folder.open(name)
         try:
             if (size := os.fstat(descriptor).st_size) != entry.size:
                 raise MoecError(
                     f"{self.folder}: {name} has {size} bytes, expected {entry.size}; it is cut short or replaced: copy it again"
                 )
             if entry.header_sha256 is not None:
-                weight_file.check_header(self.folder, name, descriptor, self.manifest)
+                weight_file.check_header(f"{self.folder}: {name}", name, descriptor, self.manifest)
                 self._maps[name] = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
             elif digest(descriptor)[0] != entry.sha256:
                 raise MoecError(f"{self.folder}: {name} does not match its SHA-256 in {MANIFEST}; it was changed or damaged: copy it again")
@@ -174,8 +186,21 @@ def open_artifact(path: str | os.PathLike[str], verify: bool = False) -> Artifac
     Raises:
         MoecError: it is none, it is damaged, or it needs another version of moec.
     """
-    folder = Path(path)
+    for _ in range(ATTEMPTS):
+        folder = Folder(Path(path))
+        try:
+            return _open(folder, verify)
+        except BaseException as error:
+            replaced = not folder.current
+            folder.close()
+            if not (replaced and isinstance(error, MoecError)):  # else: its files are being removed, another took its place
+                raise
+    raise MoecError(f"{path}: was replaced {ATTEMPTS} times while it was being opened; wait until whoever writes it is done")
+
+
+def _open(folder: Folder, verify: bool) -> Artifact:
     manifest = read_manifest(folder)
-    if verify and (problems := find_problems(folder)):
-        raise MoecError(f"{folder}: {problems[0]}" + (f" (and {len(problems) - 1} more; see `moec verify`)" if problems[1:] else ""))
+    if verify and (problems := check_all(folder, manifest)):
+        rest = f" (and {len(problems) - 1} more; see `moec verify`)" if problems[1:] else ""
+        raise MoecError(f"{folder.path}: {problems[0]}{rest}")
     return Artifact(folder, manifest)

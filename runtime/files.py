@@ -14,6 +14,7 @@ import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 from moec.runtime.errors import MoecError
 
@@ -33,54 +34,94 @@ def is_safe_name(name: str) -> bool:
     return 0 < len(name) <= _MAX_NAME and all(_PART.fullmatch(part) for part in name.split("/"))
 
 
-def open_inside(folder: Path, name: str) -> int:
-    """A file descriptor, for reading, of a regular file inside the folder. The caller closes it.
+class Folder:
+    """An open folder: it stays the same one when another takes its name meanwhile.
+
+    Attributes:
+        path: its name, for messages.
 
     Raises:
-        MoecError: the name is unsafe; or there is no such regular file, or a link is in the way.
+        MoecError: there is no such folder.
     """
-    if not is_safe_name(name):
-        raise MoecError(f"{folder}: file name {name!r} is not allowed (relative, [A-Za-z0-9._-] and / only)")
-    *parents, last = name.split("/")
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        for part in parents:
-            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            what = "does not exist" if isinstance(error, FileNotFoundError) else f"is no folder that can be read ({error.strerror})"
+            raise MoecError(f"{path}: {what}; expected an artifact, as `moec compile MODEL -o NAME.moec` writes it") from error
+
+    def open(self, name: str) -> int:
+        """A file descriptor, for reading, of a regular file inside the folder. The caller closes it.
+
+        Raises:
+            MoecError: the name is unsafe; or there is no such regular file, or a link is in the way.
+        """
+        if not is_safe_name(name):
+            raise MoecError(f"{self.path}: file name {name!r} is not allowed (relative, [A-Za-z0-9._-] and / only)")
+        *parents, last = name.split("/")
+        descriptor = os.dup(self._descriptor)
+        try:
+            for part in parents:
+                inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor)
+                os.close(descriptor)
+                descriptor = inner
+            # O_NONBLOCK: a FIFO must not hang; it is refused below.
+            found = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=descriptor)
+        except OSError as error:
+            reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be opened ({error.strerror}; links are refused)"
+            raise MoecError(f"{self.path}: file {name} {reason}; copy or compile the artifact again") from error
+        finally:
             os.close(descriptor)
-            descriptor = inner
-        # O_NONBLOCK: a FIFO must not hang; it is refused below.
-        found = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=descriptor)
-    except OSError as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be opened ({error.strerror}; links are refused)"
-        raise MoecError(f"{folder}: file {name} {reason}; copy or compile the artifact again") from error
-    finally:
-        os.close(descriptor)
-    if not stat.S_ISREG(os.fstat(found).st_mode):
-        os.close(found)
-        raise MoecError(f"{folder}: {name} is not a regular file; copy or compile the artifact again")
-    return found
+        if not stat.S_ISREG(os.fstat(found).st_mode):
+            os.close(found)
+            raise MoecError(f"{self.path}: {name} is not a regular file; copy or compile the artifact again")
+        return found
 
+    def holds(self, name: str) -> bool:
+        """Whether something of that name lies directly in the folder."""
+        return name in os.listdir(self._descriptor)  # noqa: PTH208  # a Path has no descriptor
 
-def read_inside(folder: Path, name: str, limit: int) -> bytes:
-    """The content of a small file inside the folder.
+    def read(self, name: str, limit: int) -> bytes:
+        """The content of a small file inside the folder.
 
-    Raises:
-        MoecError: it cannot be opened, or has more than `limit` bytes.
-    """
-    with os.fdopen(open_inside(folder, name), "rb") as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise MoecError(f"{folder}: {name} has more than {limit} bytes")
-    return content
+        Raises:
+            MoecError: it cannot be opened, or has more than `limit` bytes.
+        """
+        with os.fdopen(self.open(name), "rb") as file:
+            content = file.read(limit + 1)
+        if len(content) > limit:
+            raise MoecError(f"{self.path}: {name} has more than {limit} bytes")
+        return content
 
+    def files(self) -> list[str]:
+        """Every entry below the folder that is not itself a folder, links and special files included, sorted."""
+        found: list[str] = []
+        for parent, folders, files, _ in os.fwalk(".", dir_fd=self._descriptor):
+            links = [name for name in folders if (self.path / parent / name).is_symlink()]
+            found += [(Path(parent) / name).as_posix() for name in (*files, *links)]
+        return sorted(found)
 
-def list_files(folder: Path) -> list[str]:
-    """Every entry below the folder that is not itself a folder, links and special files included, sorted."""
-    found: list[str] = []
-    for parent, folders, files in os.walk(folder):
-        links = [name for name in folders if (Path(parent) / name).is_symlink()]
-        found += [(Path(parent) / name).relative_to(folder).as_posix() for name in (*files, *links)]
-    return sorted(found)
+    @property
+    def current(self) -> bool:
+        """Whether its path still means this folder."""
+        try:
+            return os.path.samestat(self.path.stat(), os.fstat(self._descriptor))
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Let go of it."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _blocks(descriptor: int) -> Iterator[bytes]:

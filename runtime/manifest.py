@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moec.runtime.errors import MoecError
-from moec.runtime.files import BLOCK_BYTES, is_safe_name, read_inside
+from moec.runtime.files import BLOCK_BYTES, Folder, is_safe_name
 from moec.runtime.formats import get_format
 from moec.runtime.strict_json import Fields
 
@@ -84,23 +83,20 @@ class Manifest:
         return sum(entry.nbytes for weight in self.weights.values() for entry in weight.arrays.values())
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Folder) -> Manifest:
     """Read, check and parse the manifest of an artifact.
 
     Raises:
         MoecError: the folder is no artifact, its manifest is damaged, or it needs a newer moec.
     """
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise MoecError(f"{folder}: {what}; expected an artifact folder, as `moec compile MODEL -o NAME.moec` writes it")
-    if not (folder / MANIFEST).is_file():
-        raise MoecError(f"{folder}: no {MANIFEST} in this folder; expected an artifact, as `moec compile` writes it")
-    content = read_inside(folder, MANIFEST, _MAX_BYTES)
-    if read_inside(folder, MANIFEST_DIGEST, 4096) != manifest_digest(content):
+    if not folder.holds(MANIFEST):
+        raise MoecError(f"{folder.path}: no {MANIFEST} in this folder; expected an artifact, as `moec compile` writes it")
+    content = folder.read(MANIFEST, _MAX_BYTES)
+    if folder.read(MANIFEST_DIGEST, 4096) != manifest_digest(content):
         raise MoecError(
-            f"{folder}: {MANIFEST} does not match {MANIFEST_DIGEST}: one of them was changed or damaged; copy the artifact again"
+            f"{folder.path}: {MANIFEST} does not match {MANIFEST_DIGEST}: one of them was changed or damaged; copy the artifact again"
         )
-    return parse_manifest(content, f"{folder}: {MANIFEST}")
+    return parse_manifest(content, f"{folder.path}: {MANIFEST}")
 
 
 def manifest_digest(content: bytes) -> bytes:

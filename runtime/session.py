@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.runtime import chat
-from moec.runtime.artifact import Artifact, open_artifact
+from moec.runtime.artifact import ATTEMPTS, Artifact, open_artifact
 from moec.runtime.errors import MoecError
 from moec.runtime.executor import Executor
 from moec.runtime.executors import load_executor
@@ -49,12 +49,20 @@ def load(path: str | os.PathLike[str], threads: int | None = None, max_sequences
     for name, value in (("threads", threads), ("max_sequences", max_sequences)):
         if value is not None and value < 1:
             raise MoecError(f"{name} {value}: expected at least 1")
-    artifact = open_artifact(path, verify)
-    try:
-        return Session(artifact, load_executor(artifact, threads, max_sequences), max_sequences)
-    except BaseException:
-        artifact.close()
-        raise
+    for _ in range(ATTEMPTS):
+        artifact = open_artifact(path, verify)
+        try:
+            executor = load_executor(artifact, threads, max_sequences)
+        except BaseException as error:
+            replaced = not artifact.current
+            artifact.close()
+            if not (replaced and isinstance(error, MoecError)):
+                raise
+            continue
+        if artifact.current:
+            return Session(artifact, executor, max_sequences)
+        artifact.close()  # the code may be that of the artifact which took its place
+    raise MoecError(f"{path}: was replaced {ATTEMPTS} times while it was being loaded; wait until whoever writes it is done")
 
 
 class OpenSequence:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moec.runtime.errors import MoecError
-from moec.runtime.files import BLOCK_BYTES, digest, list_files, open_inside
+from moec.runtime.files import BLOCK_BYTES, Folder, digest
 from moec.runtime.manifest import MANIFEST, MANIFEST_DIGEST, Manifest, read_manifest
 
 _COPY = "copy this file again, or compile the artifact again"
@@ -36,26 +36,31 @@ class Problem:
         return f"{self.file}{place}{f' ({self.section})' if self.section else ''}: {self.message}"
 
 
-def find_problems(folder: Path) -> list[Problem]:
+def find_problems(path: Path) -> list[Problem]:
     """Everything that is wrong with an artifact's files: none if it is whole.
 
     Raises:
         MoecError: the manifest itself cannot be trusted, so that there is nothing to compare with.
     """
-    manifest = read_manifest(folder)
+    with Folder(path) as folder:
+        return check_all(folder, read_manifest(folder))
+
+
+def check_all(folder: Folder, manifest: Manifest) -> list[Problem]:
+    """Everything that is wrong with the files of an open artifact."""
     problems: list[Problem] = []
     for name in manifest.files:
         try:
-            descriptor = open_inside(folder, name)
+            descriptor = folder.open(name)
         except MoecError as error:
-            problems.append(Problem(name, str(error).removeprefix(f"{folder}: ")))
+            problems.append(Problem(name, str(error).removeprefix(f"{folder.path}: ")))
             continue
         try:
             problems += _check_file(name, descriptor, manifest)
         finally:
             os.close(descriptor)
     known = {*manifest.files, MANIFEST, MANIFEST_DIGEST}
-    extra = [name for name in list_files(folder) if name not in known]
+    extra = [name for name in folder.files() if name not in known]
     return problems + [Problem(name, f"{MANIFEST} does not list this file; delete it") for name in extra]
 
 

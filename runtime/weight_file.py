@@ -54,13 +54,18 @@ def describe(path: Path) -> dict[str, Any]:
         os.close(descriptor)
 
 
-def check_header(folder: Path, name: str, descriptor: int, manifest: Manifest) -> None:
+def check_header(where: str, name: str, descriptor: int, manifest: Manifest) -> None:
     """Check the header of a weight file: its digest, and that it holds the arrays of the manifest where the manifest says.
+
+    Args:
+        where: the file, for messages.
+        name: the file, as the manifest calls it.
+        descriptor: the open file.
+        manifest: what to compare with.
 
     Raises:
         MoecError: it does not.
     """
-    where = f"{folder}: {name}"
     size = header_size(descriptor, where)
     header = os.pread(descriptor, size, 0)
     if hashlib.sha256(header).hexdigest() != manifest.files[name].header_sha256:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,7 +72,7 @@ def test_a_file_that_changes_after_opening_is_not_used(folder: Path) -> None:
 
 def test_what_is_no_artifact_is_said_to_be_none(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for path, message in (("none", "does not exist"), ("file", "is a file"), ("", "no manifest.json in this folder")):
+    for path, message in (("none", "does not exist"), ("file", "is no folder that can be read"), ("", "no manifest.json in this folder")):
         with pytest.raises(MoecError, match=message):
             open_artifact(tmp_path / path)
 
@@ -307,3 +309,32 @@ def test_failing_loads_leave_no_descriptors(folder: Path) -> None:
         with pytest.raises(MoecError):
             open_artifact(folder)
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
+
+
+def test_an_artifact_that_is_being_replaced_is_wholly_old_or_wholly_new(tmp_path: Path) -> None:
+    folder, other = (
+        write_artifact(tmp_path / name, {"code/model.bin": mark * 4096}) for name, mark in (("a.moec", b"a"), ("b.moec", b"b"))
+    )
+    aside = tmp_path / "aside"
+    done = threading.Event()
+
+    def replace() -> None:
+        for _ in range(300):
+            for source, to in ((folder, aside), (other, folder), (aside, other)):  # for a moment there is none
+                source.rename(to)
+            time.sleep(0.002)
+        done.set()
+
+    writer = threading.Thread(target=replace)
+    writer.start()
+    seen: set[bytes] = set()
+    try:
+        while not done.is_set():
+            try:
+                with open_artifact(folder, verify=True) as artifact:
+                    seen.add(artifact.read("code/model.bin"))
+            except MoecError as error:
+                assert "does not exist" in str(error) or "replaced" in str(error)
+    finally:
+        writer.join()
+    assert seen == {b"a" * 4096, b"b" * 4096}
