@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moec.compiler.errors import MoecError
 from moec.compiler.ir import Node
 
 if TYPE_CHECKING:
@@ -165,15 +164,17 @@ def _matmul(low: Lowering, node: Node) -> str:
     return low.e.op("MatMul", *(low.cast(n, node.outputs[0].type.dtype) for n in node.inputs), stem=node.name)
 
 
-def _convolution(low: Lowering, node: Node) -> str:
+def _conv1d(low: Lowering, node: Node) -> str:
     a = node.attrs
-    if a.get("transposed"):
-        raise MoecError(f"aten.convolution: %{node.name} is transposed, which the onnx backend does not lower")
-    padding = list(a.get("padding", ()))
+    stride, padding, dilation = (_first(a.get(name, default)) for name, default in (("stride", 1), ("padding", 0), ("dilation", 1)))
     return low.e.op(
-        "Conv", *(low.value(n) if n else "" for n in node.inputs), strides=list(a["stride"]), pads=padding * 2,
-        dilations=list(a["dilation"]), group=int(a["groups"]),
+        "Conv", *(low.value(n) if n else "" for n in node.inputs), strides=[stride], pads=[padding, padding], dilations=[dilation],
+        group=int(a.get("groups", 1)),
     )  # fmt: skip
+
+
+def _first(value: int | tuple[int, ...]) -> int:
+    return value[0] if isinstance(value, tuple) else value
 
 
 def _softplus(low: Lowering, node: Node) -> str:
@@ -236,6 +237,6 @@ RULES: dict[str, Rule] = {
     "aten.topk.default": _topk,
     "aten.sort.default": _sort,
     "aten.matmul.default": _matmul,
-    "aten.convolution.default": _convolution,
+    "aten.conv1d.default": _conv1d,
 }  # fmt: skip
 """Arithmetic, comparisons, reductions and products."""

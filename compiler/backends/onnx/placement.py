@@ -6,13 +6,13 @@
     moe       com.microsoft MoE in float32: plain formats of small models (ONNX Runtime widens all experts at load).
     unrolled  one branch an expert, of which only those that are routed to run: everything else, and standard operators.
 
-Measured with ONNX Runtime 1.31.1 at OLMoE's shape (64 experts, top-8, D 2048, F 1024, 4 bits, one thread of a Zen 4 machine, one token):
-QMoE 5.4 ms with float and 1.1 to 2.0 ms with int8 activations, unrolled 6.6 to 10 ms and 1.5 to 2.7 ms; 128 tokens: QMoE 2 to 3 times
-as fast. QMoE is therefore taken wherever it can say what the node means, with one exception: QMoE rounds activations to int8 for 8-bit
-blocks, which costs more quality than the 8 bits do, so that 8-bit experts are unrolled unless int8 activations were asked for.
-(It does so for 2-bit blocks too, where the weights lose far more.) Plain experts of 32 x [1024, 1024] and [1024, 512], top-4, one token: MoE
-2.0 to 2.7 ms, unrolled 1.9 ms, unrolled and widened from bfloat16 when they run 2.1 ms, without copies in memory; for experts a tenth
-of that size MoE is the fastest.
+Measured with ONNX Runtime 1.31.1, one thread of a Zen 4 machine, one token. 64 experts of 2 x 1024 x 2048 and 2048 x 1024, top-8, 4 bits:
+QMoE 5.4 ms with float and 1.1 to 2.0 ms with int8 activations, unrolled 6.6 to 10 ms and 1.5 to 2.7 ms; at 128 tokens QMoE is 2 to 3
+times as fast. So QMoE is taken wherever it can say what the node means, with one exception: for 8-bit blocks QMoE rounds activations to
+int8, which costs more quality than the 8 bits do, so that 8-bit experts are unrolled unless int8 activations were asked for. (It
+does so for 2-bit blocks too, where the weights lose far more.) 32 float32 experts of 2 x 512 x 1024 and 1024 x 512, top-4: MoE 2.0 to
+2.7 ms, unrolled 1.9 ms, unrolled and widened from bfloat16 as they run, without copies in memory, 2.1 ms; MoE is the fastest for experts
+a tenth of that size.
 """
 
 from __future__ import annotations

@@ -70,7 +70,9 @@ def moes(draw: st.DrawFn) -> str:
     f = draw(st.sampled_from([16, 24, 32]))
     rows = 2 * f if gated else f
     biases = draw(st.booleans())
-    fmt = draw(st.sampled_from(["f32", "bf16", "f16", "int4_g32", "int4_g16_asym", "int3_channel", "int3_g32_asym", "int8_g32", "int5_channel"]))
+    fmt = draw(
+        st.sampled_from(["f32", "bf16", "f16", "int4_g32", "int4_g16_asym", "int3_channel", "int3_g32_asym", "int8_g32", "int5_channel"])
+    )
     lines = [
         HEAD,
         "  param @gate: f32[8, 32] as f32",
@@ -134,7 +136,8 @@ def attentions(draw: st.DrawFn) -> str:
             f"  %k1r: f32[B, T, {heads}, {d}] = rope(%k1, %cos, %sin)",
         ]
     lines += [
-        f"  %a: f32[B, T, {heads * groups}, {dv}] = attention(%q1{turned}, %k1{turned}, %v1{', @sinks' if sinks else ''}) {{{', '.join(attrs)}}}",
+        f"  %a: f32[B, T, {heads * groups}, {dv}] = attention(%q1{turned}, %k1{turned}, %v1{', @sinks' if sinks else ''})"
+        f" {{{', '.join(attrs)}}}",
         f'  %a1: f32[B, T, {heads * groups * dv}] = aten.view.default(%a) {{size=["B", "T", {heads * groups * dv}]}}',
         "  %o1: f32[B, T, 32] = linear(%a1, @o)\n  %y: f32[B, T, 32] = aten.add.Tensor(%h, %o1)",
         TAIL,
