@@ -83,9 +83,10 @@ def measure(artifact: Path | None) -> dict[str, Any]:
             "heavy_modules": brought,
         }
         if artifact is not None:
-            result["generated"] = run(python, GENERATE, str(artifact.resolve()))
-            result["ours_bytes"] += sum(result["generated"]["libraries"].values())
-            result["heavy_modules"] += [name for name in HEAVY if name != "tokenizers" and name in result["generated"].pop("modules")]
+            ran = run(python, GENERATE, str(artifact.resolve()))
+            result["generated_tokens"] = ran["tokens"]
+            result["ours_bytes"] += sum(ran["libraries"].values())
+            brought += [name for name in HEAVY if name != "tokenizers" and name in ran["modules"]]
         return result
 
 
