@@ -19,15 +19,16 @@ os.environ["TVM_NUM_THREADS"] = "1"
 import numpy as np
 import tvm
 import tvm_ffi
-from moec.runtime.tvm_pages import aligned
-from moec.targets import get_target
-from moec.targets.kernels.cpu.attention import PAGE, AttentionSpec, attention_func
-from moec.targets.kernels.cpu.isa import Isa
 from tvm import relax
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache, RopeMode, TIRPagedKVCache
 from tvm.runtime import ShapeTuple
 from tvm.target import Target
+
+from moec.runtime.tvm_pages import aligned
+from moec.targets import get_target
+from moec.targets.kernels.cpu.attention import PAGE, AttentionSpec, attention_func
+from moec.targets.kernels.cpu.isa import Isa
 
 TARGET = Target(json.loads(get_target("cpu").tvm))
 HEADS, KV_HEADS, SIZE = 4, 2, 64
@@ -98,16 +99,16 @@ class _Attention(nn.Module):
 
 def theirs(contexts: tuple[int, ...]) -> dict[int, float]:
     """TVM's cache with its own kernels; a step includes what has to be called around it."""
-    width = HEADS + 2 * KV_HEADS
+    width, modes = HEADS + 2 * KV_HEADS, {"param_mode": "none", "effect_mode": "none"}
     spec = {
         "forward": {
             "qkv": nn.spec.Tensor([1, "s", width, SIZE], "float32"),
             "cache": nn.spec.Object(object_type=PagedKVCache),
-            "$": {"param_mode": "none", "effect_mode": "none"},
+            "$": modes,
         },
         "create": {
             **dict.fromkeys(("batch", "total", "chunk", "page", "sliding"), int),
-            "$": {"param_mode": "none", "effect_mode": "none"},
+            "$": modes,
         },
     }
     module, _ = _Attention().export_tvm(spec=spec)

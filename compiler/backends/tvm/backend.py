@@ -16,7 +16,7 @@ from tvm.target import Target as TvmTarget
 from moec.compiler.backends.base import Location, Packed, StoredArray
 from moec.compiler.backends.select_rows import select_rows
 from moec.compiler.backends.tokenwise import check_tokenwise
-from moec.compiler.backends.tvm.build import FUNCTIONS, build_library, tvm_target
+from moec.compiler.backends.tvm.build import FUNCTIONS, build_library, is_native, tvm_target
 from moec.compiler.backends.tvm.lower import check_supported
 from moec.compiler.backends.tvm.semantic import attention_spec
 from moec.compiler.backends.tvm.storage import plan_storage
@@ -64,7 +64,7 @@ class TvmBackend:
         del locations  # the runtime gets the weights by name
         pages = [shape for spec in self._attention for shape in spec.page_shapes]
         build_library(self.graph, self._storage, self.isa, self.target, pages, folder / LIBRARY)
-        if not self.target.attrs.get("mtriple"):  # for this machine's platform: TVM's runtime travels along
+        if is_native(self.target):  # TVM's runtime travels along
             shutil.copy(runtime_library(), folder / RUNTIME)
         return {
             "library": LIBRARY,

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import tvm
 from tvm import relax
 from tvm.ir import IRModule
+from tvm.support import cc
 from tvm.target import Target as TvmTarget
 
 from moec.compiler.backends.tvm.lower import FunctionLowering, Kernels, cache_types
@@ -80,4 +85,31 @@ def build_library(
     with target:
         module = pipeline()(module)
     executable = tvm.compile(module, target, relax_pipeline=tvm.transform.Sequential([]))
-    executable.export_library(str(path))
+    compiler = _compiler(target)
+    try:
+        executable.export_library(str(path), fcompile=cc.cross_compiler(compiler))
+    except RuntimeError as error:
+        raise MoecError(f"linking {path.name} with {compiler} failed: {str(error).splitlines()[0]}") from error
+
+
+def _compiler(target: TvmTarget) -> str:
+    """The C compiler that links for a target; where it is not for this machine, the one that is named after its platform.
+
+    Raises:
+        MoecError: there is none.
+    """
+    if is_native(target):
+        names, package = [os.environ.get("CC") or "cc", "gcc", "clang"], "gcc"
+    else:
+        gnu = str(target.attrs["mtriple"]).replace("-unknown-", "-").replace("-pc-", "-")
+        names, package = [f"{gnu}-gcc", f"{gnu}-g++"], f"gcc-{gnu}"
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        raise MoecError(f"no C compiler to link with ({' or '.join(names)}): install one, such as the package {package}")
+    return found
+
+
+def is_native(target: TvmTarget) -> bool:
+    """Whether code for a target is for a platform like this one."""
+    triple = str(target.attrs.get("mtriple") or "")
+    return not triple or (triple.split("-", maxsplit=1)[0] == platform.machine() and sys.platform in triple)

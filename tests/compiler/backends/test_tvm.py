@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from moec.compiler.backends.tvm.backend import TvmBackend
 from moec.compiler.frontend import huggingface
 from moec.compiler.ir import Graph
 from moec.runtime.errors import MoecError
+from moec.targets import get_target
 from tests.compiler.backends.tvm_model import Compiled
 from tests.graphs import moe, random_weights
 
@@ -50,6 +53,20 @@ def test_formats(name: str, tmp_path: Path) -> None:
     model = Compiled(graph, random_weights(graph), tmp_path)
     ids = random_ids(model, 33)
     np.testing.assert_allclose(model.logits(ids), model.expected(ids), atol=2e-3)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="runs code for x86-64")
+def test_narrower_vectors(tmp_path: Path) -> None:
+    model = Compiled(moe(), random_weights(moe()), tmp_path, target="x86-64-v3")
+    ids = random_ids(model, 50)
+    np.testing.assert_allclose(model.logits(ids), model.expected(ids), atol=1e-4)
+
+
+def test_foreign_platforms_need_their_linker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    target = "x86-64-v3" if platform.machine() == "aarch64" else "arm64-neon"
+    with pytest.raises(MoecError, match="no C compiler to link with"):
+        TvmBackend(moe(), get_target(target)).build(tmp_path, {})
 
 
 def test_tiny_model_in_int4(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ Arrays = dict[tuple[str, str], NDArray[np.generic]]
 class Compiled:
     """A compiled graph, and the values that its packed weights stand for."""
 
-    def __init__(self, graph: Graph, weights: WeightSource, folder: Path, threads: int = 2) -> None:
-        self.backend = TvmBackend(graph, get_target("cpu"))
+    def __init__(self, graph: Graph, weights: WeightSource, folder: Path, target: str = "cpu") -> None:
+        self.backend = TvmBackend(graph, get_target(target))
         self.arrays: Arrays = {}
         values: dict[str, torch.Tensor] = {}
         for param in graph.params.values():
@@ -36,7 +36,7 @@ class Compiled:
         self.interpreter = Interpreter(graph, MemoryWeights(values))
         self.section = self.backend.build(folder, {})
         vocabulary, context = int(graph.meta["vocab_size"]), int(graph.meta["context_length"])
-        self.executor = TvmExecutor(folder / "lib.so", self.section, self.arrays, vocabulary, context, threads)
+        self.executor = TvmExecutor(folder / "lib.so", self.section, self.arrays, vocabulary, context, threads=2)
 
     def _store(self, param: Param, weights: WeightSource) -> torch.Tensor:
         experts: Sequence[int | None] = range(int(param.type.shape[0])) if self.backend.stacked(param) else (None,)
