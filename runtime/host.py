@@ -48,6 +48,19 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def physical_cores() -> int:
+    """Cores that this process may use, counting threads of one core once: they share the units that do arithmetic."""
+    if not hasattr(os, "sched_getaffinity"):
+        return available_cores()
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        try:
+            cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
+        except OSError:
+            cores.add(str(cpu))
+    return max(1, len(cores))
+
+
 def check_features(required: Collection[str], what: str) -> None:
     """Refuse code for instructions that this machine lacks, which would end the process.
 

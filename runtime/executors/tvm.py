@@ -22,7 +22,7 @@ from moec.runtime.artifact import Artifact
 from moec.runtime.errors import MoecError
 from moec.runtime.executor import Step
 from moec.runtime.ffi import tvm_ffi
-from moec.runtime.host import available_cores
+from moec.runtime.host import available_cores, physical_cores
 from moec.runtime.tvm_pages import Pages, aligned
 
 RUNTIME = "libtvm_runtime.so"
@@ -93,7 +93,7 @@ class TvmExecutor:
         section: what `TvmBackend.build` returned.
         weights: the stored arrays by (parameter, component).
         vocab_size, context_length: of the model.
-        threads: threads to compute with, all available cores unless given.
+        threads: threads to compute with, one for each core unless given.
         max_sequences: sequences that can be open at once.
     """
 
@@ -108,7 +108,7 @@ class TvmExecutor:
         max_sequences: int = 8,
     ) -> None:
         self.vocab_size, self.context_length = vocab_size, context_length
-        self._threads = threads or available_cores()
+        self._threads = threads or physical_cores()
         self._configured: set[int] = set()
         self._configure()
         vm = tvm_ffi.load_module(str(library.resolve()))["vm_load_executable"]()
