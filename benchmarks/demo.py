@@ -68,7 +68,7 @@ def main() -> None:
     options = parser.parse_args()
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     moec("compile", options.model, "-o", options.out, "--recipe", options.recipe)
-    moec("run", options.out, options.prompt, "-n", "64")
+    moec("run", options.out, options.prompt, "-n", "64", "--temperature", "0.8", "--top-p", "0.9", "--seed", "1")
     print("\nmeasuring ...", flush=True)
     bench = measured("bench", options.out, "-p", str(PROMPT_TOKENS), "-n", str(NEW_TOKENS), "-r", str(REPETITIONS))
     text = ("--data", options.data, "--max-tokens", str(EVALUATED_TOKENS))
