@@ -82,6 +82,9 @@ def call(
             value = [queue.pop(0) for _ in range(attrs[argument.name])]
         elif argument.name in attrs:  # a number may stand where the schema says tensor
             value = _value(attrs[argument.name], argument.name, symbols, float_dtype)
+            if op == "aten.where.self":  # which takes tensors only: the number has the element type of the other operand
+                other = next(t for t in tensors[1:] if t is not None)
+                value = torch.scalar_tensor(value, dtype=other.dtype, device=other.device)
         elif argument.has_default_value():
             value = argument.default_value
         else:

@@ -114,12 +114,12 @@ def load(path: str | Path) -> tuple[Graph, WeightSource]:
     """
     folder = resolve(path)
     config = config_of(folder)
+    dtype = {torch.bfloat16: "bf16", torch.float16: "f16"}.get(config.dtype, "f32")
     model = model_of(config, str(folder))
     stored: Stored
     if any(folder.glob("*.safetensors*")) or any(folder.glob("*.bin")):
         stored = Checkpoint(Tensors(folder), model)
     else:
-        dtype = {torch.bfloat16: "bf16", torch.float16: "f16"}.get(config.dtype, "f32")
         stored = NoWeights(str(folder), dtype)
     graph, weights = finish(model, stored)
     weights.check(graph)

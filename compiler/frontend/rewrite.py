@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from math import prod
 from typing import Any
 
 from moec.compiler.ir import Attr, Dim, Graph, Node, Param, TensorType, Value, dim_value
@@ -20,7 +19,7 @@ Rule = Callable[["Rewriter", Node], Result]
 Rules = Mapping[str, Sequence[Rule]]
 """Rules by the op of the node that they replace, tried in order."""
 
-_POINTS = ({"B": 10007, "T": 8219}, {"B": 523, "T": 7919})
+_POINTS = (({"B": 10007, "T": 8219}, 1009), ({"B": 523, "T": 7919}, 4001))
 
 
 @lru_cache(maxsize=65536)
@@ -28,27 +27,26 @@ def dim_key(dim: Dim) -> tuple[int, ...]:
     """Numbers that tell dimensions apart: the values at a few points. Equal expressions have equal keys however written."""
     if isinstance(dim, int):
         return (dim,) * len(_POINTS)
-    return tuple(dim_value(dim, _Primes(point)) for point in _POINTS)
+    return tuple(dim_value(dim, AnySize(*point)) for point in _POINTS)
 
 
-class _Primes(dict[str, int]):
-    """Values for B and T, and some number for any other symbol."""
+class AnySize(dict[str, int]):
+    """Values for some symbols, and one that depends on the name for any other."""
+
+    def __init__(self, values: Mapping[str, int], other: int) -> None:
+        super().__init__(values)
+        self.other = other
 
     def __contains__(self, name: object) -> bool:
         return True
 
     def __missing__(self, name: str) -> int:
-        return 1009 + 2 * sum(map(ord, name)) + self["B"] % 100
+        return self.other + sum(map(ord, name)) % 64
 
 
 def same_shape(a: Sequence[Dim], b: Sequence[Dim]) -> bool:
     """Whether two shapes are equal for all values of the symbols."""
     return len(a) == len(b) and all(dim_key(x) == dim_key(y) for x, y in zip(a, b, strict=True))
-
-
-def size_key(shape: Sequence[Dim]) -> tuple[int, ...]:
-    """The key of the product of the dimensions."""
-    return tuple(map(prod, zip(*map(dim_key, shape), strict=True))) if shape else (1,) * len(_POINTS)
 
 
 class Rewriter:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from moec.compiler.errors import MoecError
 from moec.compiler.frontend.activation import Activation, recognise
+from moec.compiler.frontend.layout import Layout
 from moec.compiler.frontend.masks import mask_interface, merged
-from moec.compiler.ops import linear_attention
+from moec.compiler.ops import experts, linear_attention
 
 
 @torch.library.custom_op("moec::experts", mutates_args=())
@@ -43,7 +44,11 @@ def experts_op(
         transposed: up is [E, D, 2F] and down [E, F, D] instead of [E, 2F, D] and [E, D, F].
         interleaved: gate and up rows alternate instead of gate rows first.
     """
-    raise NotImplementedError("moec::experts exists to be traced")
+    up = Layout(transposed, interleaved).apply(up, True)
+    if up_bias is not None:
+        up_bias = Layout(interleaved=interleaved).apply(up_bias, True)
+    down = Layout(transposed).apply(down, True)
+    return experts(x, ids, weights, up, down, up_bias, down_bias, activation=activation, gated=gated, limit=limit)
 
 
 @experts_op.register_fake

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moec.compiler.frontend.layout import Layout
-from moec.compiler.frontend.rewrite import Rewriter
+from moec.compiler.frontend.rewrite import AnySize, Rewriter
 from moec.compiler.frontend.rules.canonical import view
 from moec.compiler.frontend.rules.params import relaid
 from moec.compiler.interpreter import concrete, evaluate
@@ -25,7 +25,7 @@ from moec.compiler.ir import Node, TensorType
 from moec.compiler.ops import OPS, router
 from moec.compiler.text import format_attr
 
-_SYMBOLS = {"B": 3, "T": 37}
+_SYMBOLS = AnySize({"B": 3, "T": 37}, 5)
 _DRAWS = 3
 _TOLERANCE = 2e-6  # of a weight; implementations add up to 1e-6 to the sum they divide by
 
