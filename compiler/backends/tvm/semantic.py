@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tvm import relax, tirx
 
+from moec.compiler.backends.tvm.relax_types import stream
 from moec.compiler.backends.tvm.storage import experts_layout
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph, Node
@@ -86,10 +87,11 @@ def _define(low: FunctionLowering, node: Node, matrix: Expr) -> None:
 
 
 def _width(graph: Graph, name: str) -> int:
-    width = 1
-    for dim in graph.type_of(name).shape[2:]:
-        width *= int(dim)
-    return width
+    """The numbers of a token in a value."""
+    found = stream(graph.type_of(name))
+    if found is None:
+        raise MoecError(f"%{name}: {graph.type_of(name)} does not lie as one row of numbers a token")
+    return found[1]
 
 
 def residual_norm(graph: Graph, node: Node) -> Node | None:

@@ -13,10 +13,11 @@ import torch
 from moec.compiler.backends.tvm.backend import TvmBackend
 from moec.compiler.frontend import huggingface
 from moec.compiler.ir import Graph
+from moec.compiler.text import parse_graph
 from moec.runtime.errors import MoecError
 from moec.targets import get_target
 from tests.compiler.backends.tvm_model import Compiled
-from tests.graphs import moe, random_weights
+from tests.graphs import MOE, moe, random_weights
 
 TINY = "examples/models/tiny-moe"
 
@@ -53,6 +54,41 @@ def test_formats(name: str, tmp_path: Path) -> None:
     model = Compiled(graph, random_weights(graph), tmp_path)
     ids = random_ids(model, 33)
     np.testing.assert_allclose(model.logits(ids), model.expected(ids), atol=2e-3)
+
+
+FLAT = """
+  %x: f32[B*T, 16] = aten.view.default(%h1) {size=["B*T", 16]}
+  %xn: f32[B*T, 16] = rms_norm(%x, @norm.weight) {eps=1e-05}
+  %logits: f32[B*T, 6] = linear(%xn, @layers.0.gate.weight)
+  %w: f32[B*T, 2], %i: i64[B*T, 2] = router(%logits) {top_k=2, score="sigmoid", groups=3, top_groups=2}
+  %y: f32[B*T, 16] = experts(%xn, %i, %w, @layers.0.experts.up, @layers.0.experts.down EXTRA
+  %e: f32[B, T, 16] = aten.view.default(%y) {size=["B", "T", 16]}
+"""
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ') {activation="gelu", gated=false}',
+        ', @up.bias, @down.bias) {activation="swiglu_oai", limit=0.5}',
+        ', @up.bias, @down.bias) {activation="swiglu_oai"}',
+    ],
+)
+def test_tokens_in_one_axis_and_other_experts(extra: str, tmp_path: Path) -> None:
+    head, rest = MOE.split("  %logits: f32", 1)
+    tail = "  %h2: f32" + rest.split("  %h2: f32", 1)[1]
+    text = head + FLAT.replace(" EXTRA", extra) + tail
+    if "gated=false" in extra:
+        text = text.replace("f32[6, 24, 16]", "f32[6, 12, 16]")
+    if "bias" in extra:
+        text = text.replace(
+            "  param @norm.w", "  param @up.bias: f32[6, 24] as bf16\n  param @down.bias: f32[6, 16] as f32\n  param @norm.w"
+        )
+    graph = parse_graph(text)
+    model = Compiled(graph, random_weights(graph), tmp_path)
+    for length in (30, 1):
+        ids = random_ids(model, length)
+        np.testing.assert_allclose(model.logits(ids), model.expected(ids), atol=1e-4)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="runs code for x86-64")
