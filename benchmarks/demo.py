@@ -54,7 +54,7 @@ def original_decode_speed(model: str) -> float:
                 token = torch.randint(network.config.vocab_size, (1, 1))
                 state = network(token, past_key_values=state.past_key_values, use_cache=True)
             speeds.append(NEW_TOKENS / (time.perf_counter() - start))
-    return statistics.fmean(speeds[1:])
+    return statistics.median(speeds[1:])
 
 
 def main() -> None:
