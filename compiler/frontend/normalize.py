@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from moec.compiler.frontend.layout import Computed, Layout
 from moec.compiler.frontend.rewrite import Rewriter, merge
-from moec.compiler.frontend.rules import attention, canonical, complex, experts, linear, norms, rope, views
+from moec.compiler.frontend.rules import attention, canonical, complex, experts, linear, norms, rope, rope_pairs, views
 from moec.compiler.ir import Graph, Node, Value
 
 RULES = merge(
@@ -20,6 +20,7 @@ RULES = merge(
     complex.RULES,
     linear.RULES,
     norms.RULES,
+    rope_pairs.RULES,
     rope.RULES,  # before views: a rotation of permuted heads moves the permutation itself
     attention.RULES,
     experts.RULES,

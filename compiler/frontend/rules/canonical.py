@@ -199,6 +199,20 @@ def _cat(b: Rewriter, node: Node) -> Result:
     return None
 
 
+def _cat_of_slices(b: Rewriter, node: Node) -> Result:
+    """Neighbouring slices of one tensor, put together again."""
+    parts = [b.made(x, "aten.slice.Tensor") for x in node.inputs]
+    dim = node.attrs["dim"]
+    if not all(p and p.attrs["dim"] == dim and p.attrs["step"] == 1 for p in parts):
+        return None
+    slices = [p for p in parts if p]
+    adjacent = all(p.attrs["end"] == q.attrs["start"] for p, q in zip(slices, slices[1:], strict=False))
+    if not adjacent or len({p.inputs[0] for p in slices}) != 1:
+        return None
+    attrs = {"dim": dim, "start": slices[0].attrs["start"], "end": slices[-1].attrs["end"], "step": 1}
+    return b.emit("aten.slice.Tensor", [slices[0].inputs[0]], node.outputs[0].type, **attrs)
+
+
 def _copy(b: Rewriter, node: Node) -> Result:
     """x overwritten with src is src, in x's shape and element type."""
     x, src = node.inputs
@@ -439,7 +453,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "aten.select_copy.int": (_is("aten.select.int"),),
     "aten.unbind.int": (_unbind,),
     "aten.stack.default": (_stack,),
-    "aten.cat.default": (_axis_op(dim=0), _cat),
+    "aten.cat.default": (_axis_op(dim=0), _cat, _cat_of_slices),
     "aten.concat.default": (_is("aten.cat.default"),),
     "aten.concatenate.default": (_is("aten.cat.default"),),
     "aten.select.int": (lambda b, node: _axis_select(b, node), _select_of_cat),

@@ -3,8 +3,6 @@
     %r = cat(neg(%x[..., d/2:]), %x[..., :d/2])                   (half style)
     %y = add(mul(%x, %cos), mul(%r, %sin))                        ->   %y = rope(%x, %cos, %sin)
 
-    %y = cat(%low * %c - %high * %s, %high * %c + %low * %s)      ->   %y = rope(%x, cat(%c, %c), cat(%s, %s))
-
 with x [B, T, H, d] and the angles [B, T, 1, d] broadcast over heads.
 """
 
@@ -55,17 +53,28 @@ def angles(b: Rewriter, name: str, shape: tuple[Dim, ...], heads: int) -> str | 
     return b.emit("aten.expand.default", [flat], TensorType(b.type(name).dtype, full), size=full)
 
 
-def apply(b: Rewriter, node: Node, x: str, cos: str, sin: str) -> Result:
-    """rope(x, cos, sin) in place of `node`, whichever of axes 1 and 2 of x the heads are."""
+def apply(b: Rewriter, node: Node, x: str, cos: str, sin: str, halves: bool = False) -> str | None:
+    """rope(x, cos, sin) in place of `node`, whichever of axes 1 and 2 of x the heads are (none: one head).
+
+    Args:
+        halves: the angles are those of one half of x, and both halves turn alike.
+    """
+    if len(b.shape(x)) == 3:
+        batch, tokens, size = b.shape(x)
+        tall = [view(b, t, (*b.shape(t)[:-1], 1, b.shape(t)[-1])) for t in (cos, sin) if len(b.shape(t)) == 3]
+        turned = apply(b, node, view(b, x, (batch, tokens, 1, size)), *tall, halves) if len(tall) == 2 else None
+        return view(b, turned, (batch, tokens, size)) if turned else None
     shape = b.shape(x)
     if len(shape) != 4:
         return b.decline(node, f"rope of a tensor of {len(shape)} axes")
+    part = (*shape[:3], b.shape(cos)[-1]) if halves else shape
     for heads in (2, 1):
-        tables = [angles(b, table, shape, heads) for table in (cos, sin)]
-        if all(tables):
+        tables = [t for table in (cos, sin) if (t := angles(b, table, part, heads))]
+        if len(tables) == 2:
             swap = (0, 2, 1, 3) if heads == 1 else (0, 1, 2, 3)
             turned = permute(b, x, swap)
-            return permute(b, b.emit("rope", [turned, *(t for t in tables if t)], b.type(turned)), swap)
+            tables = [twice(b, t) for t in tables] if halves else tables
+            return permute(b, b.emit("rope", [turned, *tables], b.type(turned)), swap)
     return b.decline(node, f"rope: the angles {b.type(cos)} do not broadcast over the heads of {b.type(x)}")
 
 
@@ -82,29 +91,7 @@ def _half_style(b: Rewriter, node: Node) -> Result:
     return None
 
 
-def _product_of_half(b: Rewriter, name: str) -> list[tuple[str, int, str]]:
-    """The readings (x, which half, factor) of a product."""
-    node = b.made(name, "aten.mul.Tensor")
-    return [(*found, factor) for part, factor in both_orders(node) if (found := half(b, part))] if node else []
-
-
-def _pair_style(b: Rewriter, node: Node) -> Result:
-    if len(node.inputs) != 2 or node.attrs["dim"] != len(node.outputs[0].type.shape) - 1:
-        return None
-    difference, total = b.made(node.inputs[0], "aten.sub.Tensor"), b.made(node.inputs[1], "aten.add.Tensor")
-    if difference is None or total is None or len(difference.inputs) != 2 or len(total.inputs) != 2:
-        return None
-    for x, which, cos in _product_of_half(b, difference.inputs[0]):
-        for x2, which2, sin in _product_of_half(b, difference.inputs[1]):
-            if (x, which, which2) != (x2, 0, 1):
-                continue
-            parts = {r for name in total.inputs for r in _product_of_half(b, name)}
-            if {(x, 1, cos), (x, 0, sin)} <= parts:
-                return apply(b, node, x, *(_twice(b, table) for table in (cos, sin)))
-    return None
-
-
-def _twice(b: Rewriter, name: str) -> str:
+def twice(b: Rewriter, name: str) -> str:
     """An angle table next to itself: [..., d/2] -> [..., d]."""
     kind = b.type(name)
     size = kind.shape[-1]
@@ -113,7 +100,4 @@ def _twice(b: Rewriter, name: str) -> str:
     return b.emit("aten.cat.default", [name, name], wide, tensors=2, dim=len(kind.shape) - 1)
 
 
-RULES: dict[str, tuple[Rule, ...]] = {
-    "aten.add.Tensor": (_half_style,),
-    "aten.cat.default": (_pair_style,),
-}
+RULES: dict[str, tuple[Rule, ...]] = {"aten.add.Tensor": (_half_style,)}
