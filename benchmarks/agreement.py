@@ -20,6 +20,7 @@ from moec.compiler.evaluate import windows
 from moec.compiler.frontend.tokenizer import load_tokenizer
 from moec.compiler.interpreter import Interpreter
 from moec.compiler.pipeline import compile_model
+from moec.compiler.progress import Progress
 
 
 def main() -> None:
@@ -34,16 +35,19 @@ def main() -> None:
     ids = load_tokenizer(args.checkpoint).encode(args.data.read_text(), add_special_tokens=False).ids
     inputs = windows(ids, args.context)[0][: max(1, args.tokens // args.context)]
     positions = torch.arange(args.context)[None]
+    quiet = Progress(quiet=True)
     with tempfile.TemporaryDirectory() as folder:
         for recipe in args.recipes.split(","):
             for backend in args.backends.split(","):
                 artifact = Path(folder) / f"{recipe}-{backend}.moec"
-                compile_model(args.checkpoint, artifact, backend=backend, recipe=recipe)
+                compile_model(args.checkpoint, artifact, backend=backend, recipe=recipe, progress=quiet)
                 session = runtime.load(artifact)
-                interpreter = Interpreter(*open_artifact(artifact))
+                truths: dict[int, torch.Tensor] = {}
+                batches = [{"ids": window[None], "positions": positions} for window in inputs]
+                Interpreter(*open_artifact(artifact)).run(batches, lambda index, out: truths.update({index: out[0][0]}))  # noqa: B023
                 kl, worst, tokens, same = 0.0, 0.0, 0, 0
-                for window in inputs:
-                    truth = interpreter(ids=window[None], positions=positions)[0][0].double().log_softmax(-1)
+                for index, window in enumerate(inputs):
+                    truth = truths[index].double().log_softmax(-1)
                     handle = session.executor.add()
                     logits = session.executor.forward([(handle, window.numpy())], all_logits=True)
                     session.executor.remove(handle)
