@@ -136,8 +136,10 @@ def attentions(draw: st.DrawFn) -> str:
             f"  %k1r: f32[B, T, {heads}, {d}] = rope(%k1, %cos, %sin)",
         ]
     lines += [
-        f"  %a: f32[B, T, {heads * groups}, {dv}] = attention(%q1{turned}, %k1{turned}, %v1{', @sinks' if sinks else ''})"
-        f" {{{', '.join(attrs)}}}",
+        (
+            f"  %a: f32[B, T, {heads * groups}, {dv}] = attention(%q1{turned}, %k1{turned}, %v1{', @sinks' if sinks else ''})"
+            f" {{{', '.join(attrs)}}}"
+        ),
         f'  %a1: f32[B, T, {heads * groups * dv}] = aten.view.default(%a) {{size=["B", "T", {heads * groups * dv}]}}',
         "  %o1: f32[B, T, 32] = linear(%a1, @o)\n  %y: f32[B, T, 32] = aten.add.Tensor(%h, %o1)",
         TAIL,
