@@ -20,6 +20,7 @@ from moec.compiler.backends import make_backend
 from moec.compiler.backends.base import Backend, Packed
 from moec.compiler.errors import MoecError
 from moec.compiler.frontend import huggingface
+from moec.compiler.frontend.model import graph_of
 from moec.compiler.frontend.tokenizer import tokenizer_files
 from moec.compiler.ir import Graph, Param
 from moec.compiler.passes import run_passes
@@ -37,7 +38,7 @@ from moec.targets import Target, get_target
 
 
 def compile_model(
-    model: str | Path,
+    model: str | Path | torch.nn.Module,
     output: str | Path | None = None,
     *,
     target: str = "cpu",
@@ -55,7 +56,7 @@ def compile_model(
     """Compile a checkpoint for a target.
 
     Args:
-        model: a checkpoint folder, or a hub name in the local cache.
+        model: a checkpoint folder, a hub name in the local cache, or a causal language model of transformers in memory.
         output: the artifact's folder; not needed for a dry run. An older artifact there is replaced when the new one is complete.
         target: a name of `moec.targets` or a file.
         backend: `tvm` or `onnx`.
@@ -80,7 +81,8 @@ def compile_model(
     chosen = load_recipe(recipe) if recipe is not None else NOTHING
     hardware = get_target(target)
     with progress.step("trace"):
-        graph, weights = huggingface.load(model)
+        in_memory = isinstance(model, torch.nn.Module)
+        graph, weights = graph_of(model) if in_memory else huggingface.load(model)
     graph, _ = run_passes(graph, chosen.passes)
     if CHECK:
         verify(graph)
@@ -91,7 +93,8 @@ def compile_model(
         lowered = make_backend(backend, graph, hardware, portable)
     shards = plan_shards(lowered)
     plan = _within(make_plan(graph, chosen, hardware, shards), memory)
-    _write(Path(output), model, graph, weights, lowered, shards, chosen, hardware, backend, resume, plan, progress)
+    checkpoint = None if in_memory else huggingface.resolve(model)
+    _write(Path(output), checkpoint, graph, weights, lowered, shards, chosen, hardware, backend, resume, plan, progress)
     return plan
 
 
@@ -105,7 +108,7 @@ def _within(plan: Plan, memory: str | int | None) -> Plan:
 
 def _write(
     out: Path,
-    model: str | Path,
+    checkpoint: Path | None,
     graph: Graph,
     weights: WeightSource,
     lowered: Backend,
@@ -119,7 +122,7 @@ def _write(
 ) -> None:
     started = time.time()
     _require_space(out, sum(s.nbytes for s in shards))
-    writer = ArtifactWriter(out, _fingerprint(graph, model, shards, recipe, backend), resume)
+    writer = ArtifactWriter(out, _fingerprint(graph, checkpoint, shards, recipe, backend), resume and checkpoint is not None)
     try:
         methods = {p.method for p in recipe.passes if hasattr(p, "method")} or {"rtn"}
         quantizer = get_quantizer(methods.pop())
@@ -136,7 +139,7 @@ def _write(
             locations = {key: location for shard in shards for key, (_, location) in shard.arrays.items()}
             executor = lowered.build(writer.folder, locations)
         writer.write_text("graph.txt", print_graph(graph))
-        for name, content in tokenizer_files(model).items():
+        for name, content in tokenizer_files(checkpoint).items() if checkpoint else ():
             writer.write_bytes(name, content)
         writer.commit(_manifest(graph, recipe, target, backend, executor, shards, plan, time.time() - started))
     except MoecError:
@@ -167,18 +170,18 @@ def pack(param: Param, value: torch.Tensor, expert: int | None, quantizer: Any) 
     return fmt.pack(value.float().numpy())["data"]
 
 
-def _fingerprint(graph: Graph, model: str | Path, shards: list[Shard], recipe: Recipe, backend: str) -> str:
+def _fingerprint(graph: Graph, checkpoint: Path | None, shards: list[Shard], recipe: Recipe, backend: str) -> str:
     digest = hashlib.sha256()
-    for part in (moec.__version__, print_graph(graph), backend, json.dumps(recipe.steps), _files_of(model)):
+    for part in (moec.__version__, print_graph(graph), backend, json.dumps(recipe.steps), _files_of(checkpoint)):
         digest.update(part.encode() + b"\0")
     for shard in shards:
         digest.update(shard.header)
     return digest.hexdigest()
 
 
-def _files_of(model: str | Path) -> str:
+def _files_of(checkpoint: Path | None) -> str:
     """What tells a checkpoint's files from changed ones without reading them."""
-    files = sorted(p for p in huggingface.resolve(model).iterdir() if p.suffix in (".safetensors", ".json"))
+    files = sorted(p for p in checkpoint.iterdir() if p.suffix in (".safetensors", ".json")) if checkpoint else []
     return "\n".join(f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)
 
 
