@@ -89,8 +89,8 @@ def _divide(a: Args) -> Expr:
 def _clamp(a: Args) -> Expr:
     x, kind = cast(a["self"], _kind(a)), _kind(a)
     if a.get("min") is not None:
-        x = relax.op.maximum(x, relax.const(a["min"], kind))
-    return x if a.get("max") is None else relax.op.minimum(x, relax.const(a["max"], kind))
+        x = relax.op.maximum(x, cast(a["min"], kind))
+    return x if a.get("max") is None else relax.op.minimum(x, cast(a["max"], kind))
 
 
 def _reduce(op: Callable[..., Expr]) -> Callable[[Args], Expr]:
@@ -165,7 +165,7 @@ def _softmax(a: Args) -> Expr:
 def _full(value: Any = None) -> Callable[[Args], Expr]:
     def lower(a: Args) -> Expr:
         number = a["fill_value"] if value is None else value
-        return relax.op.full(a["out"][0].shape, cast(number, _kind(a)), _kind(a))
+        return relax.op.broadcast_to(cast(number, _kind(a)), a["out"][0].shape)
 
     return lower
 
@@ -192,7 +192,7 @@ def _gather(a: Args) -> Expr:
 def _scatter(a: Args) -> Expr:
     source = a.get("src")
     if source is None:
-        source = relax.op.full(a["index"].ty.shape, relax.const(a["value"], _kind(a)), _kind(a))
+        source = relax.op.broadcast_to(cast(a["value"], _kind(a)), a["index"].ty.shape)
     reduction = {None: "update", "add": "add", "multiply": "mul"}[a.get("reduce")]
     return relax.op.scatter_elements(a["self"], a["index"], source, axis=a["dim"], reduction=reduction)
 
@@ -239,6 +239,14 @@ def _softplus(a: Args) -> Expr:
     return relax.op.log(relax.op.add(relax.op.exp(a["self"]), relax.const(1.0, _kind(a))))
 
 
+def _log1p(a: Args) -> Expr:
+    return relax.op.log(relax.op.add(cast(a["self"], _kind(a)), relax.const(1.0, _kind(a))))
+
+
+def _expm1(a: Args) -> Expr:
+    return relax.op.subtract(relax.op.exp(cast(a["self"], _kind(a))), relax.const(1.0, _kind(a)))
+
+
 def _reciprocal(a: Args) -> Expr:
     return relax.op.divide(relax.const(1.0, _kind(a)), cast(a["self"], _kind(a)))
 
@@ -271,6 +279,8 @@ ELEMENTWISE: dict[str, Callable[[Args], Result]] = {
     "relu": _unary(_nn.relu),
     "gelu": _gelu,
     "softplus": _softplus,
+    "log1p": _log1p,
+    "expm1": _expm1,
     "square": _unary(_op.square),
     "reciprocal": _reciprocal,
     "remainder": _remainder,

@@ -34,6 +34,7 @@ OPS = """
 %bb: f32[B, T, 6] = aten.reciprocal.default(%s)
 %bc: f32[B, T, 6] = aten.log.default(%s)
 %bd: f32[B, T, 6] = aten.abs.default(%x)
+%bf: f32[B, T, 6] = aten.log1p.default(%s)
 %be: f32[B, T, 6] = aten.maximum.default(%x, %y)
 %c_: bool[B, T, 6] = aten.gt.Tensor(%x, %y)
 %c1_: bool[B, T, 6] = aten.ge.Scalar(%x) {other=0.25}
