@@ -2,8 +2,8 @@
 
     python -m benchmarks.families [NAMES...] [--backends tvm,onnx] [-n 16] [--json FILE]
 
-`interpreter`: the largest difference of logits to transformers' eager model in float32. A backend passes when the artifact (float32) gives the
-interpreter's greedy tokens, up to a place where the interpreter's two best logits are within 1e-4.
+`interpreter`: the largest difference of logits to transformers' eager model in float32. A backend passes when its
+float32 artifact gives the interpreter's greedy tokens, up to a place where the interpreter's two best logits are within 1e-4.
 """
 
 from __future__ import annotations

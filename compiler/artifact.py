@@ -183,7 +183,7 @@ class ArtifactWriter:
         shape = stored.shape if expert is None else stored.shape[1:]
         if value.shape != shape or value.dtype != np.dtype(stored.dtype):
             raise AssertionError(f"{name}:{component} is {value.dtype}{value.shape}, planned {stored.dtype}{shape}")
-        data = memoryview(np.ascontiguousarray(value)).cast("B")
+        data = np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
         at = location.offset + (expert or 0) * data.nbytes
         while data.nbytes:
             written = os.pwrite(fd, data[: 1 << 30], at)

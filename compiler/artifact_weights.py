@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,5 +62,6 @@ def open_artifact(path: str | Path) -> tuple[Graph, ArtifactWeights]:
     artifact = open_for_reading(path)
     graph = parse_graph(artifact.read("graph.txt").decode())
     portable = bool(artifact.executor.get("portable", False))
-    target = Target(**{k: tuple(v) if isinstance(v, list) else v for k, v in artifact.manifest.target.items()})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in artifact.manifest.target.items()}
+    target = Target(**fields)
     return graph, ArtifactWeights(artifact, make_backend(artifact.manifest.backend, graph, target, portable))

@@ -151,7 +151,7 @@ def router(
         groups: experts come in this many groups of neighbours; only those of the best `top_groups` groups can be chosen.
         group_score: a group is as good as its best expert (`max`) or as its two best together (`top2`).
     """
-    scores = {"softmax": lambda: logits.softmax(-1), "sigmoid": logits.sigmoid, "softmax_topk": lambda: logits}[score]()
+    scores = _SCORES[score](logits)
     choice = scores if bias is None else scores + bias
     if groups > 1:
         grouped = choice.unflatten(-1, (groups, -1))  # [..., groups, E / groups]
@@ -166,6 +166,12 @@ def router(
         weights = weights / weights.sum(-1, keepdim=True)
     return weights * scale, ids
 
+
+_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "softmax_topk": lambda logits: logits,
+}
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,

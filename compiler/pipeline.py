@@ -81,8 +81,8 @@ def compile_model(
     chosen = load_recipe(recipe) if recipe is not None else NOTHING
     hardware = get_target(target)
     with progress.step("trace"):
-        in_memory = isinstance(model, torch.nn.Module)
-        graph, weights = graph_of(model) if in_memory else huggingface.load(model)
+        checkpoint = None if isinstance(model, torch.nn.Module) else huggingface.resolve(model)
+        graph, weights = huggingface.load(checkpoint) if checkpoint else graph_of(model)
     graph, _ = run_passes(graph, chosen.passes)
     if CHECK:
         verify(graph)
@@ -93,7 +93,6 @@ def compile_model(
         lowered = make_backend(backend, graph, hardware, portable)
     shards = plan_shards(lowered)
     plan = _within(make_plan(graph, chosen, hardware, shards), memory)
-    checkpoint = None if in_memory else huggingface.resolve(model)
     _write(Path(output), checkpoint, graph, weights, lowered, shards, chosen, hardware, backend, resume, plan, progress)
     return plan
 

@@ -92,7 +92,7 @@ def make_plan(graph: Graph, recipe: Recipe, target: Target, shards: Sequence[Sha
         groups.setdefault((roles[name], fmt), []).append(param)
     rows = tuple(
         PlanRow(role, fmt, len(params), sum(_count(p) for p in params), sum(param_bytes(p) for p in params))
-        for (role, fmt), params in sorted(groups.items(), key=lambda g: (ROLES.index(g[0][0]), g[0][1]))  # type: ignore[arg-type]  # roles are sorted in the order of ROLES
+        for (role, fmt), params in sorted(groups.items(), key=lambda g: (ROLES.index(g[0][0]), g[0][1]))
     )
     shares = {name: _share(graph, name) for name in graph.params}
     attentions = [n for n in graph.nodes if n.op == "attention"]

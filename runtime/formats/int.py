@@ -28,11 +28,12 @@ def pack_bits(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     return np.packbits(planes.reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
 
 
-def unpack_bits(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint8]:
+def unpack_bits(packed: NDArray[np.generic], bits: int, count: int) -> NDArray[np.uint8]:
     """The first `count` codes of each row: the inverse of `pack_bits`."""
-    planes = np.unpackbits(packed, axis=-1, bitorder="little", count=count * bits)
+    planes = np.unpackbits(packed.view(np.uint8), axis=-1, bitorder="little", count=count * bits)
     weights = (1 << np.arange(bits)).astype(np.uint8)
-    return (planes.reshape(*packed.shape[:-1], count, bits) * weights).sum(-1, dtype=np.uint8)
+    codes: NDArray[np.uint8] = (planes.reshape(*packed.shape[:-1], count, bits) * weights).sum(-1, dtype=np.uint8)
+    return codes
 
 
 @dataclass(frozen=True)
