@@ -112,6 +112,6 @@ def activation_quantised(graph: Graph, target: Target, activations: Activations 
     return OnnxBackend(graph, target, activations=activations).activation_quantised()
 
 
-def make(graph: Graph, target: Target, portable: bool) -> OnnxBackend:
+def make(graph: Graph, target: Target, portable: bool, activations: Activations = "float") -> OnnxBackend:
     """The backend for a graph."""
-    return OnnxBackend(graph, target, portable)
+    return OnnxBackend(graph, target, portable, activations)
