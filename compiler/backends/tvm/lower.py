@@ -14,6 +14,7 @@ from tvm import relax, tirx
 
 from moec.compiler.aten import overload
 from moec.compiler.backends.tvm import aten_table
+from moec.compiler.backends.tvm.aten_elementwise import ELEMENTWISE
 from moec.compiler.backends.tvm.relax_types import DTYPES, Sizes, stream, typed
 from moec.compiler.backends.tvm.semantic import SEMANTIC, add_and_norm, residual_norm
 from moec.compiler.backends.tvm.storage import Storage
@@ -195,7 +196,7 @@ class FunctionLowering:
             return
         streams = [stream(self.graph.type_of(n)) for n in node.inputs if n]
         if (
-            name in aten_table.ELEMENTWISE
+            name in ELEMENTWISE
             and kind
             and all(
                 s == kind and n not in self.graph.params and self._rank(n) == len(self._flat_shape(result.type, kind))
@@ -203,9 +204,9 @@ class FunctionLowering:
             )
         ):
             out = relax.TensorType(self._flat_shape(result.type, kind), DTYPES[result.type.dtype])
-            self._flat[result.name] = self.bb.emit(aten_table.ELEMENTWISE[name](self._bind(node, self.flat, [out])))
+            self._flat[result.name] = self.bb.emit(ELEMENTWISE[name](self._bind(node, self.flat, [out])))
             return
-        lower = {**aten_table.ELEMENTWISE, **aten_table.OTHERS}[name]
+        lower = {**ELEMENTWISE, **aten_table.OTHERS}[name]
         found = lower(self._bind(node, self.full, [self.sizes.type(o.type) for o in node.outputs]))
         for output, value in zip(node.outputs, found if isinstance(found, Sequence) else [found], strict=True):
             self._full[output.name] = self.bb.emit(value)
