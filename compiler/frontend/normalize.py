@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 
 from moec.compiler.frontend.layout import Computed, Layout
 from moec.compiler.frontend.rewrite import Rewriter, merge
-from moec.compiler.frontend.rules import attention, canonical, complex, experts, linear, norms, rope, rope_pairs, views
+from moec.compiler.frontend.rules import arithmetic, attention, canonical, complex, experts, linear, norms, pieces, rope, rope_pairs, views
 from moec.compiler.ir import Graph, Node, Value
 
 RULES = merge(
     canonical.RULES,  # first: the others know one spelling only
+    pieces.RULES,
+    arithmetic.RULES,
     complex.RULES,
     linear.RULES,
     norms.RULES,

@@ -12,7 +12,7 @@ from moec.compiler.frontend.rewrite import Result, Rewriter, Rule
 from moec.compiler.frontend.rules.canonical import view
 from moec.compiler.frontend.rules.params import as_param, relaid
 from moec.compiler.frontend.rules.router import raise_router
-from moec.compiler.ir import Node, TensorType
+from moec.compiler.ir import Node
 
 
 def _experts(b: Rewriter, node: Node) -> Result:

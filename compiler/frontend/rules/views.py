@@ -162,6 +162,21 @@ def _gather_past_view(b: Rewriter, node: Node) -> Result:
     return view(b, result, shape)
 
 
+def _cat_past_view(b: Rewriter, node: Node) -> Result:
+    """cat(view(x), view(y), ...) along the last axis, where the views regroup the axes before it alike."""
+    out, olds = node.outputs[0].type, []
+    inners = [b.made(x, "aten.view.default") for x in node.inputs]
+    for name, inner in zip(node.inputs, inners, strict=True):
+        if inner is None or common_suffix(b.shape(name), b.shape(inner.inputs[0])) < 1 or len(b.shape(name)) < 2:
+            return None
+        olds.append(b.shape(inner.inputs[0]))
+    if node.attrs["dim"] != len(out.shape) - 1 or not all(same_shape(old[:-1], olds[0][:-1]) for old in olds):
+        return None
+    kind = TensorType(out.dtype, (*olds[0][:-1], out.shape[-1]))
+    parts = [inner.inputs[0] for inner in inners if inner]
+    return view(b, b.emit(node.op, parts, kind, tensors=len(parts), dim=len(kind.shape) - 1), out.shape)
+
+
 def _unary_past_permute(b: Rewriter, node: Node) -> Result:
     inner = b.made(node.inputs[0], "aten.permute.default")
     if inner is None:
@@ -270,6 +285,6 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "aten.slice.Tensor": (_last_axis_past_view, _slice_past_permute),
     "aten.select.int": (_last_axis_past_view, _select_past_permute),
     **{_op(name): (_last_axis_past_view, _reduce_past_permute) for name in _REDUCTIONS},
-    "aten.cat.default": (_many_past_permute,),
+    "aten.cat.default": (_cat_past_view, _many_past_permute),
     "aten.gather.default": (_gather_past_view,),
 }  # fmt: skip
