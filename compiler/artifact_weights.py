@@ -64,4 +64,5 @@ def open_artifact(path: str | Path) -> tuple[Graph, ArtifactWeights]:
     portable = bool(artifact.executor.get("portable", False))
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in artifact.manifest.target.items()}
     target = Target(**fields)
-    return graph, ArtifactWeights(artifact, make_backend(artifact.manifest.backend, graph, target, portable))
+    activations = str(artifact.executor.get("activations", "float"))
+    return graph, ArtifactWeights(artifact, make_backend(artifact.manifest.backend, graph, target, portable, activations))

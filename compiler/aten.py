@@ -80,8 +80,10 @@ def call(
             value = queue.pop(0) if queue else None
         elif "List[" in str(argument.type) and "Tensor" in str(argument.type):
             value = [queue.pop(0) for _ in range(attrs[argument.name])]
-        elif argument.name in attrs:  # a number may stand where the schema says tensor
+        elif argument.name in attrs:
             value = _value(attrs[argument.name], argument.name, symbols, float_dtype)
+            if "Tensor" in str(argument.type) and not isinstance(value, bool):  # a number where the schema says tensor
+                value = torch.tensor(value, dtype=float_dtype if isinstance(value, float) else torch.int64, device=device)
             if op == "aten.where.self":  # which takes tensors only: the number has the element type of the other operand
                 other = next(t for t in tensors[1:] if t is not None)
                 value = torch.scalar_tensor(value, dtype=other.dtype, device=other.device)

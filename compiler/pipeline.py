@@ -51,6 +51,7 @@ def compile_model(
     resume: bool = True,
     dry_run: bool = False,
     portable: bool = False,
+    activations: str = "float",
     progress: Progress | None = None,
 ) -> Plan:
     """Compile a checkpoint for a target.
@@ -65,6 +66,7 @@ def compile_model(
         resume: keep the finished weight files of an interrupted run of the same work.
         dry_run: stop after planning; works from `config.json` alone.
         portable: the ONNX backend writes standard operators only.
+        activations: what the ONNX backend multiplies packed weights with: `float`, or `int8` (faster, about 1 % off a product).
 
     Returns:
         What was (or would be) written: sizes by role and format, and the graph's operations.
@@ -90,7 +92,7 @@ def compile_model(
         return _within(make_plan(graph, chosen, hardware, None), memory)
     assert output is not None
     with progress.step("lower"):
-        lowered = make_backend(backend, graph, hardware, portable)
+        lowered = make_backend(backend, graph, hardware, portable, activations)
     shards = plan_shards(lowered)
     plan = _within(make_plan(graph, chosen, hardware, shards), memory)
     _write(Path(output), checkpoint, graph, weights, lowered, shards, chosen, hardware, backend, resume, plan, progress)

@@ -17,8 +17,11 @@ def known_backends() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.ispkg)
 
 
-def make_backend(name: str, graph: Graph, target: Target, portable: bool = False) -> Backend:
+def make_backend(name: str, graph: Graph, target: Target, portable: bool = False, activations: str = "float") -> Backend:
     """The backend of this name, made for a graph, which it lowers.
+
+    Args:
+        portable, activations: options of the ONNX backend: standard operators only; what packed weights are multiplied with.
 
     Raises:
         MoecError: there is no such backend, or it cannot lower the graph.
@@ -27,5 +30,10 @@ def make_backend(name: str, graph: Graph, target: Target, portable: bool = False
         raise unknown("backend", name, known_backends())
     if portable and name != "onnx":
         raise MoecError(f"--portable is an option of the onnx backend, not of {name}")
-    backend: Backend = importlib.import_module(f"{__name__}.{name}").make(graph, target, portable)
+    if activations not in ("float", "int8"):
+        raise unknown("kind of activations", activations, ("float", "int8"))
+    if activations != "float" and name != "onnx":
+        raise MoecError(f"--activations {activations} is an option of the onnx backend; {name} computes with 16-bit activations or better")
+    options = {"activations": activations} if name == "onnx" else {}
+    backend: Backend = importlib.import_module(f"{__name__}.{name}").make(graph, target, portable, **options)
     return backend
