@@ -21,13 +21,13 @@ def unsaved_buffers(model: Any) -> dict[str, Tensor]:
         own = {n: b for n, b in module.named_buffers(recurse=False) if n in module._non_persistent_buffers_set}
         if own and any(b.is_meta for b in own.values()):
             _rebuild(model, module, own)
-        for name in own:
+        for name, buffer in own.items():
             value = getattr(module, name)
             if value.is_meta:
                 raise MoecError(f"{type(module).__name__}: the value of its buffer {name!r} is not known without a checkpoint")
             found[f"{path}.{name}" if path else name] = value.detach().clone()
-            if own[name].is_meta:
-                module._buffers[name] = own[name]
+            if buffer.is_meta:
+                module._buffers[name] = buffer
     return found
 
 

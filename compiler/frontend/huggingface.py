@@ -100,7 +100,8 @@ def model_of(config: Any, where: str) -> Any:
                 with torch.device("meta"):
                     return cls._from_config(candidate, dtype=torch.float32).eval()
             except Exception as error:
-                raise MoecError(f"{where}: {cls.__name__} cannot be built from this configuration ({str(error).splitlines()[0]})") from error
+                reason = str(error).splitlines()[0]
+                raise MoecError(f"{where}: {cls.__name__} cannot be built from this configuration ({reason})") from error
     raise MoecError(f"{where}: transformers has no causal language model of type {config.model_type!r}; expected a decoder-only model")
 
 

@@ -69,5 +69,5 @@ def finish(model: Any, stored: Stored) -> tuple[Graph, GraphWeights]:
 
 def graph_of(model: Any) -> tuple[Graph, WeightSource]:
     """The graph and weights of a causal language model in memory."""
-    tensors = {name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
     return finish(model.eval(), ModuleWeights(tensors))

@@ -131,5 +131,6 @@ class Tensors:
             where = (~torch.isfinite(value)).nonzero()[0].tolist()
             if row is not None:
                 where[0] = row
-            raise MoecError(f"{self._file[name]}: the tensor {name} has a value that is NaN or infinite, at {where}; the checkpoint is damaged")
+            at = f"{self._file[name]}: the tensor {name}"
+            raise MoecError(f"{at} has a value that is NaN or infinite, at {where}; the checkpoint is damaged")
         return value

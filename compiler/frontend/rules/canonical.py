@@ -6,7 +6,6 @@ many constructors become `full` and `arange`, splits become slices, and operatio
 
 from __future__ import annotations
 
-
 from moec.compiler.frontend.rewrite import Result, Rewriter, Rule, same_shape
 from moec.compiler.ir import Attr, Dim, Node, TensorType
 

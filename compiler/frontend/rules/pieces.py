@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 
 from moec.compiler.frontend.rewrite import Result, Rewriter, Rule, same_shape
 from moec.compiler.frontend.rules.canonical import axis, axis_op, view
@@ -103,8 +104,9 @@ def _cat(b: Rewriter, node: Node) -> Result:
     if len(node.inputs) == 1:
         return node.inputs[0]
     inner = [b.made(x, "aten.cat.default") for x in node.inputs]
-    if any(c and c.attrs["dim"] == node.attrs["dim"] for c in inner):
-        parts = [p for c, x in zip(inner, node.inputs, strict=True) for p in (c.inputs if c and c.attrs["dim"] == node.attrs["dim"] else (x,))]
+    same = [c if c and c.attrs["dim"] == node.attrs["dim"] else None for c in inner]
+    if any(same):
+        parts = [p for c, x in zip(same, node.inputs, strict=True) for p in (c.inputs if c else (x,))]
         return b.emit("aten.cat.default", parts, node.outputs[0].type, tensors=len(parts), dim=node.attrs["dim"])
     return None
 
@@ -116,7 +118,7 @@ def _cat_of_slices(b: Rewriter, node: Node) -> Result:
     if not all(p and p.attrs["dim"] == dim and p.attrs["step"] == 1 for p in parts):
         return None
     slices = [p for p in parts if p]
-    adjacent = all(p.attrs["end"] == q.attrs["start"] for p, q in zip(slices, slices[1:], strict=False))
+    adjacent = all(p.attrs["end"] == q.attrs["start"] for p, q in pairwise(slices))
     if not adjacent or len({p.inputs[0] for p in slices}) != 1:
         return None
     attrs = {"dim": dim, "start": slices[0].attrs["start"], "end": slices[-1].attrs["end"], "step": 1}
@@ -125,7 +127,7 @@ def _cat_of_slices(b: Rewriter, node: Node) -> Result:
 
 def _copy(b: Rewriter, node: Node) -> Result:
     """x overwritten with src is src, in x's shape and element type."""
-    x, src = node.inputs
+    src = node.inputs[1]
     kind = node.outputs[0].type
     if b.type(src).dtype != kind.dtype:
         src = b.emit("aten._to_copy.default", [src], TensorType(kind.dtype, b.shape(src)), dtype=kind.dtype)
@@ -181,6 +183,6 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "aten.unbind.int": (_unbind,),
     "aten.stack.default": (_stack,),
     "aten.cat.default": (axis_op(dim=0), _cat, _cat_of_slices),
-    "aten.select.int": (lambda b, node: _axis_select(b, node), _select_of_cat),
+    "aten.select.int": (_axis_select, _select_of_cat),
     "aten.select_scatter.default": (_select_scatter,),
 }  # fmt: skip

@@ -124,7 +124,7 @@ def _search(b: Rewriter, region: _Region) -> tuple[str, dict[str, Any]] | None:
             values[name] = noise * (0.1 + 0.1 * draw)
         try:
             draws.append((values, _run(region, values)))
-        except Exception as error:  # an op that cannot run alone: the region is no router
+        except Exception as error:  # noqa: BLE001  # an op that cannot run alone: the region is no router
             b.misses.append((region.weights, f"router: {error}"))
             return None
     experts, top_k = shape[-1], draws[0][1][0].shape[-1]
@@ -150,7 +150,7 @@ def _key(region: _Region) -> tuple[Any, ...]:
     lines = []
     for node in region.nodes:
         attrs = tuple(f"{k}={format_attr(v)}" for k, v in sorted(node.attrs.items()))
-        lines.append((node.op, tuple(index.get(n, None) for n in node.inputs), attrs, tuple(str(o.type) for o in node.outputs)))
+        lines.append((node.op, tuple(index.get(n) for n in node.inputs), attrs, tuple(str(o.type) for o in node.outputs)))
         index.update({o.name: len(index) + 1 for o in node.outputs})
     return (*lines, index[region.ids], index[region.weights])
 
