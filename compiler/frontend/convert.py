@@ -65,7 +65,8 @@ class _Converter:
         inputs: list[str] = []
         attrs: dict[str, Attr] = {}
         for argument in schema:
-            kind, value = str(argument.type), bound.get(argument.name)
+            kind = str(argument.type)
+            value: Any = bound.get(argument.name)
             if "Tensor" in kind and "List[" in kind:
                 inputs += ["" if v is None else self.operand(v) for v in value or ()]
                 attrs[argument.name] = len(value or ())

@@ -86,7 +86,7 @@ class Tensors:
     def _handle(self, file: Path) -> Any:
         if file not in self._open:
             try:
-                self._open[file] = safe_open(file, framework="pt").__enter__()
+                self._open[file] = safe_open(file, framework="pt").__enter__()  # type: ignore[no-untyped-call]  # kept open
             except (SafetensorError, OSError, ValueError) as error:
                 raise MoecError(f"{file}: truncated or damaged ({error}); download the file again") from error
         return self._open[file]

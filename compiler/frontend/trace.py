@@ -196,6 +196,7 @@ def export(module: torch.nn.Module, examples: tuple[Tensor, ...], shapes: Any) -
     Raises:
         MoecError: the program depends on a size, for instance in the number of turns of a loop.
     """
+    program: torch.export.ExportedProgram
     try:
         program = torch.export.export(module, examples, dynamic_shapes=shapes, strict=False)
     except torch._dynamo.exc.UserError as error:
@@ -206,7 +207,8 @@ def export(module: torch.nn.Module, examples: tuple[Tensor, ...], shapes: Any) -
             module, examples, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
         )
         _check_assumptions(program)
-    return program.run_decompositions({})
+    decomposed: torch.export.ExportedProgram = program.run_decompositions({})
+    return decomposed
 
 
 def _check_assumptions(program: torch.export.ExportedProgram) -> None:

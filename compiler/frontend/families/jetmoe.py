@@ -52,7 +52,8 @@ def _reduce(module: Any, layer_input: Tensor, topo_info: Any) -> Tensor:
     index = ids.unsqueeze(-1).expand(-1, -1, hidden)
     spread = parts.new_zeros(parts.shape[0], module.num_experts, hidden).scatter(1, index, parts)  # [N, E, F]
     back = module.output_linear.weight.transpose(1, 2).flatten(0, 1)  # [E * F, D]
-    return torch.matmul(spread.flatten(1), back).view(batch, tokens, module.input_size) + module.bias
+    result: Tensor = torch.matmul(spread.flatten(1), back).view(batch, tokens, module.input_size) + module.bias
+    return result
 
 
 METHODS = {"JetMoeMoE.forward": _moe, "JetMoeMoA.map": _map, "JetMoeMoA.reduce": _reduce}

@@ -62,8 +62,10 @@ def apply(b: Rewriter, node: Node, x: str, cos: str, sin: str, halves: bool = Fa
     if len(b.shape(x)) == 3:
         batch, tokens, size = b.shape(x)
         tall = [view(b, t, (*b.shape(t)[:-1], 1, b.shape(t)[-1])) for t in (cos, sin) if len(b.shape(t)) == 3]
-        turned = apply(b, node, view(b, x, (batch, tokens, 1, size)), *tall, halves) if len(tall) == 2 else None
-        return view(b, turned, (batch, tokens, size)) if turned else None
+        if len(tall) != 2:
+            return b.decline(node, "rope: x has no heads, and the angles have")
+        one_head = apply(b, node, view(b, x, (batch, tokens, 1, size)), tall[0], tall[1], halves=halves)
+        return view(b, one_head, (batch, tokens, size)) if one_head else None
     shape = b.shape(x)
     if len(shape) != 4:
         return b.decline(node, f"rope of a tensor of {len(shape)} axes")
