@@ -83,7 +83,7 @@ def call(
         elif argument.name in attrs:
             value = _value(attrs[argument.name], argument.name, symbols, float_dtype)
             if "Tensor" in str(argument.type) and not isinstance(value, bool):  # a number where the schema says tensor
-                value = torch.tensor(value, dtype=float_dtype if isinstance(value, float) else torch.int64, device=device)
+                value = torch.tensor(value, dtype=float_dtype if isinstance(value, float) else torch.int64)
             if op == "aten.where.self":  # which takes tensors only: the number has the element type of the other operand
                 other = next(t for t in tensors[1:] if t is not None)
                 value = torch.scalar_tensor(value, dtype=other.dtype, device=other.device)
