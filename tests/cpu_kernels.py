@@ -1,0 +1,83 @@
+"""What the tests of the CPU kernels share: targets, compiled functions, random packed weights, tolerances."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tvm
+from numpy.typing import NDArray
+from tvm import tirx
+from tvm.target import Target, codegen
+
+from moec.targets.kernels.cpu import (
+    Isa,
+    LaneLayout,
+)
+
+INTEGER = [f"int{b}_{g}{a}" for b in (2, 3, 4, 8) for g in ("g32", "g64", "g128", "channel") for a in ("", "_asym")]
+FLOATS = ["f32", "f16", "bf16"]
+TOLERANCE = 6e-5  # 16-bit activations: half a step of 1 / 32767 of a group's largest, against the group's typical value
+HOST = codegen.llvm_get_system_cpu()
+VECTORS = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}  # what a lesser x86 target may use
+
+Array = NDArray[Any]
+
+
+def target(mcpu: str = HOST) -> Target:
+    return Target({"kind": "llvm", "mcpu": mcpu})
+
+
+def features(mcpu: str) -> set[str]:
+    return set(codegen.llvm_get_cpu_features(target(mcpu)))
+
+
+ISA = Isa.of(target())
+
+
+def compile_func(func: tirx.PrimFunc, mcpu: str = HOST) -> Callable[..., None]:
+    module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
+    found: Callable[..., None] = tvm.compile(module, target=target(mcpu))["main"]
+    return found
+
+
+def call(run: Callable[..., None], *arrays: Array, out: tuple[int, ...]) -> Array:
+    result = tvm.runtime.tensor(np.full(out, np.nan, np.float32))
+    run(*(tvm.runtime.tensor(a) for a in arrays), result)
+    found: Array = result.numpy()
+    return found
+
+
+def draw_codes(rng: np.random.Generator, layout: LaneLayout, *lead: int) -> tuple[Array, Array, Array | None]:
+    """Random codes [..., N, K], scales and zero points [..., N, groups]."""
+    integer = layout.integer
+    assert integer is not None
+    side = (*lead, layout.n, layout.groups)
+    codes = rng.integers(0, integer.levels, (*lead, layout.n, layout.k), np.uint8)
+    scale = ((0.5 + rng.random(side)) / integer.levels / layout.k**0.5).astype(np.float16)
+    return codes, scale, None if integer.symmetric else rng.integers(0, integer.levels, side, np.uint8)
+
+
+def draw_weight(rng: np.random.Generator, layout: LaneLayout, *lead: int) -> tuple[Array, dict[str, Array]]:
+    """Random weights [..., N, K] as float64, and their arrays."""
+    if (integer := layout.integer) is not None:
+        codes, scale, zero = draw_codes(rng, layout, *lead)
+        full = np.full_like(scale, integer.levels // 2, np.uint8) if zero is None else zero
+        values = integer.dequantize(codes, scale, full).astype(np.float64)
+        return values, layout.tile(codes, scale, zero)
+    values = rng.standard_normal((*lead, layout.n, layout.k), np.float32) / layout.k**0.5
+    if layout.format == "bf16":
+        bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64), layout.tile_values(bits)
+    stored = values.astype(np.float16 if layout.format == "f16" else np.float32)
+    return stored.astype(np.float64), layout.tile_values(stored)
+
+
+def close(found: Array, expected: Array, layout: LaneLayout, steps: int = 1) -> None:
+    """Equal up to a few parts in 10^5 of the typical size of the result, for so many matrix products in a row."""
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert error < steps * (TOLERANCE if layout.integer else 1e-6)
+
+
+# the layout
