@@ -7,21 +7,32 @@ least squares. Asymmetric formats search the range's two ends together.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from moec.compiler.backends.base import Quantized
 from moec.runtime.formats.int import IntFormat
+from moec.runtime.host import physical_cores
 
-_CHUNK = 1 << 20
-"""Weights searched at once: the working set stays in the cache."""
+_CHUNK = 1 << 16
+"""Weights searched at once: the working set stays in a core's cache."""
 
 
-def _ratios(bits: int) -> Tensor:
+def _ratios(bits: int) -> list[float]:
     # Few codes reward clipping: the best ratio of a normal distribution is near 0.6 at 2 bits and near 1 at 8.
     lowest = {1: 0.3, 2: 0.45, 3: 0.6, 4: 0.7}.get(bits, 0.9)
-    return torch.linspace(lowest, 1.0, 12 if bits <= 4 else 5)
+    ratios: list[float] = torch.linspace(lowest, 1.0, 8 if bits <= 4 else 4).tolist()
+    return ratios
+
+
+@lru_cache(maxsize=1)
+def _workers() -> ThreadPoolExecutor:
+    # A chunk is too small to share among threads: each core takes chunks of its own.
+    return ThreadPoolExecutor(physical_cores(), initializer=torch.set_num_threads, initargs=(1,))
 
 
 def quantize(weight: Tensor, fmt: IntFormat) -> Quantized:
@@ -37,16 +48,20 @@ def quantize(weight: Tensor, fmt: IntFormat) -> Quantized:
     scale = torch.empty(n, groups, dtype=torch.float16)
     zero = torch.full((n, groups), fmt.levels // 2, dtype=torch.uint8)
     rows = max(1, _CHUNK // k)
-    for start in range(0, n, rows):
+    search = _symmetric if fmt.symmetric else _asymmetric
+
+    def chunk(start: int) -> None:
         part = weight[start : start + rows].float()
         # A short last group is filled up with zeros, which every scale represents exactly.
         part = torch.nn.functional.pad(part, (0, groups * size - k))
-        search = _symmetric if fmt.symmetric else _asymmetric
         q, s, z = search(part.reshape(-1, size), fmt)
         stop = start + part.shape[0]
         codes[start:stop] = q.view(part.shape[0], -1)[:, :k]
         scale[start:stop] = s.view(-1, groups)
         zero[start:stop] = z.view(-1, groups)
+
+    for _ in _workers().map(chunk, range(0, n, rows)):
+        pass
     return Quantized(codes.numpy(), scale.numpy().astype(np.float16), zero.numpy())
 
 
@@ -61,19 +76,19 @@ def _symmetric(groups: Tensor, fmt: IntFormat) -> tuple[Tensor, Tensor, Tensor]:
     low, high = -(fmt.levels // 2), fmt.levels // 2 - 1
     at = groups.abs().argmax(1, keepdim=True)
     peak = groups.gather(1, at)  # the largest weight, with its sign
-    best = torch.full((len(groups), 1), torch.inf)
-    best_scale = torch.ones_like(best)
-    for ratio in _ratios(fmt.bits).tolist():
-        for end in (low, high) if high else (low,):
-            scale = _half(peak * (ratio / end))
-            q = (groups / scale).round_().clamp_(low, high)
-            # The scale that fits these codes best: <w, q> / <q, q>.
-            fitted = (groups * q).sum(1, keepdim=True) / q.square().sum(1, keepdim=True).clamp_min(1)
-            fitted = _half(torch.where(fitted == 0, scale, fitted))
-            error = (q.mul_(fitted).sub_(groups)).square_().sum(1, keepdim=True)
-            better = error < best
-            best = torch.where(better, error, best)
-            best_scale = torch.where(better, fitted, best_scale)
+    best, best_scale = torch.full((len(groups), 1), -1.0), torch.ones(len(groups), 1)
+    inverse, q = 1 / torch.where(peak == 0, 1.0, peak), torch.empty_like(groups)
+    for end, ratios in ((low, _ratios(fmt.bits)), (high, _ratios(fmt.bits)[::2])):
+        for ratio in ratios if end else ():
+            torch.mul(groups, inverse * (end / ratio), out=q)
+            q.round_().clamp_(low, high)
+            # The scale that fits these codes best is <w, q> / <q, q>, and it leaves the error |w|^2 - <w, q>^2 / <q, q>.
+            product, length = torch.linalg.vecdot(groups, q)[:, None], torch.linalg.vecdot(q, q)[:, None].clamp_min_(1)
+            merit = product.square() / length
+            better = merit > best
+            best = torch.where(better, merit, best)
+            best_scale = torch.where(better, product / length, best_scale)
+    best_scale = _half(torch.where(best_scale == 0, 1.0, best_scale))
     q = (groups / best_scale).round_().clamp_(low, high).sub_(low)
     return q.to(torch.uint8), best_scale.half(), torch.full_like(best_scale, -low).to(torch.uint8)
 
@@ -84,7 +99,7 @@ def _asymmetric(groups: Tensor, fmt: IntFormat) -> tuple[Tensor, Tensor, Tensor]
     low, high = groups.amin(1, keepdim=True).clamp_max(0), groups.amax(1, keepdim=True).clamp_min(0)
     best = torch.full((len(groups), 1), torch.inf)
     best_scale, best_zero = torch.ones_like(best), torch.zeros_like(best)
-    for ratio in _ratios(fmt.bits).tolist():
+    for ratio in _ratios(fmt.bits):
         scale = _half((high - low) * (ratio / top))
         for zero in ((-low * ratio / scale).floor().clamp(0, top), (-low * ratio / scale).ceil().clamp(0, top)):
             q = (groups / scale).round_().add_(zero).clamp_(0, top)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,9 +17,16 @@ from moec.runtime.artifact import open_artifact
 from moec.runtime.errors import MoecError
 from moec.runtime.files import is_safe_name
 from moec.runtime.manifest import MANIFEST, MANIFEST_DIGEST
-from tests.runtime.fakes import write_artifact
+from tests.runtime.fakes import write_artifact, write_manifest
 
 WEIGHTS = "weights/shared.safetensors"
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest of an artifact, and its digest with it."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    change(manifest)
+    write_manifest(folder, manifest)
 
 
 @pytest.fixture
