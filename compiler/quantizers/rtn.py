@@ -78,7 +78,7 @@ def _symmetric(groups: Tensor, fmt: IntFormat) -> tuple[Tensor, Tensor, Tensor]:
     peak = groups.gather(1, at)  # the largest weight, with its sign
     best, best_scale = torch.full((len(groups), 1), -1.0), torch.ones(len(groups), 1)
     inverse, q = 1 / torch.where(peak == 0, 1.0, peak), torch.empty_like(groups)
-    for end, ratios in ((low, _ratios(fmt.bits)), (high, _ratios(fmt.bits)[::2])):
+    for end, ratios in ((low, _ratios(fmt.bits)), (high, _ratios(fmt.bits)[1::2])):
         for ratio in ratios if end else ():
             torch.mul(groups, inverse * (end / ratio), out=q)
             q.round_().clamp_(low, high)
