@@ -18,6 +18,8 @@ from moec.compiler.errors import MoecError
 
 _DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F64": "f64", "I64": "i64", "I32": "i32", "U8": "u8", "BOOL": "bool"}
 
+_OPEN_FILES = 2
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
@@ -85,6 +87,8 @@ class Tensors:
 
     def _handle(self, file: Path) -> Any:
         if file not in self._open:
+            while len(self._open) >= _OPEN_FILES:  # what was read of a mapped file counts as this process's memory
+                self._open.pop(next(iter(self._open)))
             try:
                 self._open[file] = safe_open(file, framework="pt").__enter__()  # type: ignore[no-untyped-call]  # kept open
             except (SafetensorError, OSError, ValueError) as error:
