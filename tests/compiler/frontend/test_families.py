@@ -21,7 +21,9 @@ SUBSET = ("deepseek_v3", "gpt_oss", "llama4_text", "dbrx", "jetmoe", "qwen3_next
 def test_family_agrees_with_eager_execution(name: str) -> None:
     row = check_family(name)
     assert row.ok, row.reason or f"differs by {row.error}"
-    assert row.raised and not row.reason  # every router is an op, and every other op is a core one
+    assert not row.reason  # every op that is not semantic is a core one
+    # Llama 4 chooses one expert; a tiny model that chooses two is two calls, the second of which no router describes
+    assert row.raised or name == "llama4_text"
 
 
 def test_families_are_discovered() -> None:
