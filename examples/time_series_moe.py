@@ -46,7 +46,8 @@ class Forecaster(nn.Module):
         x = x + moec.moe_experts(
             h, ids, weights, self.up, self.down, self.up_bias, self.down_bias, activation="gelu", gated=False
         )
-        return self.write(x) + level
+        result: Tensor = self.write(x) + level
+        return result
 
 
 def main() -> None:

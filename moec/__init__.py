@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moec.compiler.frontend.module import moe_experts
     from moec.compiler.pipeline import compile_model as compile
     from moec.runtime import load
 

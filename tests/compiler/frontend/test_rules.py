@@ -48,7 +48,8 @@ class Steps(nn.Module):
                     pairs = torch.view_as_complex(x.reshape(batch, tokens, 8, 2).contiguous())
                     turn = torch.polar(torch.ones_like(pairs.real), pairs.real)
                     x = torch.view_as_real(pairs * turn).flatten(-2)
-        return self.last(x)
+        result: Tensor = self.last(x)
+        return result
 
 
 @pytest.mark.parametrize("seed", range(12))
