@@ -178,6 +178,6 @@ def test_bad_arguments(
 
 
 def test_bad_prompts(compiled: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
-    for prompt, message in (("", "empty"), ("word " * 2000, "context")):
+    for prompt, message in (("", "at least one token"), ("word " * 2000, "context")):
         assert main(["run", str(compiled[0]), prompt]) == 2
         assert message in capsys.readouterr().err
