@@ -79,9 +79,9 @@ def main() -> None:
             for backend in backends:
                 record[backend] = backend_result(name, model, backend, wanted, margins, prompt)
         results = [record.get(b, "") for b in backends]
-        notes = [record["note"], *(r for r in results if r not in ("", "yes"))]
+        notes = dict.fromkeys([record["note"], *(r[:160] for r in results if r not in ("", "yes"))])
         cells = ["yes" if row.traced else "no", f"{row.error:.0e}" if row.ok else "no", *("yes" if r == "yes" else "no" for r in results)]
-        print(f"| {name} | {' | '.join(cells)} | {'; '.join(n for n in notes if n)[:300]} |", flush=True)
+        print(f"| {name} | {' | '.join(cells)} | {'; '.join(n for n in notes if n)} |", flush=True)
         rows.append(record)
     counts = [sum(bool(r["ok"]) for r in rows), *(sum(r.get(b) == "yes" for r in rows) for b in backends)]
     print(f"\n{len(rows)} families: {counts[0]} equal, " + ", ".join(f"{c} through {b}" for b, c in zip(backends, counts[1:], strict=True)))
