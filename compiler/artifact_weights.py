@@ -40,9 +40,6 @@ class ArtifactWeights:
         }
         return _value(param, expert, self.backend.restore(param, arrays))
 
-    def fingerprint(self) -> str:
-        return "artifact"
-
 
 def _value(param: Param, expert: int | None, packed: Quantized | np.ndarray) -> Tensor:
     shape = tuple(d for d in (param.type.shape if expert is None else param.type.shape[1:]) if isinstance(d, int))

@@ -10,8 +10,6 @@ from moec.compiler.ir import Graph, Node
 Role = Literal["experts", "linear", "embedding", "router", "other"]
 ROLES: tuple[Role, ...] = ("experts", "linear", "embedding", "router", "other")
 
-_PASSING = ("aten.view.default", "aten._to_copy.default", "aten.permute.default")
-
 
 def parameter_roles(graph: Graph) -> dict[str, Role]:
     """The role of every parameter.

@@ -104,13 +104,18 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException) 
     return lambda: calls
 
 
-def test_killed_anywhere_it_resumes_to_the_same_bytes(tmp_path: Path) -> None:
-    write(tmp_path / "whole.moec")
-    expected = content(tmp_path / "whole.moec")
+def count_writes(tmp_path: Path) -> int:
+    """How many calls that write one artifact takes."""
     with pytest.MonkeyPatch.context() as patch:
         count = stop_at(patch, 0, Killed())
         write(tmp_path / "counted.moec")
-        total = count()
+        return count()
+
+
+def test_killed_anywhere_it_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    write(tmp_path / "whole.moec")
+    expected = content(tmp_path / "whole.moec")
+    total = count_writes(tmp_path)
     assert total > 20
     for number in range(1, total + 1):
         out = tmp_path / f"{number}.moec"
@@ -130,10 +135,7 @@ def test_replacing_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     old = content(out)
     write(tmp_path / "new.moec")
     new = content(tmp_path / "new.moec")
-    with pytest.MonkeyPatch.context() as patch:
-        count = stop_at(patch, 0, Killed())
-        write(tmp_path / "counted.moec")
-        total = count()
+    total = count_writes(tmp_path)
     for number in range(1, total + 1):
         with pytest.MonkeyPatch.context() as patch, suppress(Killed):
             stop_at(patch, number, Killed())
@@ -159,10 +161,7 @@ def test_finished_shards_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_disk_errors_are_one_clear_error(tmp_path: Path, code: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        count = stop_at(patch, 0, Killed())
-        write(tmp_path / "counted.moec")
-        total = count()
+    total = count_writes(tmp_path)
     for number in range(1, total + 1):
         out = tmp_path / f"{number}.moec"
         with pytest.MonkeyPatch.context() as patch:
