@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from moec.compiler.backends import make_backend
-from moec.compiler.backends.base import Backend, Quantized
+from moec.compiler.backends.base import Backend
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph, Param
+from moec.compiler.packed import Quantized
 from moec.compiler.text import parse_graph
 from moec.runtime.artifact import Artifact
 from moec.runtime.artifact import open_artifact as open_for_reading

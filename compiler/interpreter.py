@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,23 @@ from moec.compiler.ir import Dim, Graph, Node, dim_symbols, dim_value
 from moec.compiler.ops import OPS
 from moec.compiler.text import print_node
 from moec.compiler.weights import WeightSource
+
+
+class Observer(Protocol):
+    """Sees a graph run, node by node: calibration and calibrated quantisation are observers."""
+
+    def visit(self, node: Node, inputs: Sequence[Sequence[Tensor | None]]) -> Sequence[tuple[Tensor, ...]] | None:
+        """Called before a node runs, and before its weights are read (they may be changed now).
+
+        Args:
+            node: what is about to run.
+            inputs: for every batch the node's inputs; None in the place of parameters.
+
+        Returns:
+            The node's results for every batch, if the observer has computed them; None to have them computed.
+        """
+        ...
+
 
 STACKED_INPUTS = {"experts": (3, 4)}
 """Inputs that an op reads one index of the first axis at a time."""
@@ -89,6 +107,7 @@ class Interpreter:
         batches: Iterable[Mapping[str, Tensor]],
         consume: Callable[[int, tuple[Tensor, ...]], None],
         progress: Callable[[int, int], None] | None = None,
+        observer: Observer | None = None,
     ) -> None:
         """Run many batches, node by node.
 
@@ -96,6 +115,7 @@ class Interpreter:
             batches: inputs by name, a mapping a batch.
             consume: called once a batch with its index and the graph's results, which are dropped afterwards.
             progress: called after each node with the number of nodes done and of all nodes.
+            observer: shown each node before it runs.
         """
         environments: list[dict[str, Tensor]] = []
         symbols = []
@@ -104,9 +124,13 @@ class Interpreter:
             environments.append({v.name: self._cast(batch[v.name]) for v in self.graph.inputs})
         ready = max((i for i, n in enumerate(self.graph.nodes) if any(o.name in self.graph.outputs for o in n.outputs)), default=-1)
         for index, node in enumerate(self.graph.nodes):
-            weights = self._weights(node)
+            given = observer.visit(node, [self._activations(node, e) for e in environments]) if observer else None
+            weights = self._weights(node) if given is None else {}
             for batch_index, environment in enumerate(environments):
-                self._step(node, weights, environment, symbols[batch_index])
+                if given is None:
+                    self._step(node, weights, environment, symbols[batch_index])
+                else:
+                    environment.update(zip((o.name for o in node.outputs), given[batch_index], strict=True))
                 for name in self._dead.get(index, ()):
                     environment.pop(name, None)
                 if index == ready:
@@ -131,6 +155,9 @@ class Interpreter:
             else:
                 weights[name] = self._cast(self.weights.load(name))
         return weights
+
+    def _activations(self, node: Node, environment: Mapping[str, Tensor]) -> list[Tensor | None]:
+        return [environment.get(name) for name in node.inputs]
 
     def _step(
         self,

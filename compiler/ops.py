@@ -167,6 +167,11 @@ def router(
     return weights * scale, ids
 
 
+def router_scores(logits: Tensor, score: str) -> Tensor:
+    """What a router of this `score` compares: [..., E] -> [..., E]."""
+    return _SCORES[score](logits)
+
+
 _SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(-1),
     "sigmoid": torch.sigmoid,

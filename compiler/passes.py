@@ -10,17 +10,18 @@ from typing import Any, Protocol, runtime_checkable
 
 import moec.passes
 from moec.compiler import verify
+from moec.compiler.context import Context
 from moec.compiler.errors import MoecError
-from moec.compiler.ir import Graph
+from moec.compiler.model import Model
 from moec.runtime.errors import unknown
 
 
 @runtime_checkable
 class Pass(Protocol):
-    """A change to a graph: a frozen dataclass whose fields are its options in recipes and on the command line."""
+    """A change to a model: a frozen dataclass whose fields are its options in recipes and on the command line."""
 
-    def run(self, graph: Graph) -> tuple[Graph, bool]:
-        """The changed graph, and whether anything changed."""
+    def run(self, model: Model, context: Context) -> Model:
+        """The changed model; the same object if there was nothing to change."""
         ...
 
 
@@ -47,26 +48,28 @@ def make_pass(name: str, options: dict[str, Any]) -> Pass:
     return made
 
 
-def run_passes(graph: Graph, passes: Sequence[Pass], after: Callable[[Pass, Graph], None] | None = None) -> tuple[Graph, bool]:
+def run_passes(
+    model: Model, passes: Sequence[Pass], context: Context | None = None, after: Callable[[Pass, Model], None] | None = None
+) -> Model:
     """Run passes in order.
 
     Args:
-        after: called with each pass and the graph that it left (printing, timing).
+        context: what passes may need besides the model; an empty one (no calibration text) unless given.
+        after: called with each pass and the model that it left (printing, timing).
 
     Raises:
         MoecError: a pass could not do its work, or with `MOEC_CHECK=2` left an invalid graph; the notes say after which passes.
     """
-    changed, done = False, list[str]()
+    context, done = context or Context(), list[str]()
     for step in passes:
         try:
-            graph, step_changed = step.run(graph)
+            model = step.run(model, context)
             if verify.CHECK >= 2:
-                verify.verify(graph)
+                verify.verify(model.graph)
         except MoecError as error:
             error.add_note(f"in the pass {step!r}, after the passes {done}")
             raise
-        changed |= step_changed
         done.append(type(step).__name__)
         if after:
-            after(step, graph)
-    return graph, changed
+            after(step, model)
+    return model

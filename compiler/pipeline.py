@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,24 +17,28 @@ import torch
 import moec
 from moec.compiler.artifact import ArtifactWriter, Shard, plan_shards, weight_table
 from moec.compiler.backends import make_backend
-from moec.compiler.backends.base import Backend, Packed
+from moec.compiler.backends.base import Backend
+from moec.compiler.calibration.text import Text, read_text
+from moec.compiler.context import Context
 from moec.compiler.errors import MoecError
 from moec.compiler.frontend import huggingface
 from moec.compiler.frontend.model import graph_of
-from moec.compiler.frontend.tokenizer import tokenizer_files
+from moec.compiler.frontend.tokenizer import load_tokenizer, tokenizer_files
 from moec.compiler.ir import Graph, Param
+from moec.compiler.model import Model
+from moec.compiler.packed import Packed, integer_format, pack_plain
 from moec.compiler.passes import run_passes
 from moec.compiler.plan import Plan, make_plan, parse_size
 from moec.compiler.progress import Progress
 from moec.compiler.quantizers import get_quantizer
-from moec.compiler.recipe import NOTHING, Recipe, load_recipe
+from moec.compiler.recipe import NOTHING, load_recipe
+from moec.compiler.split_experts import uniform_experts
 from moec.compiler.text import print_graph
 from moec.compiler.verify import CHECK, verify
-from moec.compiler.weights import WeightSource
-from moec.runtime.formats import get_format
-from moec.runtime.formats.float import PlainFormat
-from moec.runtime.formats.int import IntFormat
+from moec.compiler.weights import WeightSource, packed_of
 from moec.targets import Target, get_target
+
+Files = str | Path | Sequence[str | Path]
 
 
 def compile_model(
@@ -47,7 +51,10 @@ def compile_model(
     memory: str | int | None = None,
     latency: float | None = None,
     max_kl: float | None = None,
-    calibration: str | Path | None = None,
+    calibration: Files | None = None,
+    calibration_tokens: int = 1 << 16,
+    statistics: str | Path | None = None,
+    seed: int = 0,
     resume: bool = True,
     dry_run: bool = False,
     portable: bool = False,
@@ -63,6 +70,11 @@ def compile_model(
         backend: `tvm` or `onnx`.
         recipe: a file or a name; without one, every weight keeps its value.
         memory: refuse a model whose weights need more (`12GiB`, or bytes).
+        max_kl: the most damage that passes may do, in nats a token on held-out calibration text.
+        calibration: text files, or a folder of them, for passes that look at what the model does.
+        calibration_tokens: about how many tokens of them to use.
+        statistics: a file that keeps what was measured on them; read if it is there, written if not.
+        seed: of everything that is random.
         resume: keep the finished weight files of an interrupted run of the same work.
         dry_run: stop after planning; works from `config.json` alone.
         portable: the ONNX backend writes standard operators only.
@@ -74,9 +86,8 @@ def compile_model(
     Raises:
         MoecError: bad input. Nothing is left at `output`.
     """
-    for option, value in (("latency", latency), ("max_kl", max_kl), ("calibration", calibration)):
-        if value is not None:
-            raise MoecError(f"--{option.replace('_', '-')} needs the budget solver, which this version does not have: use --recipe")
+    if latency is not None:
+        raise MoecError("--latency needs the budget solver, which this version does not have: use --recipe")
     if output is None and not dry_run:
         raise MoecError("no output given: add -o OUT.moec, or --dry-run to see the plan only")
     progress = progress or Progress()
@@ -84,19 +95,58 @@ def compile_model(
     hardware = get_target(target)
     with progress.step("trace"):
         checkpoint = None if isinstance(model, torch.nn.Module) else huggingface.resolve(model)
-        graph, weights = huggingface.load(checkpoint) if checkpoint else graph_of(model)
-    graph, _ = run_passes(graph, chosen.passes)
+        source = Model(*(huggingface.load(checkpoint) if checkpoint else graph_of(model)))
+    context = Context(
+        text=_text(calibration, checkpoint, source, calibration_tokens, seed), reference=source, target=hardware, max_kl=max_kl, seed=seed,
+        statistics_file=Path(statistics) if statistics is not None else None, progress=progress,
+    )  # fmt: skip
+    compiled = run_passes(source, chosen.passes, context)
     if CHECK:
-        verify(graph)
+        verify(compiled.graph)
     if dry_run:
-        return _within(make_plan(graph, chosen, hardware, None), memory)
+        return _within(make_plan(compiled.graph, chosen, hardware, None), memory)
     assert output is not None
+    quality = _quality(compiled, context)
+    compiled = uniform_experts(compiled)
     with progress.step("lower"):
-        lowered = make_backend(backend, graph, hardware, portable, activations)
+        lowered = make_backend(backend, compiled.graph, hardware, portable, activations)
     shards = plan_shards(lowered)
-    plan = _within(make_plan(graph, chosen, hardware, shards), memory)
-    _write(Path(output), checkpoint, graph, weights, lowered, shards, chosen, hardware, backend, resume, plan, progress)
+    plan = _within(make_plan(compiled.graph, chosen, hardware, shards), memory)
+    history = {"recipe": list(chosen.steps), "journal": context.journal, "quality": quality, "calibration": _record(context)}
+    _write(Path(output), checkpoint, compiled, lowered, shards, history, hardware, backend, resume, plan, progress)
     return plan
+
+
+def _text(files: Files | None, checkpoint: Path | None, model: Model, tokens: int, seed: int) -> Text | None:
+    """The calibration text."""
+    if files is None:
+        return None
+    if checkpoint is None:
+        raise MoecError("--calibration needs a checkpoint folder, whose tokenizer reads the text; the model in memory has none")
+    names = [files] if isinstance(files, (str, Path)) else list(files)
+    context = min(512, int(model.graph.meta["context_length"]))
+    return read_text(names, load_tokenizer(checkpoint), context=context, tokens=tokens, seed=seed)
+
+
+def _quality(model: Model, context: Context) -> dict[str, Any] | None:
+    """What the passes cost, on the held-out part of the calibration text."""
+    if context.text is None or model is context.reference:
+        return None
+    with context.progress.step("quality"):
+        found = context.damage(model, "the quality report")
+    if context.max_kl is not None and found.kl_divergence > context.max_kl:
+        raise MoecError(
+            f"the recipe costs {found.kl_divergence:.4f} nats a token (KL divergence on held-out text), "
+            f"more than --max-kl {context.max_kl}: choose a milder recipe or a larger --max-kl"
+        )
+    return found.to_json()
+
+
+def _record(context: Context) -> dict[str, Any] | None:
+    """What the artifact says of the calibration."""
+    if (text := context.text) is None:
+        return None
+    return {"domains": list(text.domains), "tokens": text.tokens, "fingerprint": text.fingerprint(), "seed": context.seed}
 
 
 def _within(plan: Plan, memory: str | int | None) -> Plan:
@@ -110,11 +160,10 @@ def _within(plan: Plan, memory: str | int | None) -> Plan:
 def _write(
     out: Path,
     checkpoint: Path | None,
-    graph: Graph,
-    weights: WeightSource,
+    model: Model,
     lowered: Backend,
     shards: list[Shard],
-    recipe: Recipe,
+    history: dict[str, Any],
     target: Target,
     backend: str,
     resume: bool,
@@ -123,26 +172,24 @@ def _write(
 ) -> None:
     started = time.time()
     _require_space(out, sum(s.nbytes for s in shards))
-    writer = ArtifactWriter(out, _fingerprint(graph, checkpoint, shards, recipe, backend), resume and checkpoint is not None)
+    writer = ArtifactWriter(out, _fingerprint(model.graph, checkpoint, shards, history, backend), resume and checkpoint is not None)
     try:
-        methods = {p.method for p in recipe.passes if hasattr(p, "method")} or {"rtn"}
-        quantizer = get_quantizer(methods.pop())
 
         def arrays(name: str) -> Iterator[tuple[int | None, Mapping[str, np.ndarray]]]:
             param = lowered.graph.params[name]
             experts = range(int(param.type.shape[0])) if lowered.stacked(param) else (None,)
             for expert in experts:
-                yield expert, lowered.store(param, pack(param, weights.load(name, expert), expert, quantizer))
+                yield expert, lowered.store(param, pack(model.weights, param, expert))
 
         for shard in progress.track(shards, "weights"):
             writer.write_shard(shard, arrays)
         with progress.step("code"):
             locations = {key: location for shard in shards for key, (_, location) in shard.arrays.items()}
             executor = lowered.build(writer.folder, locations)
-        writer.write_text("graph.txt", print_graph(graph))
+        writer.write_text("graph.txt", print_graph(model.graph))
         for name, content in tokenizer_files(checkpoint).items() if checkpoint else ():
             writer.write_bytes(name, content)
-        writer.commit(_manifest(graph, recipe, target, backend, executor, shards, plan, time.time() - started))
+        writer.commit(_manifest(model.graph, history, target, backend, executor, shards, plan, time.time() - started))
     except MoecError:
         shutil.rmtree(writer.folder, ignore_errors=True)  # what failed once would fail again: only a killed run is resumed
         raise
@@ -156,24 +203,19 @@ def _require_space(out: Path, needed: int) -> None:
         raise MoecError(f"disk full: {out} needs {needed} more bytes and {folder} has {free}: free some space or write elsewhere")
 
 
-def pack(param: Param, value: torch.Tensor, expert: int | None, quantizer: Any) -> Packed:
-    """A weight (or one expert of a stacked weight) in the parameter's format."""
-    name = param.format if isinstance(param.format, str) else param.format[expert or 0]
-    fmt = get_format(name)
-    if isinstance(fmt, IntFormat):
-        packed: Packed = quantizer(value.reshape(-1, value.shape[-1]), fmt)
-        return packed
-    assert isinstance(fmt, PlainFormat)
-    if name == "bf16" and value.dtype == torch.bfloat16:  # the bits as they are
-        return value.contiguous().view(torch.uint16).numpy()
-    if value.dtype in (torch.int64, torch.int32, torch.bool, torch.uint8):
-        return value.numpy()
-    return fmt.pack(value.float().numpy())["data"]
+def pack(weights: WeightSource, param: Param, expert: int | None) -> Packed:
+    """A weight (or one expert of a stacked weight) in the parameter's format: the codes that passes made, or rounded to nearest."""
+    if (fmt := integer_format(param, expert)) is None:
+        return pack_plain(param, weights.load(param.name, expert), expert)
+    if (made := packed_of(weights, param.name, expert)) is not None:
+        return made
+    value = weights.load(param.name, expert)
+    return get_quantizer("rtn").quantize(value.reshape(-1, value.shape[-1]), fmt)
 
 
-def _fingerprint(graph: Graph, checkpoint: Path | None, shards: list[Shard], recipe: Recipe, backend: str) -> str:
+def _fingerprint(graph: Graph, checkpoint: Path | None, shards: list[Shard], history: dict[str, Any], backend: str) -> str:
     digest = hashlib.sha256()
-    for part in (moec.__version__, print_graph(graph), backend, json.dumps(recipe.steps), _files_of(checkpoint)):
+    for part in (moec.__version__, print_graph(graph), backend, json.dumps(history), _files_of(checkpoint)):
         digest.update(part.encode() + b"\0")
     for shard in shards:
         digest.update(shard.header)
@@ -188,7 +230,7 @@ def _files_of(checkpoint: Path | None) -> str:
 
 def _manifest(
     graph: Graph,
-    recipe: Recipe,
+    history: dict[str, Any],
     target: Target,
     backend: str,
     executor: dict[str, Any],
@@ -211,8 +253,7 @@ def _manifest(
         "backend": backend,
         "target": asdict(target),
         "executor": executor,
-        "recipe": list(recipe.steps),
-        "quality": None,
+        **history,
         "sizes": {
             "weight_bytes": plan.weight_bytes,
             "bytes_per_token": plan.bytes_per_token,

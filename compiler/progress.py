@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO, TypeVar
 
@@ -58,6 +58,27 @@ class Progress:
                     last = time.monotonic()
                     self._print(f"{name}: {done + 1}/{len(items)}")
         self._print(f"{name}: {len(items)}/{len(items)}, {time.monotonic() - start:.1f} s")
+
+    @contextmanager
+    def counter(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        """Work that counts itself: yields a function of how much is done and of how much there is."""
+        start, last = time.monotonic(), [time.monotonic()]
+        if self._stream.isatty() and not self._quiet:
+            from rich.console import Console
+            from rich.progress import Progress as Bars
+
+            with Bars(console=Console(file=self._stream), transient=True) as bars:
+                task = bars.add_task(name)
+                yield lambda done, total: bars.update(task, completed=done, total=total)
+        else:
+
+            def count(done: int, total: int) -> None:
+                if time.monotonic() - last[0] >= _LINE_EVERY_S:
+                    last[0] = time.monotonic()
+                    self._print(f"{name}: {done}/{total}")
+
+            yield count
+        self._print(f"{name}: {time.monotonic() - start:.1f} s")
 
     def _print(self, text: str, end: str = "\n") -> None:
         if not self._quiet:

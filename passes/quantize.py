@@ -1,10 +1,11 @@
-"""Choose weight formats: by the role of a parameter, with exceptions by name.
+"""Choose weight formats, by the role of a parameter, with exceptions by name, and how values become codes.
 
     param @model.layers.0.mlp.experts.up: f32[64, 2048, 2048] as bf16
     ->
     param @model.layers.0.mlp.experts.up: f32[64, 2048, 2048] as int4_g64
 
-The graph is otherwise unchanged: values become codes when the artifact is written, by the quantiser that `method` names.
+The graph is otherwise unchanged. A quantiser that reads nothing but the weight works when the artifact is written, one expert at a time;
+one that reads the second moments of inputs works layer by layer while calibration text runs through the model.
 """
 
 from __future__ import annotations
@@ -12,12 +13,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
 
+from moec.compiler.context import Context
 from moec.compiler.errors import MoecError
-from moec.compiler.ir import Graph
-from moec.compiler.quantizers import get_quantizer
-from moec.compiler.roles import parameter_roles
+from moec.compiler.model import Model
+from moec.compiler.packed import integer_format
+from moec.compiler.quantization import QuantizedWeights, quantize_in_order
+from moec.compiler.quantizers import Quantizer, get_quantizer
+from moec.compiler.roles import Role, parameter_roles
 from moec.runtime.formats import get_format
+
+KEEP_CODES_BELOW = 1 << 28
+"""Parameters of a model whose codes are kept in memory once made; of a larger one they are made again when needed."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,9 @@ class Quantize:
         router: format of the routers' matrices.
         other: format of norms, biases and tables; a plain one.
         overrides: from a regular expression over parameter names to a format; the first that matches wins over the role.
-        method: the quantiser, a file of `compiler/quantizers`.
+        method: the quantiser, a file of `compiler/quantizers`, of experts and linear layers; others are rounded to nearest.
+        options: options of the quantiser.
+        weighted: moments of an expert count tokens by the square of their routing weight.
     """
 
     experts: str | None = None
@@ -41,9 +52,11 @@ class Quantize:
     other: str | None = None
     overrides: Mapping[str, str] = field(default_factory=dict)
     method: str = "rtn"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    weighted: bool = True
 
     def __post_init__(self) -> None:
-        get_quantizer(self.method)
+        get_quantizer(self.method, self.options)
         for name in (self.experts, self.linear, self.embedding, self.router, self.other, *self.overrides.values()):
             if name is not None:
                 get_format(name)
@@ -55,14 +68,32 @@ class Quantize:
             except re.error as error:
                 raise MoecError(f"quantize: the override {pattern!r} is not a regular expression: {error}") from error
 
-    def run(self, graph: Graph) -> tuple[Graph, bool]:
+    def run(self, model: Model, context: Context) -> Model:
+        roles = parameter_roles(model.graph)
         changed = []
-        for name, role in parameter_roles(graph).items():
-            param = graph.params[name]
+        for name, role in roles.items():
+            param = model.graph.params[name]
             chosen = next((f for p, f in self.overrides.items() if re.search(p, name)), getattr(self, role))
             if param.type.dtype == "f32" and chosen is not None and chosen != param.format:
+                if integer_format(param) is not None:
+                    raise MoecError(f"quantize: @{name} is already {param.format}; a weight can be quantised once")
                 changed.append(replace(param, format=chosen))
-        return graph.with_params(changed), bool(changed)
+        if not changed:
+            return model
+        model = Model(model.graph.with_params(changed), model.weights)
+        names = {p.name: roles[p.name] for p in changed if integer_format(p) is not None}
+        return apply_quantizer(model, names, get_quantizer(self.method, self.options), context, weighted=self.weighted)
+
+
+def apply_quantizer(model: Model, names: Mapping[str, Role], chosen: Quantizer, context: Context, *, weighted: bool = True) -> Model:
+    """A model whose parameters `names` (with their roles) are quantised in the formats that the graph states."""
+    plain = get_quantizer("rtn")
+    quantizers = {name: chosen if role in ("experts", "linear") else plain for name, role in names.items()}
+    if chosen.needs == "none" or not any(q is chosen for q in quantizers.values()):
+        size = sum(prod(int(d) for d in p.type.shape) for p in model.graph.params.values())
+        return Model(model.graph, QuantizedWeights(model.weights, model.graph, quantizers, keep=size < KEEP_CODES_BELOW))
+    text = context.need_text(f"quantize with {chosen.name}")
+    return quantize_in_order(model, quantizers, text, context.progress, weighted)
 
 
 PASS = Quantize

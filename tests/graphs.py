@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from moec.compiler.context import Context
 from moec.compiler.ir import Graph
+from moec.compiler.model import Model
 from moec.compiler.text import parse_graph
 from moec.compiler.weights import MemoryWeights
+from moec.passes.quantize import Quantize
 
 MOE = """
 graph small {layers=1, context_length=64, vocab_size=40} {
@@ -48,6 +51,16 @@ graph small {layers=1, context_length=64, vocab_size=40} {
 def moe() -> Graph:
     """One transformer layer of 6 experts, top-2, grouped-query attention, tied embeddings."""
     return parse_graph(MOE)
+
+
+def model(seed: int = 0) -> Model:
+    """The layer of `moe` with random weights."""
+    return Model(moe(), random_weights(moe(), seed))
+
+
+def quantized(graph: Graph, step: Quantize) -> Graph:
+    """A graph with the formats that a pass chooses."""
+    return step.run(Model(graph, MemoryWeights({})), Context()).graph
 
 
 def random_weights(graph: Graph, seed: int = 0, std: float = 0.3) -> MemoryWeights:

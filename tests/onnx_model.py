@@ -12,12 +12,11 @@ import numpy as np
 import torch
 
 from moec.compiler.artifact import plan_shards
-from moec.compiler.backends.base import Quantized
 from moec.compiler.backends.onnx import Activations, OnnxBackend
 from moec.compiler.interpreter import Interpreter
 from moec.compiler.ir import Graph
+from moec.compiler.packed import Quantized
 from moec.compiler.pipeline import pack
-from moec.compiler.quantizers import get_quantizer
 from moec.compiler.weights import MemoryWeights, WeightSource
 from moec.runtime.executors.onnx import OnnxExecutor
 from moec.runtime.formats import get_format
@@ -58,7 +57,6 @@ def build(graph: Graph, weights: WeightSource, folder: Path, *, portable: bool =
     """Write model and weights of a graph."""
     backend = OnnxBackend(graph, TARGET, portable, activations)
     values: dict[str, torch.Tensor] = {}
-    quantizer = get_quantizer("rtn")
     locations = {}
     (folder / "weights").mkdir(parents=True, exist_ok=True)
     for shard in plan_shards(backend):
@@ -71,7 +69,7 @@ def build(graph: Graph, weights: WeightSource, folder: Path, *, portable: bool =
             experts = range(int(param.type.shape[0])) if backend.stacked(param) else (None,)
             parts = []
             for expert in experts:
-                packed = pack(param, weights.load(name, expert), expert, quantizer)
+                packed = pack(weights, param, expert)
                 arrays = backend.store(param, packed)
                 for component, array in arrays.items():
                     stored, location = shard.arrays[name, component]

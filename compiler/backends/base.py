@@ -16,22 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.compiler.ir import Graph, Param
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """An integer weight [N, K]: codes uint8 [N, K], scale float16 [N, groups], zero points uint8 [N, groups].
-
-    value = (code - zero) * scale. The zero points of a symmetric format are its constant 2^(bits-1).
-    """
-
-    codes: NDArray[np.uint8]
-    scale: NDArray[np.float16]
-    zero: NDArray[np.uint8]
-
-
-Packed = Quantized | NDArray[np.generic]
-"""A weight in its format: `Quantized`, or for plain formats the stored numbers (bfloat16 as uint16 bits)."""
+from moec.compiler.packed import Packed
 
 
 @dataclass(frozen=True)

@@ -144,4 +144,3 @@ class Checkpoint:
         if fused and 0 not in first_axis:
             return {p: [self.tensors.read(names[0], expert)] for p, names in group.tensors.items()}
         return None
-

@@ -133,9 +133,7 @@ def _attention(
         if kwargs.get(name) is not None:
             raise MoecError(f"{type(module).__name__}: attention with a {name} is not supported")
     softcap = float(kwargs.get("softcap") or 0.0)
-    out = torch.ops.moec.attention(
-        query, key, value, kwargs.get("s_aux"), scale, seen.causal, seen.window, seen.chunk, softcap
-    )
+    out = torch.ops.moec.attention(query, key, value, kwargs.get("s_aux"), scale, seen.causal, seen.window, seen.chunk, softcap)
     return out, None
 
 

@@ -1,21 +1,49 @@
 """Quantisers: functions from a float weight and a format to codes, scales and zero points. A file's name is the quantiser's.
 
-Each file has `quantize(weight: Tensor [N, K], fmt: IntFormat) -> Quantized`.
+Each file has `quantize(weight, fmt, moment) -> Quantized` and `NEEDS`, which says what of the inputs' second moment it reads:
+
+    none        nothing: the weight alone decides
+    diagonal    moment [K]: the mean of x_k^2 over the inputs x [K] that the weight is multiplied with
+    full        moment [K, K]: the mean of x x^T
+
+Options of a quantiser are keyword-only arguments of its function. Any quantiser combines with any format and any statistics.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from moec.compiler.backends.base import Quantized
+from moec.compiler.errors import MoecError
+from moec.compiler.packed import Quantized
 from moec.runtime.errors import unknown
 from moec.runtime.formats.int import IntFormat
 
-Quantizer = Callable[[Tensor, IntFormat], Quantized]
+Needs = Literal["none", "diagonal", "full"]
+
+
+class Quantize(Protocol):
+    """The function of a quantiser."""
+
+    def __call__(self, weight: Tensor, fmt: IntFormat, moment: Tensor | None = None) -> Quantized:
+        """Codes of a weight [N, K]; `moment` as the quantiser's `NEEDS` says, None where there are no statistics."""
+        ...
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """A quantiser: its name, what it needs, and its function."""
+
+    name: str
+    needs: Needs
+    quantize: Quantize
 
 
 def known_quantizers() -> list[str]:
@@ -23,13 +51,24 @@ def known_quantizers() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__))
 
 
-def get_quantizer(name: str) -> Quantizer:
+def get_quantizer(name: str, options: Mapping[str, Any] | None = None) -> Quantizer:
     """The quantiser of this name.
 
+    Args:
+        options: keyword arguments of its function.
+
     Raises:
-        MoecError: there is none; the message lists those that exist.
+        MoecError: there is none, or it has no such option; the message lists those that exist.
     """
     if name not in known_quantizers():
         raise unknown("quantiser", name, known_quantizers())
-    quantizer: Quantizer = importlib.import_module(f"{__name__}.{name}").quantize
-    return quantizer
+    module = importlib.import_module(f"{__name__}.{name}")
+    known = [p.name for p in inspect.signature(module.quantize).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for option in options or ():
+        if option not in known:
+            raise (
+                unknown(f"option of the quantiser {name}", option, known)
+                if known
+                else MoecError(f"the quantiser {name} has no options, got {option!r}")
+            )
+    return Quantizer(name, module.NEEDS, partial(module.quantize, **options) if options else module.quantize)

@@ -14,9 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moec.compiler.backends.base import Quantized
+from moec.compiler.packed import Quantized
+from moec.compiler.quantizers import Needs
 from moec.runtime.formats.int import IntFormat
 from moec.runtime.host import physical_cores
+
+NEEDS: Needs = "none"
 
 _CHUNK = 1 << 16
 """Weights searched at once: the working set stays in a core's cache."""
@@ -35,12 +38,13 @@ def _workers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(physical_cores(), initializer=torch.set_num_threads, initargs=(1,))
 
 
-def quantize(weight: Tensor, fmt: IntFormat) -> Quantized:
+def quantize(weight: Tensor, fmt: IntFormat, moment: Tensor | None = None) -> Quantized:  # noqa: ARG001  # every quantiser has it
     """Codes, scales and zero points of a weight.
 
     Args:
         weight: [N, K], any float type, finite.
         fmt: bits, group size and symmetry.
+        moment: not read.
     """
     n, k = weight.shape
     size, groups = fmt.group_size(k), fmt.groups(k)

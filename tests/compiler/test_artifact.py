@@ -15,9 +15,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from moec.compiler.artifact import ALIGN, ArtifactWriter, Shard, plan_shards
-from moec.compiler.backends.base import Location, Packed, StoredArray
+from moec.compiler.backends.base import Location, StoredArray
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph, Param
+from moec.compiler.packed import Packed
 from tests import graphs
 
 

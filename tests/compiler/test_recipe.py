@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from moec.compiler.context import Context
 from moec.compiler.errors import MoecError
 from moec.compiler.passes import known_passes, make_pass, run_passes
 from moec.compiler.plan import make_plan, parse_size
@@ -21,17 +22,17 @@ from tests import graphs
 
 @pytest.mark.parametrize("name", known_recipes())
 def test_every_recipe_that_ships_applies(name: str) -> None:
-    recipe = load_recipe(name)
-    graph, changed = run_passes(graphs.moe(), recipe.passes)
-    verify(graph)
+    recipe, model = load_recipe(name), graphs.model()
+    found = run_passes(model, recipe.passes)
+    verify(found.graph)
     assert recipe.description
-    assert changed == (name != "f32")  # the graph is float32 to begin with
+    assert (found is model) == (name == "f32")  # the graph is float32 to begin with
 
 
 @pytest.mark.parametrize("name", known_passes())
 def test_every_pass_has_defaults_that_change_nothing(name: str) -> None:
-    graph = graphs.moe()
-    assert make_pass(name, {}).run(graph) == (graph, False)
+    model = graphs.model()
+    assert make_pass(name, {}).run(model, Context()) is model
 
 
 def test_roles() -> None:
@@ -44,15 +45,14 @@ def test_roles() -> None:
 
 
 def test_quantize_by_role_and_by_name() -> None:
-    graph = graphs.moe()
+    model = graphs.model()
     step = Quantize(experts="int4_g32", linear="int8_g32", overrides={r"\.o\.": "bf16"})
-    found, changed = step.run(graph)
+    found = step.run(model, Context()).graph
     formats = {n: p.format for n, p in found.params.items()}
-    assert changed
     assert formats["layers.0.experts.up"] == "int4_g32"
     assert (formats["layers.0.q.weight"], formats["layers.0.o.weight"]) == ("int8_g32", "bf16")
     assert formats["embed.weight"] == formats["layers.0.gate.weight"] == "f32"
-    assert found.nodes == graph.nodes
+    assert found.nodes == model.graph.nodes
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_recipe_files(tmp_path: Path) -> None:
 
 
 def test_plan_in_closed_form() -> None:
-    graph, _ = Quantize(experts="int4_g32").run(graphs.moe())
+    graph = Quantize(experts="int4_g32").run(graphs.model(), Context()).graph
     plan = make_plan(graph, NOTHING, get_target("cpu"), None)
     up, down = 6 * 24 * 16, 6 * 16 * 12
     rest = 40 * 16 + 2 * 16 + 2 * 16 * 16 + 2 * 8 * 16 + 6 * 16

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from moec.compiler.backends.base import Location, Packed, Quantized, StoredArray
+from moec.compiler.backends.base import Location, StoredArray
 from moec.compiler.backends.onnx.emit import Emitter
 from moec.compiler.backends.onnx.layout import IntLayout
 from moec.compiler.backends.onnx.lower import Lowering, check_lowerable, reserved_names
@@ -19,6 +19,7 @@ from moec.compiler.backends.select_rows import select_rows
 from moec.compiler.backends.tokenwise import check_tokenwise
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph, Param
+from moec.compiler.packed import Packed, Quantized
 from moec.targets import Target
 
 MODEL = "model.onnx"

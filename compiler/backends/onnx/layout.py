@@ -22,7 +22,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from moec.compiler.backends.base import Quantized, StoredArray
+from moec.compiler.backends.base import StoredArray
+from moec.compiler.packed import Quantized
 from moec.runtime.formats.int import IntFormat
 
 A = TypeVar("A", bound=np.generic)

@@ -24,10 +24,11 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from moec.compiler.backends.base import Packed, Quantized, StoredArray
+from moec.compiler.backends.base import StoredArray
 from moec.compiler.backends.onnx.layout import IntLayout, common_block, container, interleaved, separated
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph, Node, Param
+from moec.compiler.packed import Packed, Quantized
 from moec.runtime.formats import get_format
 from moec.runtime.formats.float import STORAGE
 from moec.runtime.formats.int import IntFormat

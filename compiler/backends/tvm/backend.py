@@ -13,7 +13,7 @@ import tvm
 from numpy.typing import NDArray
 from tvm.target import Target as TvmTarget
 
-from moec.compiler.backends.base import Location, Packed, StoredArray
+from moec.compiler.backends.base import Location, StoredArray
 from moec.compiler.backends.select_rows import select_rows
 from moec.compiler.backends.tokenwise import check_tokenwise
 from moec.compiler.backends.tvm.build import FUNCTIONS, build_library, is_native, tvm_target
@@ -22,6 +22,7 @@ from moec.compiler.backends.tvm.semantic import attention_spec
 from moec.compiler.backends.tvm.storage import plan_storage
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph, Param
+from moec.compiler.packed import Packed
 from moec.targets import Target
 from moec.targets.kernels.cpu.attention import PAGE
 from moec.targets.kernels.cpu.isa import Isa

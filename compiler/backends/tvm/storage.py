@@ -9,9 +9,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from moec.compiler.backends.base import Packed, Quantized, StoredArray
+from moec.compiler.backends.base import StoredArray
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph, Node, Param
+from moec.compiler.packed import Packed, Quantized
 from moec.runtime.formats import get_format
 from moec.runtime.formats.float import PlainFormat
 from moec.targets.kernels.cpu.experts_layout import ExpertsLayout

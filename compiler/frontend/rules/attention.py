@@ -1,6 +1,6 @@
 """The traced attention becomes `attention`, which has tokens before heads.
 
-    %y = moec.attention.default(%q, %k, %v)  with q [B, H, T, d]    ->   %y = attention(permute(%q), permute(%k), permute(%v))
+%y = moec.attention.default(%q, %k, %v)  with q [B, H, T, d]    ->   %y = attention(permute(%q), permute(%k), permute(%v))
 """
 
 from __future__ import annotations

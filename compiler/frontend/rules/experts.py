@@ -1,8 +1,8 @@
 """The traced experts become `experts`: tokens as [B, T, D], the weights in one layout, their choice by a `router` if it is one.
 
-    %flat = aten.view.default(%x);  %w, %ids = (a few ATen ops of the router's logits)
-    %y: f32[B*T, D] = moec.experts.default(%flat, %ids, %w, @up, @down)
-    ->  %w, %ids = router(%logits);  %y: f32[B, T, D] = experts(%x, %ids, %w, @up, @down)
+%flat = aten.view.default(%x);  %w, %ids = (a few ATen ops of the router's logits)
+%y: f32[B*T, D] = moec.experts.default(%flat, %ids, %w, @up, @down)
+->  %w, %ids = router(%logits);  %y: f32[B, T, D] = experts(%x, %ids, %w, @up, @down)
 """
 
 from __future__ import annotations

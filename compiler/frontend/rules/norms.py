@@ -1,8 +1,8 @@
 """Normalisations written out become one op.
 
-    %m = aten.mean.dim(aten.pow.Tensor_Scalar(%x) {exponent=2}) {dim=[-1], keepdim=true}
-    %n = aten.mul.Tensor(%x, aten.rsqrt.default(aten.add.Tensor(%m) {other=eps}))         ->   %n = rms_norm(%x) {eps=eps}
-    %y = aten.mul.Tensor(%n, @w)                                                          ->   %y = rms_norm(%x, @w) {eps=eps}
+%m = aten.mean.dim(aten.pow.Tensor_Scalar(%x) {exponent=2}) {dim=[-1], keepdim=true}
+%n = aten.mul.Tensor(%x, aten.rsqrt.default(aten.add.Tensor(%m) {other=eps}))         ->   %n = rms_norm(%x) {eps=eps}
+%y = aten.mul.Tensor(%n, @w)                                                          ->   %y = rms_norm(%x, @w) {eps=eps}
 """
 
 from __future__ import annotations

@@ -124,8 +124,7 @@ def _binary_past_view(b: Rewriter, node: Node) -> Result:
         for suffix in range(common_suffix(shape, old), 0, -1):
             lead_new, lead_old = shape[: len(shape) - suffix], old[: len(old) - suffix]
             operands = [
-                main.inputs[0] if i == position else _regrouped(b, other, lead_new, lead_old, suffix)
-                for i, other in enumerate(node.inputs)
+                main.inputs[0] if i == position else _regrouped(b, other, lead_new, lead_old, suffix) for i, other in enumerate(node.inputs)
             ]
             if all(operands):
                 kind = TensorType(node.outputs[0].type.dtype, old)

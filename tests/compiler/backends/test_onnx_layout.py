@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moec.compiler.backends.base import Quantized
 from moec.compiler.backends.onnx.layout import IntLayout, common_block, container, pack, unpack
+from moec.compiler.packed import Quantized
 from moec.runtime.formats import get_format
 from moec.runtime.formats.int import IntFormat
 

@@ -17,7 +17,7 @@ from moec.compiler.ir import Graph
 from moec.compiler.text import parse_graph
 from moec.passes.quantize import Quantize
 from moec.targets import get_target
-from tests.graphs import moe, random_weights
+from tests.graphs import moe, quantized, random_weights
 from tests.onnx_model import TARGET, Built, build
 
 TINY = Path("examples/models/tiny-moe")
@@ -73,13 +73,13 @@ def tokens_of(count: int, seed: int = 0, vocabulary: int = 40) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    graph, _ = INT4.run(wide_moe())
+    graph = quantized(wide_moe(), INT4)
     return build(graph, random_weights(graph), tmp_path_factory.mktemp("int4"))
 
 
 @pytest.fixture(scope="module")
 def portable(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    graph, _ = INT4.run(wide_moe())
+    graph = quantized(wide_moe(), INT4)
     return build(graph, random_weights(graph), tmp_path_factory.mktemp("portable"), portable=True)
 
 
@@ -147,15 +147,15 @@ def test_portable_model_has_standard_operators_only(portable: Built) -> None:
 
 
 def test_statement_of_quantised_activations() -> None:
-    graph, _ = Quantize(experts="int4_g32", linear="int8_g32").run(wide_moe())
+    graph = quantized(wide_moe(), Quantize(experts="int4_g32", linear="int8_g32"))
     assert OnnxBackend(graph, TARGET).activation_quantised() == []
     assert any(line.startswith("e: ") for line in OnnxBackend(graph, TARGET, activations="int8").activation_quantised())
-    graph, _ = Quantize(experts="int2_g32").run(wide_moe())
+    graph = quantized(wide_moe(), Quantize(experts="int2_g32"))
     assert OnnxBackend(graph, TARGET).activation_quantised() == ["e: QMoE computes 2-bit blocks with int8 activations"]
 
 
 def test_int8_activations_are_close(tmp_path: Path) -> None:
-    graph, _ = Quantize(experts="int8_g32", linear="int4_g32").run(wide_moe())
+    graph = quantized(wide_moe(), Quantize(experts="int8_g32", linear="int4_g32"))
     model = build(graph, random_weights(graph), tmp_path, activations="int8")
     executor, tokens = model.executor(), tokens_of(10)
     logits = executor.forward([(executor.add(), tokens)], all_logits=True)

@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moec.compiler.backends.base import Quantized
 from moec.compiler.backends.tvm.backend import TvmBackend
 from moec.compiler.interpreter import Interpreter
 from moec.compiler.ir import Graph, Param
+from moec.compiler.packed import Quantized
 from moec.compiler.pipeline import pack
-from moec.compiler.quantizers import get_quantizer
 from moec.compiler.weights import MemoryWeights, WeightSource
 from moec.runtime.executors.tvm import TvmExecutor
 from moec.runtime.formats import get_format
@@ -43,7 +42,7 @@ class Compiled:
         stored: list[Mapping[str, NDArray[np.generic]]] = []
         values = []
         for expert in experts:
-            packed = pack(param, weights.load(param.name, expert), expert, get_quantizer("rtn"))
+            packed = pack(weights, param, expert)
             stored.append(self.backend.store(param, packed))
             assert_equal(packed, self.backend.restore(param, stored[-1]))
             name = param.format if isinstance(param.format, str) else param.format[expert or 0]

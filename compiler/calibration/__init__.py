@@ -1,0 +1,1 @@
+"""Calibration: running text through a model to see what its experts do."""

@@ -1,0 +1,166 @@
+"""Running calibration text through a model and summing what its experts do.
+
+Each node runs for all windows before the next one starts, so that the weights of one layer are in memory at a time; an expert's
+outputs are computed once, for the statistics and for the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moec.compiler.calibration.statistics import LayerStatistics, Statistics, load_statistics
+from moec.compiler.calibration.text import Text
+from moec.compiler.damage import BATCH_TOKENS
+from moec.compiler.errors import MoecError
+from moec.compiler.interpreter import Interpreter
+from moec.compiler.ir import Node
+from moec.compiler.layers import MoeLayer, moe_layers
+from moec.compiler.model import Model
+from moec.compiler.ops import expert_activation, router_scores
+from moec.compiler.progress import Progress
+
+
+def batches_of(text: Text) -> list[dict[str, Tensor]]:
+    """The windows as inputs of a graph, some at a time."""
+    size, positions = max(1, BATCH_TOKENS // text.ids.shape[1]), torch.arange(text.ids.shape[1])
+    return [{"ids": part, "positions": positions.expand(len(part), -1)} for part in text.ids.split(size)]
+
+
+def fingerprint(model: Model, text: Text) -> str:
+    """What statistics are of: the graph, a sample of the weights, and the text."""
+    digest = hashlib.sha256((model.digest() + text.fingerprint()).encode())
+    for layer in moe_layers(model.graph):
+        digest.update(model.load(layer.down, 0).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_or_collect(model: Model, text: Text, file: Path, progress: Progress) -> Statistics:
+    """Statistics from a file if there is one, else measured and written there.
+
+    Raises:
+        MoecError: the file's statistics are of another model or text.
+    """
+    if not file.exists():
+        measured = collect(model, text, progress)
+        measured.save(file)
+        return measured
+    found = load_statistics(file)
+    if found.fingerprint != fingerprint(model, text):
+        raise MoecError(f"{file}: these statistics are of another model or calibration text; remove the file to measure anew")
+    return found
+
+
+def collect(model: Model, text: Text, progress: Progress | None = None) -> Statistics:
+    """Measure what the experts of a model do on calibration text."""
+    observer = _Collector(model, text)
+    with (progress or Progress(quiet=True)).counter("calibrate") as count:
+        Interpreter(model.graph, model.weights).run(batches_of(text), lambda *_: None, count, observer)
+    return Statistics(observer.layers, observer.linear, text.domains, text.ids.shape[1], fingerprint(model, text))
+
+
+@dataclass
+class _Collector:
+    """The observer that sums."""
+
+    model: Model
+    text: Text
+    layers: dict[str, LayerStatistics] = field(default_factory=dict)
+    linear: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._layers = {layer.name: layer for layer in moe_layers(self.model.graph)}
+        self._routers = {layer.router.name: layer for layer in self._layers.values()}
+        self._logits: dict[str, Tensor] = {}
+        self._scores: dict[str, Tensor] = {}
+
+    def visit(self, node: Node, inputs: Sequence[Sequence[Tensor | None]]) -> Sequence[tuple[Tensor, ...]] | None:
+        """See `Observer`."""
+        if node.op == "linear" and node.inputs[1] in self.model.graph.params:
+            rows = [_rows(batch[0]) for batch in inputs]
+            self.linear[node.inputs[1]] = torch.stack([r.square().sum(0).double() for r in rows]).sum(0) / sum(map(len, rows))
+        elif node.name in self._routers:
+            name = self._routers[node.name].name
+            self._logits[name] = torch.cat([_rows(batch[0]) for batch in inputs]).float()
+            score = str(node.attrs.get("score", "softmax"))
+            self._scores[name] = router_scores(self._logits[name], "softmax" if score == "softmax_topk" else score)
+        elif (layer := self._layers.get(node.name)) is not None:
+            return self._experts(layer, inputs)
+        return None
+
+    def _experts(self, layer: MoeLayer, inputs: Sequence[Sequence[Tensor | None]]) -> list[tuple[Tensor, ...]]:
+        """Sum over one `experts` node, and compute it."""
+        x, ids, weights = (torch.cat([_rows(batch[i]) for batch in inputs]) for i in range(3))  # [N, D], [N, K], [N, K]
+        sums = _Sums(layer, x.shape[-1])
+        result = torch.zeros_like(x)
+        for expert in range(layer.count):
+            token, slot = torch.where(ids == expert)
+            if len(token):
+                g = weights[token, slot]
+                f, h = expert_outputs(self.model, layer, expert, x[token])
+                sums.add(expert, x[token], h, f, g)
+                result.index_add_(0, token, f * g[:, None])
+        window = self.text.ids.shape[1]
+        domain = torch.tensor(self.text.domain).repeat_interleave(window)
+        self.layers[layer.name] = sums.finish(ids, weights, self._logits.pop(layer.name), self._scores.pop(layer.name), domain, self.text)
+        sizes = [_rows(batch[0]).shape[0] for batch in inputs]
+        shapes = [batch[0].shape for batch in inputs if batch[0] is not None]
+        return [(part.view(shape),) for part, shape in zip(result.split(sizes), shapes, strict=True)]
+
+
+def _rows(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value.reshape(-1, value.shape[-1])
+
+
+def expert_outputs(model: Model, layer: MoeLayer, expert: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """One expert on tokens x [n, D]: its outputs [n, D] before the routing weight, and what enters its down projection [n, F]."""
+    up, down = (model.load(name, expert).to(x.device) for name in (layer.up, layer.down))
+    biases = [model.load(name).to(x.device)[expert] if name else None for name in (*layer.experts.inputs[5:7], "", "")[:2]]
+    attrs = {k: v for k, v in layer.experts.attrs.items() if k in ("activation", "gated", "limit")}
+    h = expert_activation(torch.nn.functional.linear(x, up, biases[0]), **attrs)
+    return torch.nn.functional.linear(h, down, biases[1]), h
+
+
+class _Sums:
+    """The sums of one layer in the making."""
+
+    def __init__(self, layer: MoeLayer, hidden: int) -> None:
+        e, d, f = layer.count, hidden, layer.width
+        sizes = {
+            "weight": (e,), "weight_square": (e,), "output_norm": (e,), "weighted_norm": (e,), "output_peak": (e,), "output": (e, d),
+            "input_square": (e, d), "weighted_input_square": (e, d), "hidden_square": (e, f), "weighted_hidden_square": (e, f),
+            "weighted_hidden": (e, f),
+        }  # fmt: skip
+        self.count = torch.zeros(e, dtype=torch.int64)
+        self.sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
+
+    def add(self, expert: int, x: Tensor, h: Tensor, f: Tensor, g: Tensor) -> None:
+        """Tokens of one expert: x [n, D], h [n, F], f [n, D], g [n]."""
+        self.count[expert] += len(g)
+        norm, weights = f.norm(dim=1), torch.stack((torch.ones_like(g), g, g.square()))  # [3, n]: sums over tokens are products with these
+        x_square, h_square = weights @ x.square(), weights @ h.square()  # [3, D], [3, F]
+        parts = {
+            "weight": g.sum(), "weight_square": weights[2].sum(), "output_norm": norm.sum(), "weighted_norm": g @ norm, "output": f.sum(0),
+            "input_square": x_square[0], "weighted_input_square": x_square[2], "hidden_square": h_square[0],
+            "weighted_hidden_square": h_square[2], "weighted_hidden": g @ h.abs(),
+        }  # fmt: skip
+        for name, part in parts.items():
+            self.sums[name][expert] += part.double()
+        self.sums["output_peak"][expert] = max(float(self.sums["output_peak"][expert]), float(f.abs().max()))
+
+    def finish(self, ids: Tensor, weights: Tensor, logits: Tensor, scores: Tensor, domain: Tensor, text: Text) -> LayerStatistics:
+        """The statistics, with what concerns the routing as a whole."""
+        e = len(self.count)
+        chosen = torch.zeros(len(ids), e + 1).scatter_(1, ids.clamp(-1, e).where(ids >= 0, torch.tensor(e)), 1.0)[:, :e]  # [N, E]
+        domains = torch.zeros(len(text.domains), e).index_add_(0, domain, chosen).long()
+        wide = logits.double()
+        return LayerStatistics(
+            count=self.count, **self.sums, score=scores.double().sum(0), logit=wide.sum(0), logit_moment=wide.T @ wide,
+            together=(chosen.T @ chosen).long(), domain_count=domains, ids=ids.to(torch.int16), weights=weights.half(),
+        )  # fmt: skip

@@ -1,0 +1,90 @@
+"""How far a model has moved from its reference: KL divergence, perplexity and agreement on windows of text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moec.compiler.interpreter import Interpreter
+from moec.compiler.model import Model
+
+BATCH_TOKENS = 2048
+"""Tokens of a batch: enough for the products to be efficient."""
+
+_REFERENCE_BYTES = 1 << 28
+"""The reference's log-probabilities are kept up to this size; with more windows than fit, the first ones are used."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """A model on windows of text, in nats a token; the last three against a reference.
+
+    `kl_divergence` is the mean of KL(reference || model), `top1_agreement` the share of tokens where both have the same best.
+    """
+
+    tokens: int
+    nll: float
+    kl_divergence: float
+    top1_agreement: float
+    reference_nll: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nll)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "perplexity": self.perplexity}
+
+
+def each_logits(model: Model, ids: Tensor, consume: Callable[[int, Tensor], None], **where: Any) -> None:
+    """Run windows [W, T] through a model, some at a time.
+
+    Args:
+        consume: called in order with the index of the first window of a batch and the batch's logits [B, T, V].
+        where: device and dtype of the interpreter.
+    """
+    size = max(1, BATCH_TOKENS // ids.shape[1])
+    positions = torch.arange(ids.shape[1])
+    batches = [{"ids": part, "positions": positions.expand(len(part), -1)} for part in ids.split(size)]
+    Interpreter(model.graph, model.weights, **where).run(batches, lambda index, outputs: consume(index * size, outputs[0]))
+
+
+class Damage:
+    """Measures models against a reference on the same windows.
+
+    Args:
+        reference: the model whose logits are the truth.
+        windows: [W, T + 1] tokens; the last one is only predicted.
+    """
+
+    def __init__(self, reference: Model, windows: Tensor) -> None:
+        vocabulary = int(reference.graph.type_of(reference.graph.outputs[0]).shape[-1])
+        most = max(1, _REFERENCE_BYTES // (4 * vocabulary * (windows.shape[1] - 1)))
+        self.ids, self.targets = windows[:most, :-1], windows[:most, 1:]
+        self._truth = torch.empty(*self.ids.shape, vocabulary)
+
+        def keep(at: int, found: Tensor) -> None:
+            self._truth[at : at + len(found)] = found.log_softmax(-1)
+
+        each_logits(reference, self.ids, keep)
+
+    @torch.no_grad()
+    def __call__(self, model: Model) -> Distance:
+        """The distance of a model."""
+        sums = torch.zeros(4, dtype=torch.float64)
+
+        def score(at: int, found: Tensor) -> None:
+            truth, wanted = self._truth[at : at + len(found)], self.targets[at : at + len(found), :, None]
+            logp = found.log_softmax(-1)
+            parts = (-logp.gather(-1, wanted), truth.exp() * (truth - logp), truth.argmax(-1) == logp.argmax(-1), -truth.gather(-1, wanted))
+            sums.add_(torch.stack([part.double().sum() for part in parts]))
+
+        each_logits(model, self.ids, score)
+        tokens = self.targets.numel()
+        nll, kl, agree, reference_nll = (sums / tokens).tolist()
+        return Distance(tokens, nll, kl, agree, reference_nll)

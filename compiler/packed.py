@@ -1,0 +1,58 @@
+"""Quantised weights, and the functions between values and what an artifact stores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moec.compiler.ir import Param
+from moec.runtime.formats import get_format
+from moec.runtime.formats.float import PlainFormat
+from moec.runtime.formats.int import IntFormat
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """An integer weight [N, K]: codes uint8 [N, K], scale float16 [N, groups], zero points uint8 [N, groups].
+
+    value = (code - zero) * scale. The zero points of a symmetric format are its constant 2^(bits-1).
+    """
+
+    codes: NDArray[np.uint8]
+    scale: NDArray[np.float16]
+    zero: NDArray[np.uint8]
+
+    def values(self, fmt: IntFormat) -> Tensor:
+        """What the codes stand for: float32 [N, K]."""
+        return torch.from_numpy(fmt.dequantize(self.codes, self.scale, self.zero))
+
+
+Packed = Quantized | NDArray[np.generic]
+"""A weight in its format: `Quantized`, or for plain formats the stored numbers (bfloat16 as uint16 bits)."""
+
+
+def format_name(param: Param, expert: int | None) -> str:
+    """The name of the format of a parameter, or of one expert of it."""
+    return param.format if isinstance(param.format, str) else param.format[expert or 0]
+
+
+def integer_format(param: Param, expert: int | None = None) -> IntFormat | None:
+    """The integer format of a parameter or of one expert of it; None if it is a plain one."""
+    fmt = get_format(format_name(param, expert))
+    return fmt if isinstance(fmt, IntFormat) else None
+
+
+def pack_plain(param: Param, value: Tensor, expert: int | None) -> NDArray[np.generic]:
+    """A weight (or one expert of a stacked weight) in a plain format."""
+    name = format_name(param, expert)
+    fmt = get_format(name)
+    assert isinstance(fmt, PlainFormat)
+    if name == "bf16" and value.dtype == torch.bfloat16:  # the bits as they are
+        return value.contiguous().view(torch.uint16).numpy()
+    if value.dtype in (torch.int64, torch.int32, torch.bool, torch.uint8):
+        return value.numpy()
+    return fmt.pack(value.float().numpy())["data"]
