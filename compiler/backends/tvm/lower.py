@@ -221,10 +221,10 @@ class FunctionLowering:
         queue, bound = list(node.inputs), dict[str, Any]()
         for argument in overload(node.op)._schema.arguments:  # noqa: SLF001  # torch has no public way to a schema
             kind = str(argument.type)
-            if argument.name in node.attrs and "Tensor[]" not in kind and "List[Tensor]" not in kind:
-                bound[argument.name] = self._attr(node.attrs[argument.name])
-            elif "List[" in kind and "Tensor" in kind:
+            if "List[" in kind and "Tensor" in kind:
                 bound[argument.name] = [tensor(queue.pop(0)) for _ in range(node.attrs[argument.name])]
+            elif argument.name in node.attrs:
+                bound[argument.name] = self._attr(node.attrs[argument.name])
             elif "Tensor" in kind:
                 name = queue.pop(0) if queue else ""
                 bound[argument.name] = tensor(name) if name else None
