@@ -14,7 +14,7 @@ from moec.compiler.interpreter import Interpreter
 from moec.compiler.model import Model
 
 BATCH_TOKENS = 2048
-"""Tokens of a batch: enough for the products to be efficient."""
+GPU_BATCH_TOKENS = 32768
 
 _REFERENCE_BYTES = 1 << 28
 """The reference's log-probabilities are kept up to this size; with more windows than fit, the first ones are used."""
@@ -41,17 +41,22 @@ class Distance:
         return {**vars(self), "perplexity": self.perplexity}
 
 
-def each_logits(model: Model, ids: Tensor, consume: Callable[[int, Tensor], None], **where: Any) -> None:
+def each_logits(model: Model, ids: Tensor, consume: Callable[[int, Tensor], None], device: str = "cpu") -> None:
     """Run windows [W, T] through a model, some at a time.
 
     Args:
         consume: called in order with the index of the first window of a batch and the batch's logits [B, T, V].
-        where: device and dtype of the interpreter.
+        device: where to run.
     """
-    size = max(1, BATCH_TOKENS // ids.shape[1])
+    size = batch_windows(ids.shape[1], device)
     positions = torch.arange(ids.shape[1])
     batches = [{"ids": part, "positions": positions.expand(len(part), -1)} for part in ids.split(size)]
-    Interpreter(model.graph, model.weights, **where).run(batches, lambda index, outputs: consume(index * size, outputs[0]))
+    Interpreter(model.graph, model.weights, device).run(batches, lambda index, outputs: consume(index * size, outputs[0]))
+
+
+def batch_windows(tokens: int, device: str = "cpu") -> int:
+    """How many windows of so many tokens are run at once: enough for the products to be efficient."""
+    return max(1, (BATCH_TOKENS if device == "cpu" else GPU_BATCH_TOKENS) // tokens)
 
 
 class Damage:
@@ -60,23 +65,25 @@ class Damage:
     Args:
         reference: the model whose logits are the truth.
         windows: [W, T + 1] tokens; the last one is only predicted.
+        device: where to run.
     """
 
-    def __init__(self, reference: Model, windows: Tensor) -> None:
+    def __init__(self, reference: Model, windows: Tensor, device: str = "cpu") -> None:
+        self.device = device
         vocabulary = int(reference.graph.type_of(reference.graph.outputs[0]).shape[-1])
         most = max(1, _REFERENCE_BYTES // (4 * vocabulary * (windows.shape[1] - 1)))
-        self.ids, self.targets = windows[:most, :-1], windows[:most, 1:]
-        self._truth = torch.empty(*self.ids.shape, vocabulary)
+        self.ids, self.targets = windows[:most, :-1], windows[:most, 1:].to(device)
+        self._truth = torch.empty(*self.ids.shape, vocabulary, device=device)
 
         def keep(at: int, found: Tensor) -> None:
             self._truth[at : at + len(found)] = found.log_softmax(-1)
 
-        each_logits(reference, self.ids, keep)
+        each_logits(reference, self.ids, keep, device)
 
     @torch.no_grad()
     def __call__(self, model: Model) -> Distance:
         """The distance of a model."""
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
 
         def score(at: int, found: Tensor) -> None:
             truth, wanted = self._truth[at : at + len(found)], self.targets[at : at + len(found), :, None]
@@ -84,7 +91,7 @@ class Damage:
             parts = (-logp.gather(-1, wanted), truth.exp() * (truth - logp), truth.argmax(-1) == logp.argmax(-1), -truth.gather(-1, wanted))
             sums.add_(torch.stack([part.double().sum() for part in parts]))
 
-        each_logits(model, self.ids, score)
+        each_logits(model, self.ids, score, self.device)
         tokens = self.targets.numel()
         nll, kl, agree, reference_nll = (sums / tokens).tolist()
         return Distance(tokens, nll, kl, agree, reference_nll)
