@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from moec.compiler.calibration.text import Text
 from moec.compiler.context import Context
+from moec.compiler.interpreter import Interpreter
 from moec.compiler.ir import Graph
 from moec.compiler.model import Model
 from moec.compiler.text import parse_graph
@@ -68,3 +70,22 @@ def random_weights(graph: Graph, seed: int = 0, std: float = 0.3) -> MemoryWeigh
     generator = torch.Generator().manual_seed(seed)
     shapes = {n: [d for d in p.type.shape if isinstance(d, int)] for n, p in graph.params.items()}
     return MemoryWeights({n: torch.randn(s, generator=generator) * std for n, s in shapes.items()})
+
+
+def text(seed: int = 0, windows: int = 6, tokens: int = 16) -> Text:
+    """Random calibration windows of two domains for `moe`."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 40, (windows, tokens), generator=generator)
+    domain = tuple(index % 2 for index in range(windows))
+    return Text(ids, domain, ("a", "b"), torch.randint(0, 40, (2, tokens + 1), generator=generator))
+
+
+def context(subject: Model, seed: int = 0) -> Context:
+    """A context with calibration text, in which `subject` is the reference."""
+    return Context(text=text(seed), reference=subject, seed=seed)
+
+
+def logits(subject: Model, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """The logits of a model on a few random tokens: [B, T, V]."""
+    ids = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(seed))
+    return Interpreter(subject.graph, subject.weights, dtype=dtype)(ids=ids, positions=torch.arange(9).expand(2, -1))[0]

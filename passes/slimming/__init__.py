@@ -1,0 +1,1 @@
+"""Parts of `slim_experts`."""

@@ -1,0 +1,74 @@
+"""Refit down projections to the neurons that are kept, layer by layer, each with the inputs that it gets from slimmed predecessors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moec.compiler.calibration.collect import batches_of, expert_outputs
+from moec.compiler.context import Context
+from moec.compiler.interpreter import Interpreter
+from moec.compiler.ir import Node
+from moec.compiler.layers import MoeLayer
+from moec.compiler.model import Model
+
+
+def refit(model: Model, kept: Mapping[str, Tensor], layers: Sequence[MoeLayer], ridge: float, context: Context) -> dict[str, list[Tensor]]:
+    """The down projections of slimmed experts.
+
+    Args:
+        kept: by the name of the `experts` node, the neurons that stay: [E, F'].
+        ridge: pulls towards the kept columns as they were; a share of the mean square of the neurons.
+
+    Returns:
+        By the name of the `experts` node, [D, F'] for every expert, float32 on the CPU.
+    """
+    text = context.need_text("slim_experts with repair")
+    observer = _Refit(model, {layer.name: layer for layer in layers}, kept, ridge)
+    with context.progress.counter("refit") as count:
+        Interpreter(model.graph, model.weights, context.device).run(batches_of(text), lambda *_: None, count, observer)
+    return observer.found
+
+
+@dataclass
+class _Refit:
+    """The observer that refits a layer before it lets it run."""
+
+    model: Model
+    layers: Mapping[str, MoeLayer]
+    kept: Mapping[str, Tensor]
+    ridge: float
+    found: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def visit(self, node: Node, inputs: Sequence[Sequence[Tensor | None]]) -> Sequence[tuple[Tensor, ...]] | None:
+        """See `Observer`."""
+        layer = self.layers.get(node.name)
+        if layer is None:
+            return None
+        rows = [[x.reshape(-1, x.shape[-1]) for x in batch[:3] if x is not None] for batch in inputs]
+        x, ids, weights = (torch.cat(parts) for parts in zip(*rows, strict=True))  # [N, D], [N, K], [N, K]
+        result, self.found[layer.name] = torch.zeros_like(x), []
+        bias = self.model.load(layer.experts.inputs[6]).to(x.device) if len(layer.experts.inputs) > 6 and layer.experts.inputs[6] else None
+        for expert in range(layer.count):
+            token, slot = torch.where(ids == expert)
+            g = weights[token, slot, None]
+            _, h = expert_outputs(self.model, layer, expert, x[token])
+            kept = self.kept[layer.name][expert].to(x.device)
+            down = self._solve(self.model.load(layer.down, expert).to(x.device), (h * g).double(), kept)
+            self.found[layer.name].append(down.cpu())
+            result.index_add_(0, token, g * torch.nn.functional.linear(h[:, kept], down, None if bias is None else bias[expert]))
+        outputs = result.split([len(parts[0]) for parts in rows])
+        return [(part.view(batch[0].shape),) for part, batch in zip(outputs, inputs, strict=True) if batch[0] is not None]
+
+    def _solve(self, down: Tensor, h: Tensor, kept: Tensor) -> Tensor:
+        """down [D, F] refitted on weighted neurons h [n, F]: [D, F']."""
+        some, plain = h[:, kept], down[:, kept].double()
+        moment = some.T @ some
+        pull = self.ridge * float(moment.diagonal().mean()) + 1e-12
+        moment.diagonal().add_(pull)
+        target = (down.double() @ h.T) @ some + pull * plain
+        solved: Tensor = torch.linalg.solve(moment, target.T)
+        return solved.T.to(down.dtype).contiguous()
