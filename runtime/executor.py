@@ -8,6 +8,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from moec.runtime.counters import ExpertCounters
+
 Step = tuple[int, NDArray[np.int64]]
 """A sequence's handle and the tokens that come next in it."""
 
@@ -17,6 +19,8 @@ class Executor(Protocol):
 
     vocab_size: int
     context_length: int
+    counters: ExpertCounters | None
+    """What its experts did; None where the model has none, or the backend cannot tell."""
 
     def add(self) -> int:
         """Start an empty sequence and return its handle."""

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moec.runtime.counters import experts_per_token, skipped_bytes_per_token
 from moec.runtime.session import Session
 
 _BANDWIDTH_BYTES = 1 << 28
@@ -46,11 +47,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class Speed:
-    """What running a model cost. Tokens a second count all sequences of the batch."""
+    """What running a model cost. Tokens a second count all sequences of the batch.
+
+    Attributes:
+        experts_per_token: experts that ran for a decoded token in a layer, on average; None where the backend does not count.
+        skipped_bytes_per_token: weight bytes of those that were chosen for a decoded token and skipped.
+    """
 
     prefill_tokens_per_s: Sample
     decode_tokens_per_s: Sample
     time_to_first_token_ms: Sample
+    experts_per_token: float | None
+    skipped_bytes_per_token: float
 
 
 def measure_speed(session: Session, prompt: int, new: int, batch: int, repetitions: int, seed: int = 0) -> Speed:
@@ -66,7 +74,7 @@ def measure_speed(session: Session, prompt: int, new: int, batch: int, repetitio
     """
     draw = np.random.default_rng(seed)
     executor = session.executor
-    prefill, decode, first = [], [], []
+    prefill, decode, first, ran, skipped = [], [], [], list[float](), list[float]()
     for repetition in range(repetitions + 1):
         handles = [executor.add() for _ in range(batch)]
         prompts = [(handle, draw.integers(0, executor.vocab_size, prompt)) for handle in handles]
@@ -75,6 +83,7 @@ def measure_speed(session: Session, prompt: int, new: int, batch: int, repetitio
             start = time.perf_counter()
             executor.forward(prompts)
             middle = time.perf_counter()
+            executor.counts(reset=True)
             for step in steps:
                 executor.forward(step)
             end = time.perf_counter()
@@ -85,7 +94,11 @@ def measure_speed(session: Session, prompt: int, new: int, batch: int, repetitio
             prefill.append(batch * prompt / (middle - start))
             first.append(1e3 * (middle - start))
             decode.append(batch * new / (end - middle))
-    return Speed(Sample.of(prefill), Sample.of(decode), Sample.of(first))
+            counts = executor.counts() or []
+            ran += [mean] if (mean := experts_per_token(counts)) is not None else []
+            skipped.append(skipped_bytes_per_token(counts))
+    experts = statistics.fmean(ran) if ran else None
+    return Speed(Sample.of(prefill), Sample.of(decode), Sample.of(first), experts, statistics.fmean(skipped))
 
 
 def read_bandwidth(threads: int, seconds: float = 0.5) -> float:

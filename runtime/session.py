@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from moec.runtime import chat
 from moec.runtime.artifact import ATTEMPTS, Artifact, open_artifact
+from moec.runtime.counters import ExpertCount
 from moec.runtime.errors import MoecError
 from moec.runtime.executor import Executor
 from moec.runtime.executors import load_executor
@@ -204,6 +205,17 @@ class Session:
             yield OpenSequence(self, handle)
         finally:
             self.executor.remove(handle)
+
+    def expert_counts(self, reset: bool = False) -> list[ExpertCount] | None:
+        """How many experts ran in each layer since loading or the last reset, all sequences and threads together.
+
+        Args:
+            reset: start again from zero.
+
+        Returns:
+            The counts of the layers with experts, in order; None for a model without, or with the ONNX backend, which does not count.
+        """
+        return self.executor.counts(reset)
 
     def check_ids(self, ids: Sequence[int], room: int, what: str = "prompt") -> NDArray[np.int64]:
         """Token ids as an array.

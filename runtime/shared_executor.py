@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from moec.runtime.counters import ExpertCount
 from moec.runtime.errors import MoecError
 from moec.runtime.executor import Executor, Step
 
@@ -64,6 +65,16 @@ class SharedExecutor:
         """Append tokens to sequences and return logits, as `Executor.forward`."""
         with self._lock:
             return self._inner().forward(steps, all_logits)
+
+    def counts(self, reset: bool = False) -> list[ExpertCount] | None:
+        """What the experts of each layer did since the last reset, between two forwards; None if the executor does not count."""
+        with self._lock:
+            if (counters := self._inner().counters) is None:
+                return None
+            found = counters.read()
+            if reset:
+                counters.reset()
+            return found
 
     def close(self) -> None:
         """Remove every sequence and let go of the executor."""

@@ -29,7 +29,9 @@ def command(
 
     Tokens are random; tokenising and sampling are not part of it. Peak memory includes the part of mapped weight files that was
     read. The roofline fraction is decoded tokens a second times the weight bytes that a token reads, over the read bandwidth that
-    this run measured with as many threads (for a GPU, over the bandwidth in its datasheet); for one sequence only.
+    this run measured with as many threads (for a GPU, over the bandwidth in its datasheet); for one sequence only. Experts are those
+    that ran for a decoded token in a layer, counted where they ran; a model that skips experts reads so much less, which the
+    roofline takes into account (the ONNX backend does not count).
     """
     lists = [
         parse_list(threads, "-t") if threads is not None else [available_cores()],
@@ -73,6 +75,8 @@ def _bench(artifact: str, threads: int, cases: list[tuple[int, ...]], repetition
                     "peak_memory_bytes": peak_memory_bytes(),
                     "weight_bytes": manifest.weight_bytes,
                     "bytes_per_token": bytes_per_token(manifest),
+                    "experts_per_token": speed.experts_per_token,
+                    "skipped_bytes_per_token": speed.skipped_bytes_per_token,
                 }
             )
     bandwidth = 1e9 * stated or read_bandwidth(threads)
@@ -80,7 +84,8 @@ def _bench(artifact: str, threads: int, cases: list[tuple[int, ...]], repetition
         read = result["bytes_per_token"]
         known = read is not None and result["batch"] == 1
         result["read_bandwidth_bytes_per_s"] = bandwidth
-        result["roofline_fraction"] = result["decode_tokens_per_s"] * read / bandwidth if known else None
+        ran = read - result["skipped_bytes_per_token"] if known else 0
+        result["roofline_fraction"] = result["decode_tokens_per_s"] * ran / bandwidth if known else None
     return results
 
 
@@ -96,7 +101,8 @@ def _flat(name: str, sample: Sample) -> dict[str, float]:
 
 
 def _print_table(results: list[dict[str, Any]]) -> None:
-    columns = ("threads", "prompt", "new", "batch", "prefill tok/s", "decode tok/s", "first token ms", "load ms", "peak memory", "roofline")
+    columns = ["threads", "prompt", "new", "batch", "prefill tok/s", "decode tok/s", "first token ms", "load ms", "peak memory"]
+    columns += ["experts", "roofline"]
     print("| " + " | ".join(columns) + " |")
     print("|" + "---:|" * len(columns))
     for result in results:
@@ -104,6 +110,7 @@ def _print_table(results: list[dict[str, Any]]) -> None:
         measured = ("prefill_tokens_per_s", "decode_tokens_per_s", "time_to_first_token_ms")
         cells += [str(Sample(result[key], result[f"{key}_sd"])) for key in measured]
         cells += [f"{result['load_ms']:.0f}", format_size(result["peak_memory_bytes"])]
+        cells.append("" if result["experts_per_token"] is None else f"{result['experts_per_token']:.2f}")
         cells.append("" if result["roofline_fraction"] is None else f"{100 * result['roofline_fraction']:.0f} %")
         print("| " + " | ".join(cells) + " |")
     first = results[0]

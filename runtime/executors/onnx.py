@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.runtime.artifact import Artifact
+from moec.runtime.counters import ExpertCounters
 from moec.runtime.errors import MoecError
 from moec.runtime.executor import Executor, Step
 from moec.runtime.onnx_cache import Cache, CopiedCache, SharedCache
@@ -44,6 +45,8 @@ def _session(artifact: Artifact, threads: int | None) -> ort.InferenceSession:
 
 class OnnxExecutor:
     """A model in ONNX Runtime. See `Executor`."""
+
+    counters: ExpertCounters | None = None  # ONNX Runtime's operators do not count
 
     def __init__(self, artifact: Artifact, threads: int | None, max_sequences: int) -> None:
         self.vocab_size, self.context_length = artifact.manifest.vocab_size, artifact.manifest.context_length

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.runtime.artifact import Artifact
+from moec.runtime.counters import ExpertCounters
 from moec.runtime.errors import MoecError
 from moec.runtime.executor import Step
 from moec.runtime.ffi import tvm_ffi
@@ -115,7 +116,10 @@ class TvmExecutor:
         vm["vm_initialization"](1, 0, 2)  # the processor, number 0, memory from a pool
         self._vm, self._decode, self._forward = vm, vm["decode"], vm["forward"]
         self._mapped = [weights[param, component] for param, component in section["params"]]  # keeps the memory of the tensors alive
-        self._weights = tvm_ffi.convert([_tensor(array) for array in self._mapped])
+        layers = section.get("experts", ())
+        counts = aligned((len(layers), 8), np.int64)  # a cache line each
+        self.counters = ExpertCounters(layers, counts) if layers else None
+        self._weights = tvm_ffi.convert([_tensor(array) for array in (*self._mapped, *counts)])
         self._inputs = list(section["inputs"])
         self._pages = Pages(section["page_shapes"], int(section["page_tokens"]), max_sequences, context_length)
         # One token is the common case: its inputs are allocated once, and only their numbers change.

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moec.compiler import ops
+from moec.compiler.interpreter import Interpreter
 from moec.compiler.ir import Graph
 from moec.compiler.roles import parameter_roles
 from moec.compiler.text import parse_graph, print_graph
@@ -74,16 +75,30 @@ def graph(counts: bool) -> Graph:
     return parse_graph(text)
 
 
+def experts_that_run(compiled: Compiled, tokens: np.ndarray) -> int:
+    """Slots with an expert, as the interpreter finds them."""
+    model = compiled.interpreter.graph
+    ids = torch.from_numpy(tokens)[None]
+    upto = Interpreter(model.with_nodes(model.nodes, ["si"]), compiled.interpreter.weights)
+    return int((upto(ids=ids, positions=torch.arange(len(tokens))[None])[0] < 6).sum())
+
+
 @pytest.mark.parametrize("counts", [False, True])
 def test_a_model_that_skips(counts: bool, tmp_path: Path) -> None:
     model = graph(counts)
     verify(model)
     assert parse_graph(print_graph(model)) == model
     compiled = Compiled(model, random_weights(model), tmp_path)
+    counters = compiled.executor.counters
+    assert counters is not None
     rng = np.random.default_rng(1)
     for length in (50, 1):
         ids = rng.integers(0, 40, length)
+        counters.reset()
         np.testing.assert_allclose(compiled.logits(ids), compiled.expected(ids), atol=1e-4)
+        (count,) = counters.read()
+        assert (count.tokens, count.experts, count.slots) == (length, experts_that_run(compiled, ids), 2 * length)
+        assert count.expert_bytes == 4 * (2 * 16 * 16 + 16 * 12)  # rows of gate and up in whole tiles of 16
 
 
 def test_a_projection_that_counts_experts_is_a_router() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.runtime.artifact import open_artifact
+from moec.runtime.counters import ExpertCounters
 from moec.runtime.errors import MoecError
 from moec.runtime.executor import Step
 from moec.runtime.manifest import MANIFEST, MANIFEST_DIGEST, manifest_digest
@@ -27,6 +28,7 @@ class MarkovExecutor:
 
     def __init__(self, table: NDArray[np.float32], context_length: int = 64) -> None:
         self.table = table
+        self.counters: ExpertCounters | None = None
         self.vocab_size = table.shape[1]
         self.context_length = context_length
         self.sequences: dict[int, list[int]] = {}

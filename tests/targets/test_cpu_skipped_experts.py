@@ -8,11 +8,13 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+import tvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moec.compiler import ops
 from moec.targets.kernels.cpu import ExpertActivation, ExpertsLayout, experts_func
+from moec.targets.kernels.cpu.experts_layout import COUNTS
 from tests.cpu_kernels import ISA, Array, call, close, compile_func, draw_experts
 
 E, K, D, F = 5, 4, 40, 24
@@ -35,11 +37,17 @@ class Layer:
         self._biases = tuple(rng.standard_normal((E, n), np.float32) for n in (self._up.shape[1], D)) if biased else ()
         extra = self.layout.biases(*self._biases) if len(self._biases) == 2 else ()
         self.stored += extra
-        func = experts_func(self.layout, ExpertActivation("silu"), ISA, tokens=tokens, top_k=K, biases=biased)
+        func = experts_func(self.layout, ExpertActivation("silu"), ISA, tokens=tokens, top_k=K, biases=biased, counted=True)
         self._run: Callable[..., None] = compile_func(func)
 
     def found(self, x: Array, ids: Array, weights: Array) -> Array:
-        return call(self._run, x, ids, weights, *self.stored, out=x.shape)
+        counts, result = tvm.runtime.tensor(np.zeros(COUNTS, np.int64)), tvm.runtime.tensor(np.full(x.shape, np.nan, np.float32))
+        for _ in range(2):
+            self._run(*(tvm.runtime.tensor(a) for a in (x, ids, weights, *self.stored)), counts, result)
+        runs = ((ids >= 0) & (ids < E)).sum()
+        assert counts.numpy().tolist() == [2 * len(x), 2 * runs] + [0] * (COUNTS - 2)
+        found: Array = result.numpy()
+        return found
 
     def expected(self, x: Array, ids: Array, weights: Array) -> Array:
         arrays = (torch.from_numpy(a) for a in (x.astype(np.float64), ids, weights.astype(np.float64), self._up, self._down))

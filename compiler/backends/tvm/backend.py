@@ -19,9 +19,9 @@ from moec.compiler.backends.tokenwise import check_tokenwise
 from moec.compiler.backends.tvm.build import FUNCTIONS, build_library, is_native, tvm_target
 from moec.compiler.backends.tvm.lower import check_supported
 from moec.compiler.backends.tvm.semantic import attention_spec
-from moec.compiler.backends.tvm.storage import plan_storage
+from moec.compiler.backends.tvm.storage import experts_layout, plan_storage
 from moec.compiler.errors import MoecError
-from moec.compiler.ir import Graph, Param
+from moec.compiler.ir import Graph, Node, Param
 from moec.compiler.packed import Packed
 from moec.targets import Target
 from moec.targets.kernels.cpu.attention import PAGE
@@ -74,8 +74,15 @@ class TvmBackend:
             "inputs": self.roles,
             "page_tokens": PAGE,
             "page_shapes": [list(shape) for shape in pages],
+            "experts": [self._counted(node) for node in self.graph.nodes if node.op == "experts"],
             "params": [[param, component] for param, storage in self._storage.items() for component in storage.arrays()],
         }
+
+    def _counted(self, node: Node) -> dict[str, Any]:
+        """What the runtime's counters say of an experts node."""
+        layout = experts_layout(self.graph, node)
+        top_k = int(self.graph.type_of(node.inputs[1]).shape[-1])
+        return {"name": node.inputs[3], "experts_per_token": top_k, "expert_bytes": layout.nbytes() // layout.experts}
 
 
 def runtime_library() -> Path:

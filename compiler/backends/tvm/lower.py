@@ -22,6 +22,7 @@ from moec.compiler.errors import MoecError
 from moec.compiler.ir import Dim, Graph, Node, TensorType
 from moec.compiler.ops import OPS
 from moec.compiler.text import print_node
+from moec.targets.kernels.cpu.experts_layout import COUNTS
 from moec.targets.kernels.cpu.isa import Isa
 
 Expr = Any
@@ -65,7 +66,8 @@ class FunctionLowering:
 
     Its arguments are the graph's inputs as streams (`ids` [T], `positions` [T], `rows` [R]), `blocks` int32 [NB, 4] and `page_table`
     int32 [S, MP] of `moec.targets.kernels.cpu.attention`, K and V pages of each attention node, and the weights: one tuple of the arrays
-    of each parameter, whose types are not stated, since the virtual machine would check each of them in every call.
+    of each parameter, then of the counts of each experts node, whose types are not stated, since the virtual machine would check each
+    of them in every call.
     """
 
     def __init__(self, graph: Graph, storage: Mapping[str, Storage], kernels: Kernels, tokens: int | None, rows: int | None) -> None:
@@ -75,7 +77,7 @@ class FunctionLowering:
         self._flat: dict[str, Expr] = {}
         self._full: dict[str, Expr] = {}
         self._weights: dict[tuple[str, str], Expr] = {}
-        self._layer = 0
+        self._layer = self._counted = 0
 
     def build(self, name: str, cache_types: Sequence[relax.TensorType]) -> None:
         """Add the function to the module."""
@@ -113,10 +115,13 @@ class FunctionLowering:
         """An array of a parameter."""
         key = (param, component)
         if key not in self._weights:
-            index, kind = self._arrays[key]
-            args = (self._tuple, relax.prim_value(index))
-            self._weights[key] = self.bb.emit(relax.op.call_pure_packed("vm.builtin.tuple_getitem", *args, ty_args=[kind]))
+            self._weights[key] = self._item(*self._arrays[key])
         return self._weights[key]
+
+    def _item(self, index: int, kind: relax.TensorType) -> Expr:
+        """An element of the tuple of weights."""
+        args = (self._tuple, relax.prim_value(index))
+        return self.bb.emit(relax.op.call_pure_packed("vm.builtin.tuple_getitem", *args, ty_args=[kind]))
 
     def weights(self, param: str) -> dict[str, Expr]:
         """All arrays of a parameter."""
@@ -126,6 +131,11 @@ class FunctionLowering:
         """K and V pages of the next attention node."""
         self._layer += 1
         return self._caches[2 * self._layer - 2], self._caches[2 * self._layer - 1]
+
+    def next_counts(self) -> Expr:
+        """The counts of the next experts node."""
+        self._counted += 1
+        return self._item(len(self._arrays) + self._counted - 1, relax.TensorType([COUNTS], "int64"))
 
     def flat(self, name: str) -> Expr:
         """A value as a stream [T, numbers], or [T] where a token has one number and one axis."""

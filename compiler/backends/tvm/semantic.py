@@ -213,11 +213,13 @@ def _experts(low: FunctionLowering, node: Node) -> None:
     kernel = low.kernel(
         "experts",
         (layout, activation, tokens, top_k, bool(biases)),
-        lambda: experts_func(layout, activation, low.isa, tokens=tokens, top_k=top_k, biases=bool(biases)),
+        lambda: experts_func(layout, activation, low.isa, tokens=tokens, top_k=top_k, biases=bool(biases), counted=True),
     )
-    args = [x, ids, weights, *low.weights(up).values(), *low.weights(down).values(), *biases]
-    (out,) = _call(low, kernel, args, ([_count(x), layout.d], "float32"))
-    low.set_flat(node.name, out)
+    counts = low.next_counts()
+    args = [x, ids, weights, *low.weights(up).values(), *low.weights(down).values(), *biases, counts]
+    types = [counts.ty, relax.TensorType([_count(x), layout.d], "float32")]
+    result = low.bb.emit(relax.op.call_tir_inplace(kernel, relax.Tuple(args), [len(args) - 1, -1], types))
+    low.set_flat(node.name, low.bb.emit(relax.TupleGetItem(result, 1)))
 
 
 SEMANTIC: dict[str, Callable[[FunctionLowering, Node], None]] = {

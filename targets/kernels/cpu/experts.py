@@ -28,11 +28,15 @@ def experts_func(
     top_k: int,
     ids_dtype: str = "int64",
     biases: bool = False,
+    counted: bool = False,
 ) -> tirx.PrimFunc:
-    """PrimFunc (x [T, D], ids [T, k], weights [T, k], arrays..., [gate_up_bias, down_bias], out [T, D])."""
+    """PrimFunc (x [T, D], ids [T, k], weights [T, k], arrays..., [gate_up_bias, down_bias], [counts], out [T, D]).
+
+    `counts` int64 [8], of which the first two are in use: the kernel adds the tokens, and the experts that it ran for them.
+    """
 
     def build() -> None:
-        operands = ExpertsOperands(layout, tokens, top_k, ids_dtype, biases)
+        operands = ExpertsOperands(layout, tokens, top_k, ids_dtype, biases, counted)
         emit = emit_decode if tokens == 1 else emit_prefill
         emit(operands, activation, isa)
 

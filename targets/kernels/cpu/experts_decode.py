@@ -23,6 +23,7 @@ def emit_decode(op: ExpertsOperands, activation: ExpertActivation, isa: Isa) -> 
     """Emit the body for T = 1."""
     layout = op.layout
     slots = _Slots(op)
+    op.count(1, slots.count)
     hidden = workspace((op.top_k, layout.f_tiles * LANES), "float32")
     gate_up_input = Activations(layout.gate_up, isa, 1)
     gate_up_input.fill(op.x, parallel=False)

@@ -9,11 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tvm.tirx.script import builder as T
 
-from moec.targets.kernels.cpu.emit import Buffer, Expr, argument
+from moec.targets.kernels.cpu.emit import Buffer, Expr, argument, store
 from moec.targets.kernels.cpu.layout import LANES, LaneLayout, ceil_div
 from moec.targets.kernels.cpu.register_tile import weight_arguments
 
 Scalar = TypeVar("Scalar", bound=np.generic)
+
+COUNTS = 8
+"""int64 that a layer counts in, a cache line: tokens, experts that ran, and none other yet."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,9 @@ class ExpertsLayout:
 
 
 class ExpertsOperands:
-    """The parameters of an experts function: (x, ids, weights, arrays..., [gate_up_bias, down_bias], out)."""
+    """The parameters of an experts function: (x, ids, weights, arrays..., [gate_up_bias, down_bias], [counts], out)."""
 
-    def __init__(self, layout: ExpertsLayout, tokens: int | None, top_k: int, ids_dtype: str, biases: bool) -> None:
+    def __init__(self, layout: ExpertsLayout, tokens: int | None, top_k: int, ids_dtype: str, biases: bool, counted: bool) -> None:
         self.layout, self.top_k = layout, top_k
         self.tokens: Expr = tokens if tokens is not None else T.int64()
         self.x = argument("x", (self.tokens, layout.d), "float32")
@@ -101,7 +104,14 @@ class ExpertsOperands:
         if biases:
             self.gate_up_bias = argument("gate_up_bias", (layout.experts, layout.gate_up.n), "float32")
             self.down_bias = argument("down_bias", (layout.experts, layout.down.tiles * LANES), "float32")
+        self.counts = argument("counts", (COUNTS,), "int64") if counted else None
         self.out = argument("out", (self.tokens, layout.d), "float32")
+
+    def count(self, tokens: Expr, experts: Expr) -> None:
+        """Add to the counts: tokens, and experts that run for them. Not in a parallel loop."""
+        if self.counts is not None:
+            for i, amount in enumerate((tokens, experts)):
+                store(self.counts, self.counts[i] + T.cast(amount, "int64"), i)
 
     def runs(self, token: Expr, slot: Expr) -> Expr:
         """Whether a slot has an expert: it is skipped where its id is outside of 0 to E - 1."""

@@ -35,6 +35,7 @@ def emit_prefill(op: ExpertsOperands, activation: ExpertActivation, isa: Isa) ->
         first = T.Bind(i * BLOCK_TOKENS)
         tokens = T.Bind(T.min(op.tokens - first, BLOCK_TOKENS))
         sorting.fill(op, first, tokens)
+        op.count(tokens, sorting.count())
         gate_up_input.fill(op.x, first=first, rows=tokens)
         _hidden(op, activation, isa, sorting, gate_up_input, hidden)
         down_input.fill(hidden, rows=sorting.count())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from moec.compiler.frontend import huggingface
 from moec.compiler.ir import Graph
 from moec.compiler.text import parse_graph
 from moec.runtime.errors import MoecError
+from moec.runtime.shared_executor import SharedExecutor
 from moec.targets import get_target
 from tests.compiler.backends.tvm_model import Compiled
 from tests.graphs import MOE, moe, random_weights
@@ -204,3 +206,26 @@ def test_not_more_sequences_than_agreed(small: Compiled) -> None:
         small.executor.add()
     for handle in handles:
         small.executor.remove(handle)
+
+
+def test_experts_are_counted_for_sequences_of_several_threads(small: Compiled) -> None:
+    shared = SharedExecutor(small.executor, 8)
+    shared.counts(reset=True)
+
+    def run(seed: int) -> None:
+        handle = shared.add()
+        for size in (20, 1, 1, 7):
+            shared.forward([(handle, random_ids(small, size, seed))], all_logits=True)
+        shared.remove(handle)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, range(6)))
+    counts = shared.counts()
+    assert counts is not None
+    assert [(c.name, c.tokens, c.experts, c.slots) for c in counts] == [("layers.0.experts.up", 6 * 29, 6 * 58, 6 * 58)]
+    first, second = shared.add(), shared.add()
+    shared.counts(reset=True)
+    shared.forward([(first, random_ids(small, 1)), (second, random_ids(small, 3))], all_logits=True)
+    assert [(c.tokens, c.experts) for c in shared.counts() or ()] == [(4, 8)]
+    shared.remove(first)
+    shared.remove(second)

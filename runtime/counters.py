@@ -1,0 +1,68 @@
+"""Counts of the experts that ran. The kernels that run them add to these numbers, which thus say what happened.
+
+A model may skip experts for tokens that need fewer; how many are left decides how fast it decodes.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class ExpertCount:
+    """What one layer's experts did since the counters were reset.
+
+    Attributes:
+        name: of the parameter with the experts' first projection.
+        tokens: tokens that went through the layer (the last layer leaves out those whose logits nobody asked for).
+        experts: experts that ran, summed over the tokens.
+        slots: experts that the router chose, skipped ones included.
+        expert_bytes: weights of one expert.
+    """
+
+    name: str
+    tokens: int
+    experts: int
+    slots: int
+    expert_bytes: int
+
+
+class ExpertCounters:
+    """The counters of a model, in memory that kernels write to.
+
+    Args:
+        layers: for each layer with experts its `name`, `experts_per_token` and `expert_bytes`.
+        numbers: int64 [layers, at least 2]: tokens, and experts that ran.
+    """
+
+    def __init__(self, layers: Sequence[Mapping[str, Any]], numbers: NDArray[np.int64]) -> None:
+        self._layers, self._numbers = layers, numbers
+
+    def read(self) -> list[ExpertCount]:
+        """The counts of each layer. Not while the model runs."""
+        found = []
+        for layer, (tokens, experts) in zip(self._layers, self._numbers[:, :2].tolist(), strict=True):
+            slots = tokens * int(layer["experts_per_token"])
+            found.append(ExpertCount(str(layer["name"]), tokens, experts, slots, int(layer["expert_bytes"])))
+        return found
+
+    def reset(self) -> None:
+        """Start again from zero."""
+        self._numbers[:] = 0
+
+
+def experts_per_token(counts: Sequence[ExpertCount]) -> float | None:
+    """Experts that ran for a token in a layer, on average over the layers; None where nothing was counted."""
+    ratios = [count.experts / count.tokens for count in counts if count.tokens]
+    return statistics.fmean(ratios) if ratios else None
+
+
+def skipped_bytes_per_token(counts: Sequence[ExpertCount]) -> float:
+    """Weight bytes of the experts that were chosen for a token and skipped, summed over the layers."""
+    return sum((count.slots - count.experts) / count.tokens * count.expert_bytes for count in counts if count.tokens)
