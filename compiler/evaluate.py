@@ -61,6 +61,33 @@ def windows(ids: np.ndarray, context: int) -> tuple[Tensor, Tensor]:
     return stream[:-1].view(count, context), stream[1:].view(count, context)
 
 
+def read_windows(data: str | Path, tokenizer: Any, context: int, max_tokens: int | None) -> tuple[Tensor, Tensor]:
+    """Inputs and next tokens [W, context] of a text file, about `max_tokens` of them from its beginning.
+
+    Raises:
+        MoecError: the file cannot be read or is too short.
+    """
+    try:
+        text = Path(data).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MoecError(f"cannot read the text {data}: {error}") from error
+    inputs, targets = windows(np.asarray(tokenizer.encode(text, add_special_tokens=False).ids), context)
+    count = len(inputs) if max_tokens is None else max(1, max_tokens // context)
+    return inputs[:count], targets[:count]
+
+
+def window_length(context: int | None, limit: int) -> int:
+    """Tokens of a window: 512 unless given, or the model's context where that is shorter.
+
+    Raises:
+        MoecError: the model's context is shorter than what is asked for.
+    """
+    context = context or min(512, limit)
+    if not 0 < context <= limit:
+        raise MoecError(f"--context {context}: the model's context is {limit} tokens")
+    return context
+
+
 def evaluate(
     model: str | Path,
     data: str | Path,
@@ -86,17 +113,8 @@ def evaluate(
     """
     subject, tokenizer, limit = _open(model, threads)
     other = _open(reference, threads)[0] if reference is not None else None
-    try:
-        text = Path(data).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise MoecError(f"cannot read the text {data}: {error}") from error
-    context = context or min(512, limit)
-    if not 0 < context <= limit:
-        raise MoecError(f"--context {context}: the model's context is {limit} tokens")
-    inputs, targets = windows(np.asarray(tokenizer.encode(text, add_special_tokens=False).ids), context)
-    if max_tokens is not None:
-        count = max(1, max_tokens // context)
-        inputs, targets = inputs[:count], targets[:count]
+    context = window_length(context, limit)
+    inputs, targets = read_windows(data, tokenizer, context, max_tokens)
     group = max(1, _LOGIT_BYTES // (context * int(tokenizer.get_vocab_size()) * 4))
 
     def scored() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:

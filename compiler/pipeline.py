@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ import moec
 from moec.compiler.artifact import ArtifactWriter, Shard, plan_shards, weight_table
 from moec.compiler.backends import make_backend
 from moec.compiler.backends.base import Backend
-from moec.compiler.calibration.text import Text, read_text
+from moec.compiler.calibration.text import Files, calibration_text
 from moec.compiler.context import Context
 from moec.compiler.errors import MoecError
 from moec.compiler.frontend import huggingface
 from moec.compiler.frontend.model import graph_of
-from moec.compiler.frontend.tokenizer import load_tokenizer, tokenizer_files
+from moec.compiler.frontend.tokenizer import tokenizer_files
 from moec.compiler.ir import Graph, Param
 from moec.compiler.model import Model
 from moec.compiler.packed import Packed, integer_format, pack_plain
@@ -37,8 +37,6 @@ from moec.compiler.text import print_graph
 from moec.compiler.verify import CHECK, verify
 from moec.compiler.weights import WeightSource, packed_of
 from moec.targets import Target, get_target
-
-Files = str | Path | Sequence[str | Path]
 
 
 def compile_model(
@@ -97,7 +95,8 @@ def compile_model(
         checkpoint = None if isinstance(model, torch.nn.Module) else huggingface.resolve(model)
         source = Model(*(huggingface.load(checkpoint) if checkpoint else graph_of(model)))
     context = Context(
-        text=_text(calibration, checkpoint, source, calibration_tokens, seed), reference=source, target=hardware, max_kl=max_kl, seed=seed,
+        text=None if calibration is None else calibration_text(calibration, checkpoint, source, calibration_tokens, seed),
+        reference=source, target=hardware, max_kl=max_kl, seed=seed,
         statistics_file=Path(statistics) if statistics is not None else None, progress=progress,
     )  # fmt: skip
     compiled = run_passes(source, chosen.passes, context)
@@ -115,17 +114,6 @@ def compile_model(
     history = {"recipe": list(chosen.steps), "journal": context.journal, "quality": quality, "calibration": _record(context)}
     _write(Path(output), checkpoint, compiled, lowered, shards, history, hardware, backend, resume, plan, progress)
     return plan
-
-
-def _text(files: Files | None, checkpoint: Path | None, model: Model, tokens: int, seed: int) -> Text | None:
-    """The calibration text."""
-    if files is None:
-        return None
-    if checkpoint is None:
-        raise MoecError("--calibration needs a checkpoint folder, whose tokenizer reads the text; the model in memory has none")
-    names = [files] if isinstance(files, (str, Path)) else list(files)
-    context = min(512, int(model.graph.meta["context_length"]))
-    return read_text(names, load_tokenizer(checkpoint), context=context, tokens=tokens, seed=seed)
 
 
 def _quality(model: Model, context: Context) -> dict[str, Any] | None:

@@ -1,6 +1,9 @@
 """Recipes: what is done to a model, as a list of passes with options.
 
     description: 4-bit experts and linears
+    source: https://arxiv.org/abs/...          what describes the method (optional)
+    claim: what the source says it gives       (optional)
+    measured: what it gave on our models       (optional)
     passes:
       - quantize: {experts: int4_g64, linear: int4_g64, embedding: int8_g64}
 
@@ -22,15 +25,23 @@ from moec.runtime.errors import unknown
 
 _FOLDER = Path(moec.passes.__path__[0]) / "recipes"
 
+_TEXTS = ("description", "source", "claim", "measured")
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named list of passes; `steps` is the list as data, as the artifact records it."""
+    """A named list of passes; `steps` is the list as data, as the artifact records it.
+
+    `source` is the paper or page that describes the method, `claim` what it says the method gives, `measured` what it gave here.
+    """
 
     name: str
     description: str
     passes: tuple[Pass, ...]
     steps: tuple[dict[str, Any], ...]
+    source: str = ""
+    claim: str = ""
+    measured: str = ""
 
 
 NOTHING = Recipe("none", "every weight keeps its value", (), ())
@@ -71,8 +82,11 @@ def parse_recipe(data: Any, name: str, where: str) -> Recipe:
     if not isinstance(data, dict):
         raise MoecError(f"recipe {where}: expected a mapping with `passes`, found {type(data).__name__}")
     for key in data:
-        if key not in ("description", "passes"):
-            raise MoecError(f"recipe {where}: {unknown('key', str(key), ['description', 'passes'])}")
+        if key not in (*_TEXTS, "passes"):
+            raise MoecError(f"recipe {where}: {unknown('key', str(key), [*_TEXTS, 'passes'])}")
+    for key in _TEXTS:
+        if not isinstance(data.get(key) or "", str):
+            raise MoecError(f"recipe {where}: `{key}` must be text, found {data[key]!r}; put it in quotes")
     steps = data.get("passes") or []
     if not isinstance(steps, list):
         raise MoecError(f"recipe {where}: `passes` must be a list, found {type(steps).__name__}")
@@ -88,4 +102,5 @@ def parse_recipe(data: Any, name: str, where: str) -> Recipe:
             passes.append(make_pass(str(kind), dict(options or {})))
         except (MoecError, TypeError) as error:
             raise MoecError(f"recipe {where}, pass {index}: {error}") from error
-    return Recipe(name, str(data.get("description", "")), tuple(passes), tuple(steps))
+    texts = {key: str(data.get(key) or "") for key in _TEXTS}
+    return Recipe(name=name, passes=tuple(passes), steps=tuple(steps), **texts)

@@ -13,14 +13,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moec.compiler.compare import compare
     from moec.compiler.frontend.module import moe_experts
     from moec.compiler.pipeline import compile_model as compile
     from moec.runtime import load
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "compile", "load", "moe_experts"]
+__all__ = ["__version__", "compare", "compile", "load", "moe_experts"]
 
 _LAZY = {
+    "compare": ("moec.compiler.compare", "compare"),
     "compile": ("moec.compiler.pipeline", "compile_model"),
     "load": ("moec.runtime", "load"),
     "moe_experts": ("moec.compiler.frontend.module", "moe_experts"),

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 from moec.compiler.errors import MoecError
+from moec.compiler.model import Model
+
+Files = str | Path | Sequence[str | Path]
+"""One file or folder, or several."""
 
 HELDOUT_EVERY = 8
 """One window in so many is not calibrated on: damage is measured there."""
@@ -88,6 +92,21 @@ def read_text(files: Sequence[str | Path], tokenizer: Any, *, context: int = 512
         )
     ids, held = (torch.from_numpy(np.stack(rows)) for rows in (fit, heldout))
     return Text(ids, tuple(domain), tuple(p.stem for p in paths), held)
+
+
+def calibration_text(files: Files, checkpoint: Path | None, model: Model, tokens: int, seed: int) -> Text:
+    """The calibration text of a model: windows of 512 tokens, or of the model's context where that is shorter.
+
+    Raises:
+        MoecError: the model has no tokenizer, or see `read_text`.
+    """
+    from moec.compiler.frontend.tokenizer import load_tokenizer
+
+    if checkpoint is None:
+        raise MoecError("--calibration needs a checkpoint folder, whose tokenizer reads the text; the model in memory has none")
+    names = [files] if isinstance(files, (str, Path)) else list(files)
+    context = min(512, int(model.graph.meta["context_length"]))
+    return read_text(names, load_tokenizer(checkpoint), context=context, tokens=tokens, seed=seed)
 
 
 def _windows(path: Path, tokenizer: Any, context: int) -> np.ndarray:

@@ -29,6 +29,13 @@ def test_every_recipe_that_ships_applies(name: str) -> None:
     assert (found is model) == (name == "f32")  # the graph is float32 to begin with
 
 
+def test_every_example_recipe_loads() -> None:
+    """The recipes of methods: each states where its method comes from."""
+    folder = Path(__file__).parents[2] / "examples/recipes"
+    unsaid = {path.name for path in folder.glob("*.yaml") if not (recipe := load_recipe(path)).description or not recipe.source}
+    assert unsaid == set()
+
+
 @pytest.mark.parametrize("name", known_passes())
 def test_every_pass_has_defaults_that_change_nothing(name: str) -> None:
     model = graphs.model()
@@ -59,6 +66,8 @@ def test_quantize_by_role_and_by_name() -> None:
     ("data", "message"),
     [
         ({"pases": []}, "did you mean 'passes'"),
+        ({"sourec": "x"}, "did you mean 'source'"),
+        ({"claim": 3}, "`claim` must be text, found 3"),
         ({"passes": [{"quantise": {}}]}, "pass 1: unknown pass 'quantise': did you mean 'quantize'"),
         ({"passes": [{"quantize": {"expert": "int4_g64"}}]}, "did you mean 'experts'"),
         ({"passes": [{"quantize": {"experts": "int4_64"}}]}, "int<bits>_g<group>"),
@@ -78,6 +87,9 @@ def test_recipe_files(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("description: mine\npasses:\n  - quantize: {experts: int4_g32}\n")
     assert load_recipe(path).passes == (Quantize(experts="int4_g32"),)
+    path.write_text("source: https://x\nclaim: half the size\nmeasured: not so\npasses: []\n")
+    found = load_recipe(path)
+    assert (found.source, found.claim, found.measured, found.description) == ("https://x", "half the size", "not so", "")
     path.write_text("passes: [")
     with pytest.raises(MoecError, match="is not YAML"):
         load_recipe(path)

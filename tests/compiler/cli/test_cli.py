@@ -96,7 +96,6 @@ BAD = {
     ("plan", "x", "--target", "cpu"): "`moec plan` is not available in this version",
     ("serve", "x"): "`moec serve` is not available in this version",
     ("export", "x", "--to", "hf"): "`moec export` is not available in this version",
-    ("compare", "x", "y"): "`moec compare` is not available in this version",
 }
 
 
