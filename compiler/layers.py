@@ -26,7 +26,9 @@ class MoeLayer:
     """An `experts` node with what routes to it.
 
     `gate` is the linear node that makes the router's logits; None where the logits come from elsewhere. `index` counts the MoE layers
-    of the graph from 0; `number` is the layer's number in the model by the names of its weights, or None.
+    of the graph from 0; `number` is the layer's number in the model by the names of its weights, or None. `count` is of the experts that
+    there are. `table` is a node that leads from what the router chooses to an expert, where that is not the same number: a router can
+    choose among more rows than there are experts (see `moec.compiler.regroup`).
     """
 
     index: int
@@ -37,6 +39,7 @@ class MoeLayer:
     top_k: int
     hidden: int
     width: int
+    table: Node | None = None
 
     @property
     def name(self) -> str:
@@ -67,7 +70,7 @@ class MoeLayer:
     @property
     def normalized(self) -> bool:
         """Whether the weights of the chosen experts do not depend on the scores of the others."""
-        return bool(self.router.attrs.get("normalize")) or self.router.attrs.get("score") in ("softmax_topk", "sigmoid")
+        return bool(self.router.attrs.get("normalize")) or self.router.attrs.get("score") in ("softmax_topk", "sigmoid", "identity")
 
     def require_gate(self, what: str) -> Node:
         """The linear node of the router.
@@ -83,25 +86,32 @@ class MoeLayer:
 def moe_layers(graph: Graph) -> list[MoeLayer]:
     """The MoE layers that passes can rewrite, in the order of the graph: experts whose ids and weights come from one `router` op.
 
-    Routing that has been rewritten already (`skip` after `router`) is looked through.
+    Routing that has been rewritten already (`skip` or a table of numbers after `router`) is looked through.
     """
     layers: list[MoeLayer] = []
     for node in graph.nodes:
-        if node.op != "experts" or (router := _router(graph, node)) is None or node.inputs[3] not in graph.params:
+        router, table = _router(graph, node) if node.op == "experts" else (None, None)
+        if router is None or node.inputs[3] not in graph.params:
             continue
         gate = graph.producers.get(router.inputs[0])
         plain = gate is not None and gate.op == "linear" and gate.inputs[1] in graph.params and len(graph.users[gate.inputs[1]]) == 1
         count, hidden, width = (int(d) for d in graph.type_of(node.inputs[4]).shape)
         top_k = int(router.attrs["top_k"])
-        layers.append(MoeLayer(len(layers), node, router, gate if plain else None, count, top_k, hidden, width))
+        layers.append(MoeLayer(len(layers), node, router, gate if plain else None, count, top_k, hidden, width, table))
     return layers
 
 
-def _router(graph: Graph, experts: Node) -> Node | None:
-    node = graph.producers.get(experts.inputs[1])
-    while node is not None and node.op == "skip":
+def _router(graph: Graph, experts: Node) -> tuple[Node | None, Node | None]:
+    """The router of an `experts` node, and the table between the two."""
+    node, table = graph.producers.get(experts.inputs[1]), None
+    while node is not None and (node.op == "skip" or (table is None and _is_table(graph, node))):
+        table = table if node.op == "skip" else node
         node = graph.producers.get(node.inputs[1])
-    return node if node is not None and node.op == "router" else None
+    return (node if node is not None and node.op == "router" else None), table
+
+
+def _is_table(graph: Graph, node: Node) -> bool:
+    return node.op == "aten.index.Tensor" and node.attrs.get("indices") == 1 and node.inputs[0] in graph.params
 
 
 def need_layers(graph: Graph, what: str) -> list[MoeLayer]:
@@ -140,7 +150,8 @@ def keep_experts(model: Model, layer: MoeLayer, keep: Sequence[int], what: str) 
     """
     gate, attrs = layer.require_gate(what), layer.router.attrs
     keep = [int(e) for e in keep]
-    _check_kept(layer, keep, what)
+    check_kept(layer, keep, what)
+    require_no_table(layer, what)
     groups = int(attrs.get("groups", 1))
     if groups > 1:
         size = layer.count // groups
@@ -160,7 +171,8 @@ def combine_experts(model: Model, layer: MoeLayer, merge: Tensor, route: Tensor,
         route: [E', E], the same for the rows of the router's matrix and biases.
     """
     gate = layer.require_gate(what)
-    _check_kept(layer, range(len(merge)), what)
+    check_kept(layer, range(len(merge)), what)
+    require_no_table(layer, what)
     if int(layer.router.attrs.get("groups", 1)) > 1:
         raise MoecError(f"{what}: the router of %{layer.name} chooses among groups of experts, which merging does not keep")
     require_values(model, [layer.up, layer.down], what)
@@ -171,7 +183,25 @@ def combine_experts(model: Model, layer: MoeLayer, merge: Tensor, route: Tensor,
     return _resized(model, layer, gate, len(merge), edits)
 
 
-def _check_kept(layer: MoeLayer, keep: Sequence[int], what: str) -> None:
+def require_no_table(layer: MoeLayer, what: str) -> None:
+    """Check that the router's rows are the layer's experts.
+
+    Raises:
+        MoecError: they have been led to fewer experts already.
+    """
+    if layer.table is not None:
+        raise MoecError(
+            f"{what}: the router of %{layer.name} chooses among more rows than there are experts (they were merged, or removed behind a mask); "
+            f"do it in one pass"
+        )
+
+
+def check_kept(layer: MoeLayer, keep: Sequence[int], what: str) -> None:
+    """Check which experts of a layer are to stay.
+
+    Raises:
+        MoecError: more than there are, or fewer than the router chooses for a token.
+    """
     if len(keep) > layer.count or any(not 0 <= e < layer.count for e in keep):
         raise MoecError(f"{what}: %{layer.name} has {layer.count} experts; {len(keep)} cannot be kept")
     if len(keep) < layer.top_k:

@@ -146,7 +146,8 @@ def router(
 
     Args:
         bias: [E], added to the scores for the choice only (https://arxiv.org/abs/2408.15664).
-        score: `softmax` or `sigmoid` over all experts, or `softmax_topk`: softmax over the chosen logits.
+        score: `softmax` or `sigmoid` over all experts, `softmax_topk`: softmax over the chosen logits, or `identity`: the logits are
+            scores already.
         normalize: divide the K weights by their sum.
         scale: factor on the weights.
         groups: experts come in this many groups of neighbours; only those of the best `top_groups` groups can be chosen.
@@ -177,6 +178,7 @@ _SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(-1),
     "sigmoid": torch.sigmoid,
     "softmax_topk": lambda logits: logits,
+    "identity": lambda logits: logits,
 }
 
 

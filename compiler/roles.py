@@ -38,17 +38,24 @@ def parameter_roles(graph: Graph) -> dict[str, Role]:
 
 
 def _routes(graph: Graph, node: Node) -> bool:
-    """Whether which experts run depends on this linear's result without passing through another projection."""
+    """Whether which experts run depends on this linear's result without passing through another projection than one of scores."""
     frontier, seen = [node], set[str]()
     while frontier:
         for output in frontier.pop().outputs:
             for user in graph.users.get(output.name, ()):
                 if user.op in ("router", "skip") or (user.op == "experts" and user.inputs[1] == output.name):
                     return True
-                if user.op.startswith("aten.") and user.name not in seen and "matmul" not in user.op and "mm" not in user.op:
+                plain = user.op.startswith("aten.") and "matmul" not in user.op and "mm" not in user.op
+                if user.name not in seen and (plain or _maps_scores(graph, user)):
                     seen.add(user.name)
                     frontier.append(user)
     return False
+
+
+def _maps_scores(graph: Graph, node: Node) -> bool:
+    """Whether a projection leads from the scores of a router to those of other experts."""
+    users = graph.users.get(node.name, ())
+    return node.op == "linear" and any(user.op == "router" and user.attrs.get("score") == "identity" for user in users)
 
 
 def layer_of(parameter: str) -> int | None:

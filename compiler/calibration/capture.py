@@ -1,0 +1,80 @@
+"""The inputs of MoE layers on calibration text, for what sums over tokens do not tell: every expert on every token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moec.compiler.calibration.collect import batches_of, expert_outputs
+from moec.compiler.calibration.text import Text
+from moec.compiler.interpreter import Interpreter
+from moec.compiler.ir import Node
+from moec.compiler.layers import MoeLayer, moe_layers
+from moec.compiler.model import Model
+from moec.compiler.progress import Progress
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What enters one MoE layer: x [N, D], and the router's logits [N, E] with the weights [N, K] and rows [N, K] that it made of them."""
+
+    x: Tensor
+    logits: Tensor
+    weights: Tensor
+    rows: Tensor
+
+
+def capture(model: Model, text: Text, tokens: int, progress: Progress | None = None) -> dict[str, LayerInputs]:
+    """The inputs of every MoE layer on about `tokens` tokens, taken evenly from all windows, by the name of the `experts` node.
+
+    About 4 N (D + E) bytes a layer are held.
+    """
+    part = text.first(max(1, tokens // text.ids.shape[1])) if tokens >= text.ids.shape[1] else text.first(1)
+    observer = _Capture(moe_layers(model.graph))
+    with (progress or Progress(quiet=True)).counter("inputs of experts") as count:
+        Interpreter(model.graph, model.weights).run(batches_of(part), lambda *_: None, count, observer)
+    return observer.found
+
+
+class _Capture:
+    """The observer that keeps inputs."""
+
+    def __init__(self, layers: Sequence[MoeLayer]) -> None:
+        self._experts, self._routers = {m.name: m for m in layers}, {m.router.name: m for m in layers}
+        self._logits: dict[str, Tensor] = {}
+        self.found: dict[str, LayerInputs] = {}
+
+    def visit(self, node: Node, inputs: Sequence[Sequence[Tensor | None]]) -> None:
+        """See `Observer`."""
+        if (layer := self._routers.get(node.name)) is not None:
+            self._logits[layer.name] = _rows(inputs, 0)
+        if (layer := self._experts.get(node.name)) is not None:
+            self.found[node.name] = LayerInputs(_rows(inputs, 0), self._logits.pop(layer.name), _rows(inputs, 2), _rows(inputs, 1))
+
+
+def _rows(inputs: Sequence[Sequence[Tensor | None]], at: int) -> Tensor:
+    values = [batch[at] for batch in inputs]
+    return torch.cat([v.reshape(-1, v.shape[-1]) for v in values if v is not None])
+
+
+@torch.no_grad()
+def mean_outputs(model: Model, layer: MoeLayer, x: Tensor) -> Tensor:
+    """The mean output of each expert over all tokens, routed to it or not: x [N, D] -> [E, D]."""
+    return torch.stack([expert_outputs(model, layer, expert, x)[0].mean(0) for expert in range(layer.count)])
+
+
+@torch.no_grad()
+def output_products(model: Model, layer: MoeLayer, x: Tensor) -> Tensor:
+    """For each token the inner products of all experts' outputs: x [N, D] -> [N, E, E].
+
+    The squared error of any change d [N, E] of the routing weights is the sum of d_n^T P_n d_n.
+    """
+    found = torch.empty(len(x), layer.count, layer.count)
+    for at in range(0, len(x), 128):  # E outputs of D at a time
+        part = x[at : at + 128]
+        outputs = torch.stack([expert_outputs(model, layer, expert, part)[0] for expert in range(layer.count)], 1)  # [n, E, D]
+        found[at : at + 128] = outputs @ outputs.transpose(1, 2)
+    return found

@@ -1,0 +1,1 @@
+"""What removing experts is made of: how many of each layer, and in which steps."""
