@@ -1,0 +1,116 @@
+"""What bits are assigned to: units of weights that get one format together, and what each costs in each format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moec.compiler.calibration.text import Text
+from moec.compiler.context import Context
+from moec.compiler.errors import MoecError
+from moec.compiler.layers import moe_layers
+from moec.compiler.model import Model
+from moec.compiler.packed import integer_format
+from moec.compiler.quantizers import Quantizer
+from moec.compiler.roles import parameter_roles
+from moec.runtime.errors import unknown
+from moec.runtime.formats import get_format
+
+KINDS = ("experts", "linear")
+GRAINS = ("expert", "projection")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Weights that get one format.
+
+    Args:
+        name: what the journal calls it.
+        node: the `experts` or `linear` node that they belong to.
+        expert: which expert of it; None for a linear layer.
+        members: the parameters.
+    """
+
+    name: str
+    node: str
+    expert: int | None
+    members: tuple[str, ...]
+
+
+def make_units(model: Model, grain: str, include: Sequence[str]) -> list[Unit]:
+    """The units of a model, in the order of the graph.
+
+    Args:
+        grain: `expert` gives an expert's projections one format, `projection` each its own.
+        include: which roles take part: `experts`, `linear`.
+
+    Raises:
+        MoecError: there are none, or one is quantised already.
+    """
+    for kind in include:
+        if kind not in KINDS:
+            raise unknown("part for assign_bits to include", kind, KINDS)
+    if grain not in GRAINS:
+        raise unknown("grain for assign_bits", grain, GRAINS)
+    units: list[Unit] = []
+    layers, roles = {layer.name: layer for layer in moe_layers(model.graph)}, parameter_roles(model.graph)
+    for node in model.graph.nodes:
+        if (layer := layers.get(node.name)) is not None and "experts" in include:
+            for expert in range(layer.count):
+                if grain == "expert":
+                    units.append(Unit(f"{node.name}[{expert}]", node.name, expert, (layer.up, layer.down)))
+                    continue
+                for end, name in (("up", layer.up), ("down", layer.down)):
+                    units.append(Unit(f"{node.name}[{expert}].{end}", node.name, expert, (name,)))
+        elif node.op == "linear" and "linear" in include and roles.get(node.inputs[1]) == "linear":
+            units.append(Unit(node.name, node.name, None, (node.inputs[1],)))
+    if not units:
+        raise MoecError(f"assign_bits: the model has no weights of the kinds {', '.join(include)}")
+    for name in {member for unit in units for member in unit.members}:
+        if integer_format(model.graph.params[name]) is not None:
+            raise MoecError(f"assign_bits: @{name} is already {model.graph.params[name].format}; put assign_bits before quantize")
+    return units
+
+
+def member_shape(model: Model, unit: Unit, member: str) -> tuple[int, ...]:
+    """The shape of a unit's part of a parameter."""
+    shape = tuple(int(d) for d in model.graph.params[member].type.shape)
+    return shape if unit.expert is None else shape[1:]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What an objective is asked: the damage of each unit in each format.
+
+    Args:
+        model: before quantisation.
+        context: for calibration text, the seed and progress.
+        units, formats: the rows and columns of the answer.
+        quantizer: how the formats' values are made to see what they do.
+    """
+
+    model: Model
+    context: Context
+    units: tuple[Unit, ...]
+    formats: tuple[str, ...]
+    quantizer: Quantizer
+
+    @property
+    def text(self) -> Text:
+        return self.context.need_text("assign_bits")
+
+    @cached_property
+    def sizes(self) -> NDArray[np.int64]:
+        """Exact bytes of each unit in each format, scales and zero points included: [U, O]."""
+        shapes = [[member_shape(self.model, unit, m) for m in unit.members] for unit in self.units]
+        return np.array([[sum(get_format(f).nbytes(s) for s in row) for f in self.formats] for row in shapes], np.int64)
+
+    @cached_property
+    def weights(self) -> NDArray[np.int64]:
+        """How many weights each unit has: [U]."""
+        return np.array([sum(prod(member_shape(self.model, unit, m)) for m in unit.members) for unit in self.units], np.int64)

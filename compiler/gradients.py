@@ -1,0 +1,184 @@
+"""Derivatives through a graph: run it forward in segments, keep what crosses their borders, and go back segment by segment.
+
+    forward   h0 -> [segment 1] -> h1 -> [segment 2] -> h2 -> loss        h0, h1, h2 are kept for every batch
+    backward        run segment 2 again from h1 with a tape, then segment 1 from h0
+
+A segment ends after each `experts` node. What is held at once is one segment's weights (for all batches) and tape (for one batch), and the
+border values of all batches: tokens x hidden size x layers floats. Everything costs one forward pass more than keeping the whole tape
+(https://arxiv.org/abs/1604.06174). Choices (`router` ids) are constants; the weights of the chosen are differentiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moec.compiler.interpreter import Interpreter, LazyStack, bind_symbols
+from moec.compiler.ir import Graph, Node
+from moec.compiler.weights import WeightSource
+
+Loss = Callable[[int, tuple[Tensor, ...]], Tensor]
+"""From the index of a batch and the graph's results to a number."""
+
+Seen = Callable[[str, int, Tensor], None]
+"""Told the gradient of a wanted value: its name, the index of the batch, and the gradient."""
+
+
+def compute_device() -> torch.device:
+    """Where heavy work is done: the GPU where torch sees one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive nodes, and the names of the values that they get from before and hand on."""
+
+    nodes: tuple[Node, ...]
+    given: tuple[str, ...]
+    handed: tuple[str, ...]
+
+
+def segments(graph: Graph, cuts: Collection[str] | None = None) -> list[Segment]:
+    """The graph cut after the nodes `cuts`, or after each `experts` node."""
+    runs: list[list[Node]] = [[]]
+    for node in graph.nodes:
+        runs[-1].append(node)
+        if node.op == "experts" if cuts is None else node.name in cuts:
+            runs.append([])
+    runs = [run for run in runs if run]
+    result = []
+    for index, run in enumerate(runs):
+        made = {o.name for node in run for o in node.outputs}
+        used = {name for node in run for name in node.inputs if name and name not in graph.params}
+        later = {name for rest in runs[index + 1 :] for node in rest for name in node.inputs} | set(graph.outputs)
+        before = {v.name for v in graph.inputs} | {o.name for prior in runs[:index] for node in prior for o in node.outputs}
+        given = sorted((used | later) & before)
+        result.append(Segment(tuple(run), tuple(given), tuple(sorted(later & (made | before)))))
+    return result
+
+
+class Tape(Interpreter):
+    """A graph that can be differentiated.
+
+    Args:
+        graph, weights: what to run.
+        leaves: parameters that gradients are wanted of, by name; these tensors take the place of the weights, and their `grad` grows.
+        cuts: nodes after which segments end; every `experts` node unless given.
+        keep: hold every weight once read (for many steps over a model that fits in memory).
+        device, dtype: where, and in which float type, everything is computed; the device is `compute_device()` unless given.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        weights: WeightSource,
+        leaves: Mapping[str, Tensor] | None = None,
+        *,
+        cuts: Collection[str] | None = None,
+        keep: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(graph, weights, device or compute_device(), dtype)
+        self.leaves, self.segments, self._keep = dict(leaves or {}), segments(graph, cuts), keep
+        self._kept: dict[str, Tensor | LazyStack] = {}
+
+    def backward(
+        self, batches: Sequence[Mapping[str, Tensor]], loss: Loss, wanted: Collection[str] = (), seen: Seen = lambda *_: None
+    ) -> list[float]:
+        """Differentiate a loss of each batch.
+
+        Args:
+            batches: inputs by name.
+            loss: of one batch; called once with a tape.
+            wanted: names of values whose gradients `seen` is told, last layers first.
+
+        Returns:
+            The loss of each batch.
+        """
+        symbols = [bind_symbols(self.graph, batch) for batch in batches]
+        states = self.forward(batches)
+        losses = [0.0] * len(batches)
+        handed: list[dict[str, Tensor]] = [{} for _ in batches]
+        for segment, entry in zip(reversed(self.segments), reversed(states), strict=True):
+            weights = self._segment_weights(segment)
+            for index in range(len(batches)):
+                given = {n: _leaf(v) for n, v in entry[index].items()}
+                with torch.enable_grad():
+                    environment = self._through(segment, dict(given), weights, symbols[index], wanted)
+                    kept = [(n, environment[n]) for node in segment.nodes for n in (v.name for v in node.outputs) if n in wanted]
+                    if segment is self.segments[-1]:
+                        total = loss(index, tuple(environment[name] for name in self.graph.outputs))
+                        losses[index] = float(total.detach())
+                        roots, seeds = [total], [torch.ones_like(total)]
+                    else:
+                        pairs = [(environment[n], g) for n, g in handed[index].items() if environment[n].requires_grad]
+                        roots, seeds = [v for v, _ in pairs], [g for _, g in pairs]
+                    if roots and any(r.requires_grad for r in roots):
+                        torch.autograd.backward(roots, seeds)
+                for name, value in kept:
+                    seen(name, index, torch.zeros_like(value) if value.grad is None else value.grad)
+                handed[index] = {n: v.grad for n, v in given.items() if v.grad is not None}
+                entry[index] = {}
+        return losses
+
+    @torch.no_grad()
+    def forward(self, batches: Sequence[Mapping[str, Tensor]]) -> list[list[dict[str, Tensor]]]:
+        """The values that each segment is given, by segment and batch (the last segment is not run)."""
+        current = [{v.name: self._cast(b[v.name]) for v in self.graph.inputs if v.name in self.segments[0].given} for b in batches]
+        states = []
+        for segment in self.segments:
+            states.append(current)
+            if segment is not self.segments[-1]:
+                weights = self._segment_weights(segment)
+                pairs = zip(current, batches, strict=True)
+                ends = [self._through(segment, dict(e), weights, bind_symbols(self.graph, b)) for e, b in pairs]
+                current = [{n: end[n] for n in segment.handed} for end in ends]
+        return states
+
+    @torch.no_grad()
+    def rest(self, batches: Sequence[Mapping[str, Tensor]], states: Sequence[Mapping[str, Tensor]], start: int) -> Iterator[Tensor]:
+        """The graph's first result for each batch, from the values that the segment `start` is given."""
+        weights = [self._segment_weights(segment) for segment in self.segments[start:]]
+        for state, batch in zip(states, batches, strict=True):
+            current, symbols = dict(state), bind_symbols(self.graph, batch)
+            for segment, values in zip(self.segments[start:], weights, strict=True):
+                current = self._through(segment, current, values, symbols)
+                current = {n: current[n] for n in segment.handed}
+            yield current[self.graph.outputs[0]]
+
+    def _segment_weights(self, segment: Segment) -> dict[str, Tensor | LazyStack]:
+        weights: dict[str, Tensor | LazyStack] = {}
+        for node in segment.nodes:
+            for name in (n for n in node.inputs if n in self.graph.params):
+                if name in self.leaves:
+                    weights[name] = self.leaves[name]
+                elif name in self._kept:
+                    weights[name] = self._kept[name]
+                elif name not in weights:
+                    weights |= {n: w for n, w in self._weights(node).items() if n not in self.leaves}
+        if self._keep:
+            self._kept |= {n: w for n, w in weights.items() if n not in self.leaves}
+        return weights
+
+    def _through(
+        self,
+        segment: Segment,
+        environment: dict[str, Tensor],
+        weights: Mapping[str, Tensor | LazyStack],
+        symbols: Mapping[str, int],
+        wanted: Collection[str] = (),
+    ) -> dict[str, Tensor]:
+        for node in segment.nodes:
+            self._step(node, weights, environment, symbols)
+            for name in (o.name for o in node.outputs if o.name in wanted):
+                # A value that depends on no leaf starts a tape of its own.
+                environment[name].requires_grad_().retain_grad()
+        return environment
+
+
+def _leaf(value: Tensor) -> Tensor:
+    return value.detach().requires_grad_() if value.is_floating_point() else value
