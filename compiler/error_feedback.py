@@ -1,0 +1,174 @@
+"""Rounding with error feedback (GPTQ, https://arxiv.org/abs/2210.17323), and descent from where it ends.
+
+Both lower tr((W - Q) H (W - Q)^T), the squared error of a linear layer's outputs over inputs of second moment H. Arrays are transposed,
+[K, N]: an input channel of all N rows is contiguous.
+
+With H = R R^T, R upper triangular, and E = W - Q of the channels that are rounded already, the others would best take their error up by
+becoming W_g + E R_<g,g R_gg^-1 for a group g of channels: products with R give GPTQ's corrected weights, and neither the inverse of H
+nor updates of later groups are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moec.compiler.grid import fit, half, nearest
+from moec.compiler.packed import Quantized
+from moec.runtime.formats.int import IntFormat
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Codes with their zero points taken off [K, N], and scales and zero points [groups, N]; float."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    def values(self, size: int) -> Tensor:
+        """What the codes stand for: [K, N], for groups of `size` channels."""
+        return self.codes * self.scale.repeat_interleave(size, 0)[: len(self.codes)]
+
+    @classmethod
+    def of(cls, packed: Quantized, fmt: IntFormat) -> Rounded:
+        """The same weight in this form."""
+        codes, scale, zero = (torch.from_numpy(a).T.float().contiguous() for a in (packed.codes, packed.scale, packed.zero))
+        return cls(codes - zero.repeat_interleave(fmt.group_size(len(codes)), 0)[: len(codes)], scale, zero)
+
+    def quantized(self, size: int) -> Quantized:
+        """The same weight as codes [N, K], for groups of `size` channels."""
+        codes = self.codes + self.zero.repeat_interleave(size, 0)[: len(self.codes)]
+        arrays = (
+            x.T.contiguous().to(kind).numpy() for x, kind in ((codes, torch.uint8), (self.scale, torch.float16), (self.zero, torch.uint8))
+        )
+        return Quantized(*arrays)
+
+
+def factor(moment: Tensor, damp: float) -> tuple[Tensor, Tensor]:
+    """The damped moment H and the upper triangular R of H = R R^T, both [K, K] float64.
+
+    Args:
+        moment: [K, K], positive semi-definite up to rounding.
+        damp: what is added to the diagonal, as a share of its mean; doubled until H can be factored.
+    """
+    h = moment.double()
+    mean = float(h.diagonal().mean())
+    while True:
+        damped = h + torch.eye(len(h), dtype=h.dtype) * (damp * mean if mean > 0 else 1.0)
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed:
+            return damped, lower.flip(0, 1)
+        damp = max(2 * damp, 1e-6)
+
+
+def round_with_feedback(
+    w: Tensor, h: Tensor, r: Tensor, fmt: IntFormat, order: Sequence[int], grid: tuple[Tensor, Tensor] | None = None, block: int = 128
+) -> Rounded:
+    """GPTQ: round the channels one after the other, the later ones taking up the error of the earlier ones.
+
+    Args:
+        w: [K, N].
+        h, r: from `factor`, in the order of the channels.
+        fmt: bits, group size, symmetry.
+        order: the groups, in the order in which they are rounded; r must be of the channels in this order.
+        grid: scales and zero points [groups, N]; without it they are fitted to the corrected weights as a group is reached.
+        block: channels that are corrected together where groups are larger.
+    """
+    k, n = w.shape
+    size = fmt.group_size(k)
+    codes, error = torch.empty_like(w), torch.empty_like(w)  # the error in the order of rounding
+    scale, zero = w.new_empty(fmt.groups(k), n), w.new_empty(fmt.groups(k), n)
+    importance, r32, done = h.diagonal().to(w.dtype), r.to(w.dtype), 0
+    for group in order:
+        first, last = group * size, min(group * size + size, k)
+        for start in range(first, last, block):
+            stop = min(start + block, last)
+            end = done + stop - start
+            if start == first:
+                if grid is None:
+                    wanted = _corrected(w[first:last], error[:done], r, r32, done)
+                    scale[group], zero[group] = (x[:, 0] for x in fit(wanted.T.contiguous(), fmt, importance[None, first:last]))
+                else:
+                    scale[group], zero[group] = grid[0][group], grid[1][group]
+            part = _corrected(w[start:stop], error[:done], r, r32, done)
+            inverse = torch.linalg.solve_triangular(r[done:end, done:end], torch.eye(end - done, dtype=r.dtype), upper=True).to(w.dtype)
+            s, z = scale[group], zero[group]
+            for i in range(end - done):
+                codes[start + i] = q = nearest(part[i], s, z, fmt)
+                lost = torch.addcmul(part[i], q, s, value=-1).div_(inverse[i, i])
+                part[i + 1 :].addr_(inverse[i, i + 1 :], lost, alpha=-1)
+            error[done:end] = w[start:stop] - codes[start:stop] * s
+            done = end
+    return Rounded(codes, scale, zero)
+
+
+def _corrected(w: Tensor, error: Tensor, r: Tensor, r32: Tensor, done: int) -> Tensor:
+    """Channels [G, N] that come next, as they best take up the error of those before them."""
+    if not done:
+        return w.clone()
+    end = done + len(w)
+    owed = r32[:done, done:end].T @ error
+    unit = torch.linalg.solve_triangular(r[done:end, done:end], torch.eye(len(w), dtype=r.dtype), upper=True).to(w.dtype)
+    corrected: Tensor = unit.T.matmul(owed).add_(w)
+    return corrected
+
+
+def descend(w: Tensor, h: Tensor, fmt: IntFormat, start: Rounded, sweeps: int, scales: bool = True) -> Rounded:
+    """Coordinate descent: each group's scale, then each of its channels' codes, set to what is best while all others stay.
+
+    The objective never rises. Codes move as in QuantEase (https://arxiv.org/abs/2309.01885).
+
+    Args:
+        w: [K, N].
+        h: [K, K].
+        start: where to begin.
+        sweeps: passes over all channels at most; it stops earlier where nothing moves.
+        scales: whether scales move too.
+    """
+    k = len(w)
+    size, h = fmt.group_size(k), h.to(w.dtype)
+    codes, scale, zero = start.codes.clone(), start.scale.clone(), start.zero
+    error = w - start.values(size)
+    for _ in range(sweeps):
+        moved = False
+        for group, first in enumerate(range(0, k, size)):
+            last = min(first + size, k)
+            q, s, inside = codes[first:last], scale[group], h[first:last, first:last]
+            before = error[first:last].clone()
+            pull = h[first:last] @ error  # [G, N]: minus half of the gradient with respect to the group's values
+            if scales:
+                response = inside @ q
+                step = half(s + (q * pull).sum(0) / (q * response).sum(0).clamp_min(1e-30))
+                gain = (step - s) * (2 * (q * pull).sum(0) - (step - s) * (q * response).sum(0))
+                step = torch.where(gain > 0, step, s) - s
+                pull -= response * step
+                s = scale[group] = s + step
+            for i in range(last - first):
+                best = nearest((pull[i] / inside[i, i]).addcmul_(q[i], s), s, zero[group], fmt)
+                change = (best - q[i]).mul_(s)
+                pull.addr_(inside[i], change, alpha=-1)
+                q[i] = best
+            error[first:last] = w[first:last] - q * s
+            moved = moved or not torch.equal(before, error[first:last])
+        if not moved:
+            break
+    return Rounded(codes, scale, zero)
+
+
+def best_of(w: Tensor, moment: Tensor, found: Sequence[Rounded], size: int) -> Rounded:
+    """Of every row what leaves the smallest error."""
+    exact = moment.double()
+    which = torch.stack([objective(w, one.values(size), exact) for one in found]).argmin(0)  # [N]
+    codes, scale, zero = (torch.stack([getattr(one, part) for one in found]) for part in ("codes", "scale", "zero"))
+    rows = torch.arange(w.shape[1])
+    return Rounded(*(part[which, :, rows].T.contiguous() for part in (codes, scale, zero)))
+
+
+def objective(w: Tensor, q: Tensor, h: Tensor) -> Tensor:
+    """(w - q)^T H (w - q) of every row: [N] for w, q [K, N], in H's type."""
+    error = (w - q).to(h.dtype)
+    return (error * (h @ error)).sum(0)
