@@ -28,7 +28,6 @@ class Context:
         target: the hardware, for what its kernels like.
         max_kl: the most damage that a pass may do, in nats a token on the held-out part of the text.
         seed: of everything that is random.
-        device: where models are run for statistics, damage and searches (`cpu`, `cuda`).
         work: a folder for what long work keeps to resume from; None keeps nothing.
         statistics_file: statistics of `reference` measured earlier.
         journal: what passes did, in order, as data; the artifact records it.
@@ -39,7 +38,6 @@ class Context:
     target: Target | None = None
     max_kl: float | None = None
     seed: int = 0
-    device: str = "cpu"
     work: Path | None = None
     statistics_file: Path | None = None
     progress: Progress = field(default_factory=lambda: Progress(quiet=True))
@@ -88,7 +86,7 @@ class Context:
             text = self.need_text(what)
             if self.reference is None:
                 raise MoecError(f"{what} needs the model before the passes to compare with")
-            self._damage = Damage(self.reference, text.heldout, self.device)
+            self._damage = Damage(self.reference, text.heldout)
         return self._damage(model)
 
     def note(self, what: str, **facts: Any) -> None:

@@ -41,22 +41,21 @@ class Distance:
         return {**vars(self), "perplexity": self.perplexity}
 
 
-def each_logits(model: Model, ids: Tensor, consume: Callable[[int, Tensor], None], device: str = "cpu") -> None:
+def each_logits(model: Model, ids: Tensor, consume: Callable[[int, Tensor], None]) -> None:
     """Run windows [W, T] through a model, some at a time.
 
     Args:
         consume: called in order with the index of the first window of a batch and the batch's logits [B, T, V].
-        device: where to run.
     """
-    size = batch_windows(ids.shape[1], device)
+    size = batch_windows(ids.shape[1])
     positions = torch.arange(ids.shape[1])
     batches = [{"ids": part, "positions": positions.expand(len(part), -1)} for part in ids.split(size)]
-    Interpreter(model.graph, model.weights, device).run(batches, lambda index, outputs: consume(index * size, outputs[0]))
+    Interpreter(model.graph, model.weights).run(batches, lambda index, outputs: consume(index * size, outputs[0]))
 
 
-def batch_windows(tokens: int, device: str = "cpu") -> int:
+def batch_windows(tokens: int) -> int:
     """How many windows of so many tokens are run at once: enough for the products to be efficient."""
-    return max(1, (BATCH_TOKENS if device == "cpu" else GPU_BATCH_TOKENS) // tokens)
+    return max(1, (BATCH_TOKENS if torch.get_default_device().type == "cpu" else GPU_BATCH_TOKENS) // tokens)
 
 
 class Damage:
@@ -65,25 +64,23 @@ class Damage:
     Args:
         reference: the model whose logits are the truth.
         windows: [W, T + 1] tokens; the last one is only predicted.
-        device: where to run.
     """
 
-    def __init__(self, reference: Model, windows: Tensor, device: str = "cpu") -> None:
-        self.device = device
+    def __init__(self, reference: Model, windows: Tensor) -> None:
         vocabulary = int(reference.graph.type_of(reference.graph.outputs[0]).shape[-1])
         most = max(1, _REFERENCE_BYTES // (4 * vocabulary * (windows.shape[1] - 1)))
-        self.ids, self.targets = windows[:most, :-1], windows[:most, 1:].to(device)
-        self._truth = torch.empty(*self.ids.shape, vocabulary, device=device)
+        self.ids, self.targets = windows[:most, :-1], windows[:most, 1:].to(torch.get_default_device())
+        self._truth = torch.empty(*self.ids.shape, vocabulary)
 
         def keep(at: int, found: Tensor) -> None:
             self._truth[at : at + len(found)] = found.log_softmax(-1)
 
-        each_logits(reference, self.ids, keep, device)
+        each_logits(reference, self.ids, keep)
 
     @torch.no_grad()
     def __call__(self, model: Model) -> Distance:
         """The distance of a model."""
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(4, dtype=torch.float64)
 
         def score(at: int, found: Tensor) -> None:
             truth, wanted = self._truth[at : at + len(found)], self.targets[at : at + len(found), :, None]
@@ -91,7 +88,7 @@ class Damage:
             parts = (-logp.gather(-1, wanted), truth.exp() * (truth - logp), truth.argmax(-1) == logp.argmax(-1), -truth.gather(-1, wanted))
             sums.add_(torch.stack([part.double().sum() for part in parts]))
 
-        each_logits(model, self.ids, score, self.device)
+        each_logits(model, self.ids, score)
         tokens = self.targets.numel()
         nll, kl, agree, reference_nll = (sums / tokens).tolist()
         return Distance(tokens, nll, kl, agree, reference_nll)

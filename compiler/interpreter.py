@@ -84,11 +84,14 @@ class Interpreter:
     Args:
         graph: what to run.
         weights: values of its parameters.
-        device, dtype: where, and in which float type, everything is computed.
+        device, dtype: where, and in which float type, everything is computed; torch's default device unless given.
     """
 
-    def __init__(self, graph: Graph, weights: WeightSource, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        self.graph, self.weights, self.device, self.dtype = graph, weights, torch.device(device), dtype
+    def __init__(
+        self, graph: Graph, weights: WeightSource, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.graph, self.weights, self.dtype = graph, weights, dtype
+        self.device = torch.get_default_device() if device is None else torch.device(device)
         last_use = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
         self._dead: dict[int, list[str]] = {}
         for name, index in last_use.items():

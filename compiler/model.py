@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from moec.compiler.ir import Graph, Param
@@ -21,8 +22,8 @@ class Model:
     weights: WeightSource
 
     def load(self, name: str, expert: int | None = None) -> Tensor:
-        """The value of a parameter (or of one expert of it) in float32, or as the integers it is."""
-        value = self.weights.load(name, expert)
+        """The value of a parameter (or of one expert of it) in float32, or as the integers it is, on torch's default device."""
+        value = self.weights.load(name, expert).to(torch.get_default_device())
         return value.float() if value.is_floating_point() else value
 
     def edited(self, graph: Graph, edits: Mapping[str, Edit]) -> Model:

@@ -29,7 +29,7 @@ def refit(model: Model, kept: Mapping[str, Tensor], layers: Sequence[MoeLayer], 
     text = context.need_text("slim_experts with repair")
     observer = _Refit(model, {layer.name: layer for layer in layers}, kept, ridge)
     with context.progress.counter("refit") as count:
-        Interpreter(model.graph, model.weights, context.device).run(batches_of(text), lambda *_: None, count, observer)
+        Interpreter(model.graph, model.weights).run(batches_of(text), lambda *_: None, count, observer)
     return observer.found
 
 
