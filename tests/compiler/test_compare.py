@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,19 @@ MODEL, TEXT = ROOT / "examples/models/tiny-moe", ROOT / "examples/data/prose_en.
 QUIET = Progress(quiet=True)
 
 
+_LOADED = cache(huggingface.load)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def traced_once() -> Iterator[None]:
+    """Tracing takes seconds; every test here wants the same model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface, "load", lambda path: _LOADED(Path(path)))
+        yield
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
+def found(traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
     folder = tmp_path_factory.mktemp("compared")
     (folder / "other.txt").write_text(TEXT.read_text()[3000:5000])
     out = folder / "out"
