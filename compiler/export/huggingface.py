@@ -134,7 +134,7 @@ class CheckpointWriter:
         else:
             if (whole := self._computed.get(name)) is not None and self.original is not None:
                 if not torch.equal(self.model.load(whole), self.original.load(whole).float()):
-                    raise MoecError(f"{self.what}: {whole} is computed from {name} in transformers and was changed; this cannot be exported")
+                    raise MoecError(f"{self.what}: {whole} is computed from {name} in transformers and was changed: it cannot be exported")
             if self.stored is None:
                 raise MoecError(f"{self.what}: the artifact does not hold {name}; export the checkpoint with the artifact's recipe instead")
             value = self.stored.load(name)
