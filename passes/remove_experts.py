@@ -71,7 +71,9 @@ class RemoveExperts:
             if value not in choices:
                 raise unknown(f"{WHAT} {kind}", str(value), choices)
         if self.budget == "global" and found.score is None:
-            raise MoecError(f"{WHAT}: budget=global ranks single experts, and {self.criterion} chooses them together; use per_layer or moe_i2")
+            raise MoecError(
+                f"{WHAT}: budget=global ranks single experts, and {self.criterion} chooses them together; use per_layer or moe_i2"
+            )
         if self.steps is not None and self.steps != "layer" and not (isinstance(self.steps, int) and self.steps >= 1):
             raise MoecError(f"{WHAT}: steps is {self.steps!r}; expected a number of steps from 1, or `layer`")
         if (self.max_kl is not None and self.max_kl <= 0) or self.tokens < 1:
@@ -103,7 +105,8 @@ class RemoveExperts:
         statistics = context.statistics(model, what) if "statistics" in needs else None
         inputs = capture(model, context.need_text(what), self.tokens, context.progress) if "inputs" in needs else {}
         return [
-            View(model, layer, context.seed, statistics.layer(layer.name) if statistics else None, inputs.get(layer.name)) for layer in layers
+            View(model, layer, context.seed, statistics.layer(layer.name) if statistics else None, inputs.get(layer.name))
+            for layer in layers
         ]
 
     def _shrunk(self, model: Model, keep: Mapping[str, Sequence[int]]) -> tuple[Model, dict[str, list[int]]]:
