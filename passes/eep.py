@@ -132,7 +132,9 @@ class Eep:
         groups = [list(layers[a:b]) for a, b in pairwise(ends)]
         for group in groups:
             if len({layer.count for layer in group}) > 1:
-                raise MoecError(f"{WHAT}: layers of one group have {[m.count for m in group]} experts; groups=0 gives each its own matrices")
+                raise MoecError(
+                    f"{WHAT}: layers of one group have {[m.count for m in group]} experts; groups=0 gives each its own matrices"
+                )
         return groups
 
     def _top_k(self, layer: MoeLayer, kept: int) -> int:
@@ -175,7 +177,9 @@ class Eep:
         self, model: Model, groups: Sequence[Sequence[MoeLayer]], sizes: Sequence[tuple[int, int]], name: str, context: Context
     ) -> Candidate:
         criterion, rows = get_criterion(name), []
-        looks = {v.layer.name: v for v in views(model, [m for g in groups for m in g], criterion.needs, context, f"{WHAT} with start={name}")}
+        looks = {
+            v.layer.name: v for v in views(model, [m for g in groups for m in g], criterion.needs, context, f"{WHAT} with start={name}")
+        }
         for group, (kept, count) in zip(groups, sizes, strict=True):
             if criterion.score is None:
                 rows.append(one_hot(criterion.keep(looks[group[0].name], kept), count))

@@ -70,7 +70,9 @@ class RemoveExperts:
             if value not in choices:
                 raise unknown(f"{WHAT} {kind}", str(value), choices)
         if self.budget == "global" and found.score is None:
-            raise MoecError(f"{WHAT}: budget=global ranks single experts, and {self.criterion} chooses them together; use per_layer or moe_i2")
+            raise MoecError(
+                f"{WHAT}: budget=global ranks single experts, and {self.criterion} chooses them together; use per_layer or moe_i2"
+            )
         if self.steps is not None and self.steps != "layer" and not (isinstance(self.steps, int) and self.steps >= 1):
             raise MoecError(f"{WHAT}: steps is {self.steps!r}; expected a number of steps from 1, or `layer`")
         if (self.max_kl is not None and self.max_kl <= 0) or self.tokens < 1:

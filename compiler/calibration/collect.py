@@ -37,7 +37,7 @@ def fingerprint(model: Model, text: Text) -> str:
     """What statistics are of: the graph, a sample of the weights, and the text."""
     digest = hashlib.sha256((model.digest() + text.fingerprint()).encode())
     for layer in moe_layers(model.graph):
-        digest.update(model.load(layer.down, 0).numpy().tobytes())
+        digest.update(model.load(layer.down, 0).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -58,7 +58,7 @@ class View:
     @property
     def generator(self) -> torch.Generator:
         """Random numbers of this layer's own."""
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + self.layer.index)
+        return torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + self.layer.index)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,9 @@ class Search:
     def _save(self, found: list[Candidate]) -> None:
         assert self.keep_in is not None
         tensors = {
-            f"{kind}.{group}": np.stack([getattr(c, kind)[group] for c in found]) for kind in ("merge", "route") for group in range(len(self.sizes))
+            f"{kind}.{group}": np.stack([getattr(c, kind)[group] for c in found])
+            for kind in ("merge", "route")
+            for group in range(len(self.sizes))
         }
         tensors["fitness"] = np.array([c.fitness for c in found])
         facts = {"identity": self.identity, "rng": self._rng.bit_generator.state}
