@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx
 
-from moec.compiler.backends.onnx import aten, aten_shape, semantic
+from moec.compiler.backends.onnx import aten, aten_shape, routing, semantic
 from moec.compiler.backends.onnx.attention import Cache, lower_attention
 from moec.compiler.backends.onnx.emit import ONNX_TYPES, Emitter
 from moec.compiler.backends.onnx.experts import lower_experts
@@ -32,7 +32,7 @@ RULES: dict[str, Callable[[Lowering, Node], str | Sequence[str]]] = {
     "layer_norm": semantic.lower_layer_norm,
     "rope": semantic.lower_rope,
     "attention": lower_attention,
-    "router": semantic.lower_router,
+    "router": routing.lower_router,
     "experts": lower_experts,
 }
 """How each op is lowered: a function that gives the ONNX name of the result, or of each result; "" if it was set already."""

@@ -1,15 +1,14 @@
-"""The remaining semantic ops in ONNX: embedding, norms, rotary position embedding, router."""
+"""The remaining semantic ops in ONNX: embedding, norms, rotary position embedding."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moec.compiler.backends.onnx.emit import CONTRIB
 from moec.compiler.backends.onnx.layout import IntLayout
-from moec.compiler.ir import Graph, Node, dim_symbols
+from moec.compiler.ir import Graph, Node
 
 if TYPE_CHECKING:
     from moec.compiler.backends.onnx.lower import Lowering
@@ -109,48 +108,3 @@ def _equal_halves(graph: Graph, name: str) -> bool:
     if number or node.op in [f"aten.{op}.default" for op in unary]:
         return _equal_halves(graph, node.inputs[0])
     return False
-
-
-def lower_router(low: Lowering, node: Node) -> Sequence[str]:
-    """The `router` op."""
-    e, a = low.e, node.attrs
-    logits = low.value(node.inputs[0])
-    score = a.get("score", "softmax")
-    scores = {"softmax": lambda: e.op("Softmax", logits, axis=-1), "sigmoid": lambda: e.op("Sigmoid", logits)}.get(score, lambda: logits)()
-    biased = len(node.inputs) > 1 and bool(node.inputs[1])
-    choice = e.op("Add", scores, low.value(node.inputs[1])) if biased else scores
-    if a.get("groups", 1) > 1:
-        choice = _best_groups(low, node, choice)
-    best, ids = e.multi("TopK", [choice, e.const([a["top_k"]])], 2, axis=-1, stem=node.name)
-    weights = best if choice == scores else e.op("GatherElements", scores, ids, axis=-1)
-    if score == "softmax_topk":
-        weights = e.op("Softmax", weights, axis=-1)
-    if a.get("normalize"):
-        weights = e.op("Div", weights, e.op("ReduceSum", weights, e.const([-1]), keepdims=1))
-    if (scale := a.get("scale", 1.0)) != 1.0:
-        weights = e.op("Mul", weights, low.number(float(scale), "f32"))
-    return weights, ids
-
-
-def _best_groups(low: Lowering, node: Node, choice: str) -> str:
-    """The choice with minus infinity for experts outside of the best groups."""
-    e, a = low.e, node.attrs
-    *lead, experts = low.shape(node.inputs[0])
-    assert isinstance(experts, int)
-    groups = a["groups"]
-    grouped = low.shapes.reshape(choice, (*lead, experts), (*lead, groups, experts // groups))
-    if a.get("group_score", "max") == "max":
-        merit = e.op("ReduceMax", grouped, e.const([-1]), keepdims=0)
-    else:
-        merit = e.op("ReduceSum", e.multi("TopK", [grouped, e.const([2])], 2, axis=-1)[0], e.const([-1]), keepdims=0)
-    _, best = e.multi("TopK", [merit, e.const([a["top_groups"]])], 2, axis=-1)
-    ones = e.op("Expand", low.number(1.0, "f32"), e.op("Shape", best))
-    chosen = e.op("ScatterElements", e.op("Mul", merit, low.number(0.0, "f32")), best, ones, axis=-1)
-    keep = e.op("Unsqueeze", e.op("Greater", chosen, low.number(0.5, "f32")), e.const([-1]))
-    kept = e.op("Where", keep, grouped, low.number(-np.inf, "f32"))
-    return low.shapes.reshape(kept, (*lead, groups, experts // groups), (*lead, experts))
-
-
-def token_axes(graph: Graph, name: str) -> bool:
-    """Whether a value has an axis of tokens."""
-    return any(dim_symbols(d) for d in graph.type_of(name).shape)
