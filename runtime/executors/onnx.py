@@ -49,7 +49,6 @@ class OnnxExecutor:
         self.vocab_size, self.context_length = artifact.manifest.vocab_size, artifact.manifest.context_length
         self.max_sequences = max_sequences
         session, layers = _session(artifact, threads), artifact.executor["cache"]
-        self._inputs = {i.name for i in session.get_inputs()}
         self._cache: Cache = (
             CopiedCache(session, layers)
             if artifact.executor["portable"]
@@ -91,10 +90,18 @@ class OnnxExecutor:
         self._check(steps)
         for handle, tokens in steps:
             self._cache.reserve(self._slots[handle], self._lengths[handle] + len(tokens))
+        if len(steps) == 1 and len(steps[0][1]) == 1:
+            return self._step(*steps[0])
         results: dict[int, NDArray[np.float32]] = {}
         for batch in self._batches(steps):
             results.update(zip(batch, self._run([steps[i] for i in batch], all_logits), strict=True))
         return np.concatenate([results[i] for i in range(len(steps))])
+
+    def _step(self, handle: int, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """One token of one sequence: logits [1, V]."""
+        logits = self._cache.step(self._slots[handle], self._lengths[handle], int(tokens[0]))
+        self._lengths[handle] += 1
+        return logits
 
     def _check(self, steps: Sequence[Step]) -> None:
         if len({handle for handle, _ in steps}) != len(steps):
@@ -129,7 +136,6 @@ class OnnxExecutor:
         rows = np.arange(0 if all_logits else count - 1, count, dtype=np.int32)
         feeds: dict[str, NDArray[Any]] = {"ids": ids, "positions": positions, "rows": rows}
         lengths = [self._lengths[h] + count for h in handles]
-        feeds = {name: array for name, array in feeds.items() if name in self._inputs}
         logits = self._cache.run([self._slots[h] for h in handles], lengths, feeds)
         for handle, length in zip(handles, lengths, strict=True):
             self._lengths[handle] = length
