@@ -216,6 +216,9 @@ def experts(
 ) -> Tensor:
     """Each token through its K experts, summed by weight: x [..., D], ids and weights [..., K] -> [..., D].
 
+    A slot whose id is outside of 0 to E - 1 is skipped: it adds nothing, and nothing of any weight is read for it. So a token can
+    have fewer experts than K, or none (its result is then zero). Passes that skip write E.
+
     Args:
         up: [E, 2F, D] with the gate rows before the up rows, or [E, F, D] when not gated.
         down: [E, D, F].
@@ -229,7 +232,7 @@ def experts(
         return torch.empty_like(x)
     flat, flat_ids, flat_weights = x.flatten(0, -2), ids.flatten(0, -2), weights.flatten(0, -2)
     result = torch.zeros_like(flat)
-    for expert in flat_ids.unique().tolist():
+    for expert in flat_ids[(flat_ids >= 0) & (flat_ids < up.shape[0])].unique().tolist():
         token, slot = torch.where(flat_ids == expert)
         h = F.linear(flat[token], up[expert], None if up_bias is None else up_bias[expert])
         h = expert_activation(h, activation=activation, gated=gated, limit=limit)

@@ -11,10 +11,7 @@ from numpy.typing import NDArray
 from tvm import tirx
 from tvm.target import Target, codegen
 
-from moec.targets.kernels.cpu import (
-    Isa,
-    LaneLayout,
-)
+from moec.targets.kernels.cpu import ExpertsLayout, Isa, LaneLayout
 
 INTEGER = [f"int{b}_{g}{a}" for b in (2, 3, 4, 8) for g in ("g32", "g64", "g128", "channel") for a in ("", "_asym")]
 FLOATS = ["f32", "f16", "bf16"]
@@ -72,6 +69,22 @@ def draw_weight(rng: np.random.Generator, layout: LaneLayout, *lead: int) -> tup
         return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64), layout.tile_values(bits)
     stored = values.astype(np.float16 if layout.format == "f16" else np.float32)
     return stored.astype(np.float64), layout.tile_values(stored)
+
+
+def draw_experts(rng: np.random.Generator, layout: ExpertsLayout) -> tuple[Array, Array, list[Array]]:
+    """Random gate_up [E, 2F or F, D] and down [E, D, F] as float64, and their arrays in the order of the kernels' arguments."""
+    rows = LaneLayout(layout.parts * layout.f, layout.d, layout.gate_up_format)
+    gate_up, plain = draw_weight(rng, rows, layout.experts)
+    if rows.integer:
+        codes, scale, zero = rows.untile(plain)
+        zeros = None if rows.integer.symmetric else layout.interleave(zero)
+        arrays = layout.gate_up.tile(layout.interleave(codes), layout.interleave(scale), zeros)
+    else:
+        arrays = layout.gate_up.tile_values(layout.interleave(rows.untile_values(plain)))
+    down, down_arrays = draw_weight(rng, layout.down, layout.experts)
+    stored = [*arrays.values(), *down_arrays.values()]
+    assert [(a.shape, str(a.dtype)) for a in stored] == list(layout.arrays().values())
+    return gate_up, down, stored
 
 
 def close(found: Array, expected: Array, layout: LaneLayout, steps: int = 1) -> None:

@@ -29,6 +29,7 @@ from tests.cpu_kernels import (
     call,
     close,
     compile_func,
+    draw_experts,
     draw_weight,
     target,
 )
@@ -75,17 +76,7 @@ def check_experts(
     """Compare with the reference; `tokens` are the numbers of tokens that one function is run with."""
     rng = np.random.default_rng()
     activation = activation or ExpertActivation()
-    rows = LaneLayout(layout.parts * layout.f, layout.d, layout.gate_up_format)
-    gate_up, plain = draw_weight(rng, rows, layout.experts)
-    if rows.integer:
-        codes, scale, zero = rows.untile(plain)
-        zeros = None if rows.integer.symmetric else layout.interleave(zero)
-        arrays = layout.gate_up.tile(layout.interleave(codes), layout.interleave(scale), zeros)
-    else:
-        arrays = layout.gate_up.tile_values(layout.interleave(rows.untile_values(plain)))
-    down, down_arrays = draw_weight(rng, layout.down, layout.experts)
-    stored = [*arrays.values(), *down_arrays.values()]
-    assert [(a.shape, str(a.dtype)) for a in stored] == list(layout.arrays().values())
+    gate_up, down, stored = draw_experts(rng, layout)
     biases = None
     if biased:
         biases = (rng.standard_normal(gate_up.shape[:2], np.float32), rng.standard_normal(down.shape[:2], np.float32))

@@ -1,6 +1,8 @@
 """experts: the routed experts of a MoE layer, x float32 [T, D] -> float32 [T, D].
 
 out[t] = sum over s of weights[t, s] * down[e] @ f(gate_up[e] @ x[t]),   e = ids[t, s]
+
+A slot whose id is outside of 0 to E - 1 is skipped: it adds nothing, costs nothing, and its weight is not read.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ def experts(
 
     Args:
         x: float32 [T, D].
-        ids: int32 or int64 [T, k], each from 0 to E - 1 (not checked).
+        ids: int32 or int64 [T, k]; slots with an id outside of 0 to E - 1 are skipped.
         routing_weights: float32 [T, k].
         weights: the arrays of `layout.arrays()` by name.
         biases: of gate_up and down, as `layout.biases` makes them.

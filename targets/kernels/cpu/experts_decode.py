@@ -1,4 +1,7 @@
-"""The experts of a single token: nothing but the weights of its top-k experts is read, one contiguous stream at a time."""
+"""The experts of a single token: nothing but the weights of its experts is read, one contiguous stream at a time.
+
+The slots that run are listed first, and all work is over that list: time falls with each slot that is skipped, on any number of threads.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cpu.activations import Activations
-from moec.targets.kernels.cpu.emit import Expr, splat, store, store_rows, vector, workspace
+from moec.targets.kernels.cpu.emit import Buffer, Expr, splat, store, store_rows, vector, when, workspace
 from moec.targets.kernels.cpu.experts_layout import ExpertsOperands
 from moec.targets.kernels.cpu.isa import Isa
 from moec.targets.kernels.cpu.layout import LANES, ceil_div
@@ -19,25 +22,45 @@ RUN = 4  # tiles of down that a thread takes of an expert at a time: longer stre
 def emit_decode(op: ExpertsOperands, activation: ExpertActivation, isa: Isa) -> None:
     """Emit the body for T = 1."""
     layout = op.layout
+    slots = _Slots(op)
     hidden = workspace((op.top_k, layout.f_tiles * LANES), "float32")
     gate_up_input = Activations(layout.gate_up, isa, 1)
     gate_up_input.fill(op.x, parallel=False)
-    with over_tiles(1, op.top_k * layout.gate_up.nbytes(), op.top_k * layout.f_tiles) as task:
-        slot, tile = T.Bind(task // layout.f_tiles), T.Bind(task % layout.f_tiles)
-        _hidden_tile(op, activation, isa, gate_up_input, hidden, slot, tile)
+    with over_tiles(1, op.top_k * layout.gate_up.nbytes(), slots.count * layout.f_tiles) as task:
+        position, tile = T.Bind(task // layout.f_tiles), T.Bind(task % layout.f_tiles)
+        _hidden_tile(op, activation, isa, gate_up_input, hidden, slots, position, tile)
     down_input = Activations(layout.down, isa, op.top_k)
-    down_input.fill(hidden, parallel=False)
-    _down(op, isa, down_input)
+    down_input.fill(hidden, rows=slots.count, parallel=False)
+    _down(op, isa, down_input, slots)
 
 
-def _expert(op: ExpertsOperands, slot: Expr) -> Expr:
-    return T.Bind(T.cast(op.ids[0, slot], "int64"))
+class _Slots:
+    """The `count` slots that run, in order: entry i of `slots` is the i-th of them."""
+
+    def __init__(self, op: ExpertsOperands) -> None:
+        self._op = op
+        self._slots, found = workspace((op.top_k,), "int64"), workspace((1,), "int64")
+        store(found, T.int64(0), 0)
+        with T.serial(op.top_k) as slot, when(op.runs(0, slot)):
+            store(self._slots, T.cast(slot, "int64"), found[0])
+            store(found, found[0] + 1, 0)
+        self.count: Expr = T.Bind(found[0])
+
+    def expert(self, position: Expr) -> Expr:
+        """The expert of the slot at a position."""
+        return T.Bind(T.cast(self._op.ids[0, self._slots[position]], "int64"))
+
+    def weight(self, position: Expr) -> Expr:
+        """The routing weight of the slot at a position."""
+        return T.Bind(self._op.weights[0, self._slots[position]])
 
 
-def _hidden_tile(op: ExpertsOperands, activation: ExpertActivation, isa: Isa, x: Activations, hidden: Expr, slot: Expr, tile: Expr) -> None:
+def _hidden_tile(
+    op: ExpertsOperands, activation: ExpertActivation, isa: Isa, x: Activations, hidden: Buffer, slots: _Slots, position: Expr, tile: Expr
+) -> None:
     """16 hidden values of one expert: the gate tile, then the up tile, then the activation function."""
     layout, lanes = op.layout, isa.lanes
-    expert = _expert(op, slot)
+    expert = slots.expert(position)
     kernel = RegisterTile(layout.gate_up, isa, op.gate_up, x)
     indices = [T.Bind(tile * layout.parts + part) for part in range(layout.parts)]
     values: dict[tuple[int, int], Expr] = {}
@@ -51,10 +74,10 @@ def _hidden_tile(op: ExpertsOperands, activation: ExpertActivation, isa: Isa, x:
     for lane in range(0, LANES, lanes):
         parts = [values[part, lane] for part in range(layout.parts)]
         result = activation.gated(parts[0], parts[1], lanes) if layout.gated else activation.plain(parts[0], lanes)
-        store(hidden, result, slot, tile * LANES + lane, lanes=lanes)
+        store(hidden, result, position, tile * LANES + lane, lanes=lanes)
 
 
-def _down(op: ExpertsOperands, isa: Isa, hidden: Activations) -> None:
+def _down(op: ExpertsOperands, isa: Isa, hidden: Activations, slots: _Slots) -> None:
     """out = the weighted sum over the experts of down @ hidden, a run of tiles at a time."""
     layout, lanes = op.layout, isa.lanes
     kernel = RegisterTile(layout.down, isa, op.down, hidden)
@@ -64,9 +87,8 @@ def _down(op: ExpertsOperands, isa: Isa, hidden: Activations) -> None:
         first, count = T.Bind(run * RUN), T.Bind(T.min(RUN, tiles - run * RUN))
         with T.serial(count * (LANES // lanes)) as i:
             store(sums, splat(0.0, "float32", lanes), first * LANES + i * lanes, lanes=lanes)
-        with T.serial(op.top_k) as slot:
-            expert = _expert(op, slot)
-            weight = T.Bind(op.weights[0, slot])
+        with T.serial(slots.count) as position:
+            expert, weight = slots.expert(position), slots.weight(position)
             with T.serial(count) as i:
                 tile = T.Bind(first + i)
 
@@ -77,7 +99,7 @@ def _down(op: ExpertsOperands, isa: Isa, hidden: Activations) -> None:
                     total = vector(sums, row, lanes=lanes) + value * splat(weight, "float32", lanes)
                     store(sums, total, row, lanes=lanes)
 
-                kernel.emit([(expert, tile)], [slot], add)
+                kernel.emit([(expert, tile)], [position], add)
         with T.serial(count * (LANES // lanes)) as i:
             row = T.Bind(first * LANES + i * lanes)
             store_rows(op.out, vector(sums, row, lanes=lanes), 0, row, rows=layout.d, lanes=lanes)

@@ -102,3 +102,8 @@ class ExpertsOperands:
             self.gate_up_bias = argument("gate_up_bias", (layout.experts, layout.gate_up.n), "float32")
             self.down_bias = argument("down_bias", (layout.experts, layout.down.tiles * LANES), "float32")
         self.out = argument("out", (self.tokens, layout.d), "float32")
+
+    def runs(self, token: Expr, slot: Expr) -> Expr:
+        """Whether a slot has an expert: it is skipped where its id is outside of 0 to E - 1."""
+        expert = T.cast(self.ids[token, slot], "int64")  # int32 would take 2^32 for 0
+        return T.And(expert >= T.int64(0), expert < T.int64(self.layout.experts))

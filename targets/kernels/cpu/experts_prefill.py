@@ -1,7 +1,8 @@
 """The experts of many tokens: each block of tokens is sorted by expert, so that weights are unpacked once for all of an expert's tokens.
 
 Loops over tiles of rows are outside those over experts: every thread owns rows of all experts, and skewed routing leaves the
-threads balanced. An assignment is a pair (token, slot), numbered token * k + slot; its position is its place in the sorted order.
+threads balanced. An assignment is a pair (token, slot), numbered token * k + slot; its position is its place in the sorted order,
+where skipped slots have none.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cpu.activations import Activations
-from moec.targets.kernels.cpu.emit import Buffer, Expr, splat, store, store_rows, vector, when, workspace
+from moec.targets.kernels.cpu.emit import Buffer, Expr, Register, splat, store, store_rows, vector, when, workspace
 from moec.targets.kernels.cpu.experts_layout import ExpertsOperands
 from moec.targets.kernels.cpu.isa import Isa
 from moec.targets.kernels.cpu.layout import LANES, ceil_div
@@ -33,10 +34,10 @@ def emit_prefill(op: ExpertsOperands, activation: ExpertActivation, isa: Isa) ->
     with T.serial(ceil_div(op.tokens, BLOCK_TOKENS)) as i:
         first = T.Bind(i * BLOCK_TOKENS)
         tokens = T.Bind(T.min(op.tokens - first, BLOCK_TOKENS))
-        sorting.fill(op.ids, first, tokens, k)
+        sorting.fill(op, first, tokens)
         gate_up_input.fill(op.x, first=first, rows=tokens)
         _hidden(op, activation, isa, sorting, gate_up_input, hidden)
-        down_input.fill(hidden, rows=tokens * k)
+        down_input.fill(hidden, rows=sorting.count())
         _down(op, isa, sorting, down_input, output)
         _combine(op, isa, first, tokens, output)
 
@@ -50,21 +51,26 @@ class _Sorting:
         self.next = workspace((experts,), "int32")
         self.order = workspace((assignments,), "int32")
 
-    def fill(self, ids: Buffer, first: Expr, tokens: Expr, k: int) -> None:
-        """A counting sort of ids[first : first + tokens]."""
+    def fill(self, op: ExpertsOperands, first: Expr, tokens: Expr) -> None:
+        """A counting sort of ids[first : first + tokens]; skipped slots are left out."""
+        k = op.top_k
         with T.serial(self.experts + 1) as e:
             store(self.start, T.int32(0), e)
-        with T.serial(tokens) as t, T.serial(k) as slot:
-            e = T.Bind(T.cast(ids[first + t, slot], "int32"))
+        with T.serial(tokens) as t, T.serial(k) as slot, when(op.runs(first + t, slot)):
+            e = T.Bind(T.cast(op.ids[first + t, slot], "int32"))
             store(self.start, self.start[e + 1] + 1, e + 1)
         with T.serial(self.experts) as e:
             store(self.next, self.start[e], e)
             store(self.start, self.start[e + 1] + self.start[e], e + 1)
-        with T.serial(tokens) as t, T.serial(k) as slot:
-            e = T.Bind(T.cast(ids[first + t, slot], "int32"))
+        with T.serial(tokens) as t, T.serial(k) as slot, when(op.runs(first + t, slot)):
+            e = T.Bind(T.cast(op.ids[first + t, slot], "int32"))
             position = T.Bind(self.next[e])
             store(self.order, T.cast(t * k + slot, "int32"), position)
             store(self.next, position + 1, e)
+
+    def count(self) -> Expr:
+        """Assignments of the block."""
+        return T.Bind(self.start[self.experts])
 
     def over_experts(self, pieces: int, body: Callable[[Expr, Expr, Expr, Expr], None]) -> None:
         """Run body(piece, expert, first position, assignments) in parallel, `piece` outermost, for experts that have any."""
@@ -136,9 +142,10 @@ def _combine(op: ExpertsOperands, isa: Isa, first: Expr, tokens: Expr, output: B
     """out[token] = the sum of its assignments' outputs, weighted."""
     layout, lanes, k = op.layout, isa.lanes, op.top_k
     with T.parallel(tokens) as t, T.serial(layout.down.tiles * (LANES // lanes)) as i:
-        row = T.Bind(i * lanes)
-        total = splat(0.0, "float32", lanes)
+        row, total = T.Bind(i * lanes), Register("float32", lanes)
+        total.clear()
         for slot in range(k):
-            weight = splat(op.weights[first + t, slot], "float32", lanes)
-            total = total + weight * vector(output, t * k + slot, row, lanes=lanes)
-        store_rows(op.out, total, first + t, row, rows=layout.d, lanes=lanes)
+            with when(op.runs(first + t, slot)):
+                weight = splat(op.weights[first + t, slot], "float32", lanes)
+                total.set(total.get() + weight * vector(output, t * k + slot, row, lanes=lanes))
+        store_rows(op.out, total.get(), first + t, row, rows=layout.d, lanes=lanes)
