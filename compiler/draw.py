@@ -16,7 +16,7 @@ from moec.compiler.text import print_node
 
 _COLOURS = {
     "embedding": "#c9e4de", "linear": "#c6def1", "experts": "#f7d9c4", "router": "#faedcb", "attention": "#dbcdf0",
-    "rms_norm": "#e8e8e4", "layer_norm": "#e8e8e4", "rope": "#f2c6de",
+    "rms_norm": "#e8e8e4", "layer_norm": "#e8e8e4", "rope": "#f2c6de", "skip": "#faedcb",
 }  # fmt: skip
 _WIDTH, _HEIGHT, _GAP_X, _GAP_Y = 210, 34, 18, 26
 

@@ -11,6 +11,7 @@ HK key/value heads, d head size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -173,6 +174,58 @@ _SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax_topk": lambda logits: logits,
 }
 
+
+def skip(
+    weights: Tensor,
+    ids: Tensor,
+    counts: Tensor | None = None,
+    *,
+    experts: int,
+    ratio: float = 0.0,
+    top_p: float = 1.0,
+    normalize: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Fewer experts for tokens that need fewer: weights and ids (int64) [..., K], best first -> weights, ids [..., K].
+
+    A slot that is skipped gets the id `experts` and the weight 0. The first slot never is; another one is if any rule says so. Rules
+    compare the weights as they come, and NaN skips nothing.
+
+    Args:
+        counts: int64 [..., 1]: skip all slots but the first `counts` (one is kept in any case).
+        experts: E; an id from here on means to `experts` that a slot is skipped.
+        ratio: skip slots whose weight is less than this share of the first one's: the rule of https://arxiv.org/abs/2402.14800 and
+            of ODP in https://arxiv.org/abs/2410.06270, which are for K = 2, with any K. 0 switches it off.
+        top_p: skip slots before which the weights already add up to this share of their sum over all K
+            (https://arxiv.org/abs/2403.07652). 1 switches it off.
+        normalize: scale the weights that are left, so that their sum is that of all K.
+    """
+    if weights.shape != ids.shape or (counts is not None and counts.shape != (*ids.shape[:-1], 1)):
+        raise ValueError(f"skip: weights {list(weights.shape)}, ids {list(ids.shape)} and counts (K = 1) do not fit each other")
+    if not (0 <= ratio <= 1 and 0 < top_p <= 1):
+        raise ValueError(f"skip: expected a ratio from 0 to 1 and a top_p above 0 and up to 1, got {ratio} and {top_p}")
+    sums = _running_sums(weights)
+    before, total = sums[..., :-1], sums[..., -1:]
+    skipped = torch.zeros_like(ids, dtype=torch.bool)
+    if ratio > 0:
+        skipped |= weights < ratio * weights[..., :1]
+    if top_p < 1:
+        skipped |= before >= top_p * total
+    at = torch.arange(ids.shape[-1], device=ids.device)
+    if counts is not None:
+        skipped |= at >= counts
+    skipped &= at > 0
+    kept = weights.masked_fill(skipped, 0)
+    if normalize:
+        left = _running_sums(kept)[..., -1:]
+        kept = kept * torch.where(left == total, torch.ones_like(left), total / left)
+    return kept, ids.masked_fill(skipped, experts)
+
+
+def _running_sums(x: Tensor) -> Tensor:
+    """The sums of the first 0, 1, ... K values [..., K + 1], added in order in the precision of x (`cumsum` may take a wider one)."""
+    return torch.stack(list(accumulate(x.unbind(-1), torch.add, initial=torch.zeros_like(x[..., 0]))), -1)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -217,7 +270,7 @@ def experts(
     """Each token through its K experts, summed by weight: x [..., D], ids and weights [..., K] -> [..., D].
 
     A slot whose id is outside of 0 to E - 1 is skipped: it adds nothing, and nothing of any weight is read for it. So a token can
-    have fewer experts than K, or none (its result is then zero). Passes that skip write E.
+    have fewer experts than K, or none (its result is then zero). See `skip`.
 
     Args:
         up: [E, 2F, D] with the gate rows before the up rows, or [E, F, D] when not gated.
@@ -242,6 +295,6 @@ def experts(
 
 
 OPS: dict[str, Callable[..., Any]] = {
-    op.__name__: op for op in (embedding, linear, rms_norm, layer_norm, rope, attention, linear_attention, router, experts)
+    op.__name__: op for op in (embedding, linear, rms_norm, layer_norm, rope, attention, linear_attention, router, skip, experts)
 }
 """The semantic ops by name."""

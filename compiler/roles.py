@@ -38,12 +38,12 @@ def parameter_roles(graph: Graph) -> dict[str, Role]:
 
 
 def _routes(graph: Graph, node: Node) -> bool:
-    """Whether the ids of an experts node depend on this linear's result without passing through another projection."""
+    """Whether which experts run depends on this linear's result without passing through another projection."""
     frontier, seen = [node], set[str]()
     while frontier:
         for output in frontier.pop().outputs:
             for user in graph.users.get(output.name, ()):
-                if user.op == "router" or (user.op == "experts" and user.inputs[1] == output.name):
+                if user.op in ("router", "skip") or (user.op == "experts" and user.inputs[1] == output.name):
                     return True
                 if user.op.startswith("aten.") and user.name not in seen and "matmul" not in user.op and "mm" not in user.op:
                     seen.add(user.name)

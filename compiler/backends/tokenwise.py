@@ -22,7 +22,7 @@ from moec.compiler.interpreter import concrete, evaluate
 from moec.compiler.ir import Graph, Node, TensorType, dim_symbols
 from moec.compiler.text import print_node
 
-ROW_WISE = frozenset({"embedding", "linear", "rms_norm", "layer_norm", "rope", "router", "experts"})
+ROW_WISE = frozenset({"embedding", "linear", "rms_norm", "layer_norm", "rope", "router", "skip", "experts"})
 """Semantic ops that treat each token by itself, by definition."""
 
 _LENGTHS = (3, 4)

@@ -21,6 +21,7 @@ from moec.targets.kernels.cpu.linear import linear_func
 from moec.targets.kernels.cpu.norm import NormSpec, norm_func
 from moec.targets.kernels.cpu.rope import rope_func
 from moec.targets.kernels.cpu.router import RouterSpec, router_func, topk_func
+from moec.targets.kernels.cpu.skip import SkipSpec, skip_func
 
 if TYPE_CHECKING:
     from moec.compiler.backends.tvm.lower import FunctionLowering
@@ -173,6 +174,16 @@ def _router(low: FunctionLowering, node: Node) -> None:
         low.set_flat(output.name, value)
 
 
+def _skip(low: FunctionLowering, node: Node) -> None:
+    args = [low.flat(name) for name in node.inputs if name]
+    top_k, tokens = int(low.graph.type_of(node.inputs[0]).shape[-1]), _static(args[0])
+    spec = SkipSpec(top_k, counts=len(args) > 2, **node.attrs)
+    kernel = low.kernel("skip", (spec, tokens), lambda: skip_func(spec, tokens))
+    shape = [_count(args[0]), top_k]
+    for output, value in zip(node.outputs, _call(low, kernel, args, (shape, "float32"), (shape, "int64")), strict=True):
+        low.set_flat(output.name, value)
+
+
 def _topk(low: FunctionLowering, node: Node) -> None:
     x, k = low.matrix(node.inputs[0]), int(node.attrs["k"])
     kind = low.graph.type_of(node.inputs[0])
@@ -217,6 +228,7 @@ SEMANTIC: dict[str, Callable[[FunctionLowering, Node], None]] = {
     "rope": _rope,
     "attention": _attention,
     "router": _router,
+    "skip": _skip,
     "experts": _experts,
     "aten.topk": _topk,
 }
