@@ -129,7 +129,8 @@ class SharedCache:
         feeds["ids"][0, 0], feeds["positions"][0, 0] = token, length
         feeds["seqlens_k"][0], feeds["total_sequence_length"][()] = length, length + 1
         self.session.run_with_iobinding(step.binding)
-        return step.logits[0].copy()
+        logits: NDArray[np.float32] = step.logits[0].copy()
+        return logits
 
     def run(self, slots: Sequence[int], lengths: Sequence[int], feeds: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
         binding = self._binding(slots[0], len(slots))
@@ -169,8 +170,9 @@ class CopiedCache:
         self.arrays[slot] = {name: array[:, :, :length] for name, array in self.arrays[slot].items()}
 
     def step(self, slot: int, length: int, token: int) -> NDArray[np.float32]:
-        feeds = {"ids": np.array([[token]], np.int64), "positions": np.array([[length]], np.int64), "rows": _ONE_ROW}
-        return self.run([slot], [length + 1], feeds)[0]
+        feeds: dict[str, NDArray[Any]] = {"ids": np.array([[token]]), "positions": np.array([[length]]), "rows": _ONE_ROW}
+        logits: NDArray[np.float32] = self.run([slot], [length + 1], feeds)[0]
+        return logits
 
     def run(self, slots: Sequence[int], lengths: Sequence[int], feeds: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
         (slot,) = slots

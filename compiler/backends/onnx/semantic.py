@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moec.compiler.backends.onnx.emit import CONTRIB
+from moec.compiler.backends.onnx.fusion import equal_halves
 from moec.compiler.backends.onnx.layout import IntLayout
 from moec.compiler.ir import Graph, Node
 
@@ -46,8 +47,10 @@ def _norm_weight(low: Lowering, node: Node) -> str:
     if len(node.inputs) < 2 or not node.inputs[1]:
         return low.e.const(np.ones(size, np.float32))
     weight = low.value(node.inputs[1])
-    offset = float(node.attrs.get("offset", 0.0))
-    return low.e.op("Add", weight, low.number(offset, "f32")) if offset else weight
+    if offset := float(node.attrs.get("offset", 0.0)):
+        weight = low.e.op("Add", weight, low.number(offset, "f32"))
+    factor = low.fusion.factors.get(node.name)
+    return weight if factor is None else low.e.op("Mul", weight, low.number(factor, "f32"))
 
 
 def fused_addition(low: Lowering, node: Node) -> bool:
@@ -80,12 +83,18 @@ def lower_layer_norm(low: Lowering, node: Node) -> str:
 
 
 def lower_rope(low: Lowering, node: Node) -> str:
-    """The `rope` op: RotaryEmbedding where both halves of a token's angles are known to be equal, else elementwise."""
+    """The `rope` op: RotaryEmbedding where both halves of a token's angles are known to be equal, else elementwise.
+
+    Nothing where attention does it (see `fusion`).
+    """
+    if node.name in low.fusion.turned:
+        low.set_flat(node.name, low.flat(node.inputs[0]))
+        return ""
     e, (x, cos, sin) = low.e, node.inputs
     heads, size = low.shape(x)[2:]
     assert isinstance(heads, int)
     assert isinstance(size, int)
-    if _equal_halves(low.graph, cos) and _equal_halves(low.graph, sin) and low.shape(cos) == (*low.shape(x)[:2], size):
+    if equal_halves(low.graph, cos) and equal_halves(low.graph, sin) and low.shape(cos) == (*low.shape(x)[:2], size):
         half = [e.op("Slice", low.value(c), e.const([0]), e.const([size // 2]), e.const([2])) for c in (cos, sin)]
         low.set_flat(node.name, e.op("RotaryEmbedding", low.flat(x), *half, num_heads=heads))
         return ""
@@ -93,18 +102,3 @@ def lower_rope(low: Lowering, node: Node) -> str:
     turned = e.op("Concat", e.op("Neg", upper), lower, axis=3)
     wide = [e.op("Unsqueeze", low.value(c), e.const([2])) for c in (cos, sin)]
     return e.op("Add", e.op("Mul", low.value(x), wide[0]), e.op("Mul", turned, wide[1]))
-
-
-def _equal_halves(graph: Graph, name: str) -> bool:
-    """Whether a value [B, T, d] repeats its first d/2 numbers, as far as its ops show."""
-    node = graph.producers.get(name)
-    if node is None:
-        return False
-    rank = len(node.outputs[0].type.shape)
-    if node.op == "aten.cat.default":
-        return len(node.inputs) == 2 and node.inputs[0] == node.inputs[1] and node.attrs["dim"] in (-1, rank - 1)
-    unary = ("cos", "sin", "neg", "_to_copy")
-    number = node.op in ("aten.mul.Tensor", "aten.div.Tensor") and "other" in node.attrs
-    if number or node.op in [f"aten.{op}.default" for op in unary]:
-        return _equal_halves(graph, node.inputs[0])
-    return False
