@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds a family")
     parser.add_argument("--readme", type=Path, help="write the table into this page")
     args = parser.parse_args()
-    from moec.compiler.frontend.families_table import families  # transformers takes seconds: not for --help
+    from moec.compiler.frontend.tiny_models import families  # transformers takes seconds: not for --help
 
     backends, discovered = [b for b in args.backends.split(",") if b], list(families())
     if args.readme:

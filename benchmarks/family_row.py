@@ -18,8 +18,9 @@ import torch
 from moec import runtime
 from moec.compiler.backends.tokenwise import ROW_WISE, is_tokenwise
 from moec.compiler.errors import MoecError
-from moec.compiler.frontend.families_table import check_family, tiny_model
+from moec.compiler.frontend.families_table import check_family
 from moec.compiler.frontend.model import graph_of
+from moec.compiler.frontend.tiny_models import tiny_model
 from moec.compiler.interpreter import Interpreter
 from moec.compiler.ir import Graph
 from moec.compiler.pipeline import compile_model

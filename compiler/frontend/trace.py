@@ -156,7 +156,10 @@ def _registered() -> Iterator[None]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register("moec", _experts)
-    before = [(ALL_ATTENTION_FUNCTIONS, ALL_ATTENTION_FUNCTIONS["sdpa"]), (ALL_MASK_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])]
+    before = [
+        (ALL_ATTENTION_FUNCTIONS, ALL_ATTENTION_FUNCTIONS["sdpa"]),
+        (ALL_MASK_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]),
+    ]
     ALL_ATTENTION_FUNCTIONS.register("sdpa", _attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register("sdpa", mask_interface)
     try:
@@ -218,10 +221,12 @@ def export(module: torch.nn.Module, examples: tuple[Tensor, ...], shapes: Any) -
     except torch._dynamo.exc.UserError as error:
         if "Constraints violated" not in str(error):
             raise
-        # some conditions are true of all sizes, but torch cannot see it: let it assume them, and try them here
-        program = torch.export.export(
-            module, examples, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
-        )
+        # some conditions are true of all sizes, but torch cannot see it: let it assume them, and try them here; others only
+        # ask whether a size is 1 or 0, which changes no value
+        with torch.fx.experimental._config.patch(backed_size_oblivious=True):
+            program = torch.export.export(
+                module, examples, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
+            )
         _check_assumptions(program)
     decomposed: torch.export.ExportedProgram = program.run_decompositions({})
     return decomposed

@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 
 from moec.compiler.core_aten import CORE_ATEN
-from moec.compiler.frontend.families_table import check_family, families, tiny_model
+from moec.compiler.frontend.families_table import check_family
+from moec.compiler.frontend.tiny_models import families, tiny_model
 from moec.compiler.ops import OPS
 from moec.runtime.errors import MoecError
 
