@@ -44,7 +44,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"(linear_num_value_heads|linear_num_key_heads|mamba_n_heads|mamba_num_heads|lin_num_heads)", 4),
     (r"(linear_key_head_dim|linear_value_head_dim|mamba_d_head|mamba_head_dim|mamba_d_state|ssm_state_size)", 16),
     (r"(index_head_dim|indexer_head_dim)", 16), (r"(index_n_heads|index_num_heads|indexer_n_heads)", 2), (r"indexer_kv_heads", 1),
-    (r"(index_topk|indexer_budget)", 8), (r"index_block_size", 4), (r"(index_topk_blocks|indexer_compress_ratio)", 2),
+    (r"block_size", 8), (r"(index_topk|indexer_budget)", 8), (r"index_block_size", 4), (r"(index_topk_blocks|indexer_compress_ratio)", 2),
     (r"(bos_token_id|eos_token_id|pad_token_id)", 0),
     (r"floor_scale", 8),
 )  # fmt: skip
@@ -167,7 +167,7 @@ def randomise(model: Any, seed: int = 0) -> None:
     saved = set(model.state_dict())
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in saved)):
-            if not tensor.is_floating_point():
+            if not tensor.is_floating_point() or re.search(r"slope|decay", name):  # computed from the configuration, not learned
                 continue
             noise = torch.randn(tensor.shape, generator=generator)
             if tensor.dim() >= 2:

@@ -223,7 +223,7 @@ def export(module: torch.nn.Module, examples: tuple[Tensor, ...], shapes: Any) -
             raise
         # some conditions are true of all sizes, but torch cannot see it: let it assume them, and try them here; others only
         # ask whether a size is 1 or 0, which changes no value
-        with torch.fx.experimental._config.patch(backed_size_oblivious=True):
+        with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # torch adds it while running
             program = torch.export.export(
                 module, examples, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
             )
