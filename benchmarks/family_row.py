@@ -19,12 +19,11 @@ from moec import runtime
 from moec.compiler.backends.tokenwise import ROW_WISE, is_tokenwise
 from moec.compiler.errors import MoecError
 from moec.compiler.frontend.families_table import check_family
-from moec.compiler.frontend.model import graph_of
-from moec.compiler.frontend.tiny_models import tiny_model
 from moec.compiler.interpreter import Interpreter
 from moec.compiler.ir import Graph
 from moec.compiler.pipeline import compile_model
 from moec.compiler.progress import Progress
+from moec.compiler.weights import WeightSource
 
 PROMPT = 12
 """Tokens of the prompt: more than the windows and chunks of 8 tokens that tiny configurations have."""
@@ -35,7 +34,7 @@ TIE = 1e-4
 _STATES = {"linear_attention": "linear attention", "aten.conv1d.default": "a short convolution"}
 
 
-def greedy(graph: Graph, weights: Any, prompt: list[int], new_tokens: int) -> tuple[list[int], list[float]]:
+def greedy(graph: Graph, weights: WeightSource, prompt: list[int], new_tokens: int) -> tuple[list[int], list[float]]:
     """The interpreter's greedy tokens, and the margin of each."""
     interpreter, ids, margins = Interpreter(graph, weights), list(prompt), []
     for _ in range(new_tokens):
@@ -53,12 +52,14 @@ def state_of(graph: Graph) -> str:
     return " and ".join(known) or ", ".join(op.split(".")[1] for op in list(ops)[:3])
 
 
-def backend_result(name: str, model: Any, backend: str, wanted: list[int], margins: list[float], prompt: list[int]) -> str:
+def backend_result(
+    name: str, traced: tuple[Graph, WeightSource], backend: str, wanted: list[int], margins: list[float], prompt: list[int]
+) -> str:
     """`yes`, or why not."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             out = Path(folder) / f"{name}.moec"
-            compile_model(model, out, backend=backend, recipe="f32", progress=Progress(quiet=True))
+            compile_model(traced, out, backend=backend, recipe="f32", progress=Progress(quiet=True))
             session = runtime.load(out)
             found = [t.id for t in session.generate(prompt, max_new_tokens=len(wanted), ignore_eos=True)]
         except MoecError as error:
@@ -79,18 +80,17 @@ def fill(record: dict[str, Any], out: Path, backends: list[str], new_tokens: int
         out.write_text(json.dumps(record))
 
     step("interpreter")
-    row = check_family(record["family"])
+    checked = check_family(record["family"])
+    row, graph, weights = checked.row, checked.graph, checked.weights
     record |= {"traced": row.traced, "ok": row.ok, "note": row.reason, "error": row.error if row.error == row.error else None}
-    if row.ok:
-        _, model = tiny_model(record["family"])
-        graph, weights = graph_of(model)
-        record["state"] = state_of(graph)
-        vocabulary = model.config.get_text_config().vocab_size
+    if row.ok and graph is not None and weights is not None:
+        record["state"], record["experts"] = state_of(graph), row.ops.get("experts", 0)
+        vocabulary = checked.model.config.get_text_config().vocab_size
         prompt = torch.randint(1, vocabulary, (PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()
         wanted, margins = greedy(graph, weights, prompt, new_tokens)
         for backend in backends:
             step(backend)
-            record[backend] = backend_result(record["family"], model, backend, wanted, margins, prompt)
+            record[backend] = backend_result(record["family"], (graph, weights), backend, wanted, margins, prompt)
     step("")
 
 

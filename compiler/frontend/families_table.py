@@ -19,7 +19,9 @@ from moec.compiler.core_aten import unknown_ops
 from moec.compiler.frontend.model import graph_of
 from moec.compiler.frontend.tiny_models import families, tiny_model
 from moec.compiler.interpreter import Interpreter
+from moec.compiler.ir import Graph
 from moec.compiler.ops import OPS
+from moec.compiler.weights import WeightSource
 
 TOLERANCE = 1e-4
 SHAPES = ((1, 1), (2, 13), (1, 40))
@@ -61,27 +63,39 @@ def difference(model: Any, graph: Any, weights: Any) -> float:
     return worst
 
 
-def check_family(name: str) -> Row:
+@dataclass
+class Checked:
+    """A family that was tried, with its tiny model and the model's graph, where there are such."""
+
+    row: Row
+    model: Any = None
+    graph: Graph | None = None
+    weights: WeightSource | None = None
+
+
+def check_family(name: str) -> Checked:
     """Try one family."""
     row, started = Row(name), time.perf_counter()
+    checked = Checked(row)
     try:
-        _, model = tiny_model(name)
-        graph, weights = graph_of(model)
+        _, checked.model = tiny_model(name)
+        graph, weights = graph_of(checked.model)
+        checked.graph, checked.weights = graph, weights
         row.traced = row.verified = True
         row.ops = dict(Counter(n.op for n in graph.nodes if n.op in OPS))
         left = list(unknown_ops(graph))
         row.raised = row.ops.get("experts", 0) > 0 and row.ops.get("router", 0) == row.ops.get("experts", 0)
-        row.error = difference(model, graph, weights)
+        row.error = difference(checked.model, graph, weights)
         row.reason = f"not core: {', '.join(left)}" if left else ""
     except Exception as error:  # noqa: BLE001  # whatever went wrong is what the table reports
         message = str(error).strip().splitlines()
         row.traced = row.traced or type(error).__name__ == "VerifyError"
         row.reason = f"{type(error).__name__}: {message[0] if message else ''}"[:220]
     row.seconds = time.perf_counter() - started
-    return row
+    return checked
 
 
 def check_families(names: list[str] | None = None) -> Iterator[Row]:
     """Try the named families, or all of them."""
     for name in names or families():
-        yield check_family(name)
+        yield check_family(name).row

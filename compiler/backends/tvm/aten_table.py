@@ -13,6 +13,7 @@ from tvm import relax
 
 from moec.compiler.backends.tvm.aten_elementwise import ELEMENTWISE, Args, Expr, Result, cast, result_dtype
 from moec.compiler.backends.tvm.relax_types import shape_of
+from moec.compiler.errors import MoecError
 
 
 def _axis(axis: int, rank: int) -> int:
@@ -134,6 +135,12 @@ def _index_select(a: Args) -> Expr:
     return relax.op.take(a["self"], a["index"], axis=_axis(a["dim"], len(shape_of(a["self"]))), mode="clip")
 
 
+def _index(a: Args) -> Expr:
+    if len(a["indices"]) != 1:
+        raise MoecError(f"the tvm backend has no lowering for aten.index.Tensor with {len(a['indices'])} index tensors")
+    return relax.op.take(a["self"], a["indices"][0], axis=0, mode="clip")
+
+
 def _matmul(first: str, second: str) -> Callable[[Args], Expr]:
     def lower(a: Args) -> Expr:
         product = relax.op.matmul(a[first], a[second])
@@ -180,6 +187,7 @@ OTHERS: dict[str, Callable[[Args], Result]] = {
     "scatter": _scatter,
     "scatter_add": _scatter_add,
     "index_select": _index_select,
+    "index": _index,
     "embedding": lambda a: relax.op.take(a["weight"], a["indices"], axis=0, mode="clip"),
     "_softmax": _softmax,
     "softmax": _softmax,

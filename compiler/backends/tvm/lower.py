@@ -221,7 +221,7 @@ class FunctionLowering:
         queue, bound = list(node.inputs), dict[str, Any]()
         for argument in overload(node.op)._schema.arguments:  # noqa: SLF001  # torch has no public way to a schema
             kind = str(argument.type)
-            if argument.name in node.attrs and "Tensor[]" not in kind and "List[Tensor]" not in kind:
+            if argument.name in node.attrs and not ("List[" in kind and "Tensor" in kind):
                 bound[argument.name] = self._attr(node.attrs[argument.name])
             elif "List[" in kind and "Tensor" in kind:
                 bound[argument.name] = [tensor(queue.pop(0)) for _ in range(node.attrs[argument.name])]

@@ -20,7 +20,7 @@ SUBSET = ("deepseek_v3", "gpt_oss", "llama4_text", "dbrx", "jetmoe", "qwen3_next
 
 @pytest.mark.parametrize("name", SUBSET)
 def test_family_agrees_with_eager_execution(name: str) -> None:
-    row = check_family(name)
+    row = check_family(name).row
     assert row.ok, row.reason or f"differs by {row.error}"
     assert not row.reason  # every op that is not semantic is a core one
     # Llama 4 chooses one expert; a tiny model that chooses two is two calls, the second of which no router describes
