@@ -46,7 +46,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"(index_head_dim|indexer_head_dim)", 16), (r"(index_n_heads|index_num_heads|indexer_n_heads)", 2), (r"indexer_kv_heads", 1),
     (r"block_size", 8), (r"(index_topk|indexer_budget)", 8), (r"index_block_size", 4), (r"(index_topk_blocks|indexer_compress_ratio)", 2),
     (r"(bos_token_id|eos_token_id|pad_token_id)", 0),
-    (r"floor_scale", 8),
+    (r"floor_scale", 8), (r"zero_expert_num", 4),
 )  # fmt: skip
 """Field name -> value in a tiny configuration."""
 
