@@ -28,19 +28,19 @@ def concise(message: str, limit: int = NOTE) -> str:
 
 def note(row: Row, backends: Sequence[str]) -> str:
     """Why a row is not `yes` throughout, in one line of at most `NOTE` characters."""
-    failed = [row[b] for b in backends if row.get(b, "yes") != "yes"]
+    if row.get("state") and any(row.get(b, "yes") != "yes" for b in backends):
+        failed = [f"{row['state']}: a state that the backends do not keep yet"]  # whatever their messages met first
+    else:
+        failed = [row[b] for b in backends if row.get(b, "yes") != "yes"]
     if row.get("step"):
         failed.append(row["stopped"])
     if row.get("note"):
         failed.insert(0, row["note"])
     elif row.get("traced") and not row["ok"]:
         failed.insert(0, f"differs by {row['error']:.0e}" if row.get("error") is not None else "the difference is not a number")
-    reasons = dict.fromkeys(_state(row) if "recurrent state" in reason else concise(reason) for reason in failed)
-    return concise("; ".join(reasons))
-
-
-def _state(row: Row) -> str:
-    return f"{row['state']} over earlier tokens: a state that the backends do not keep yet"
+    if row.get("experts") == 0:
+        failed.insert(0, "its layers have no experts")
+    return concise("; ".join(dict.fromkeys(map(concise, failed))))
 
 
 def table(rows: Sequence[Row], backends: Sequence[str]) -> str:

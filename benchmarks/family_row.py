@@ -20,7 +20,7 @@ from moec.compiler.backends.tokenwise import ROW_WISE, is_tokenwise
 from moec.compiler.errors import MoecError
 from moec.compiler.frontend.families_table import check_family
 from moec.compiler.interpreter import Interpreter
-from moec.compiler.ir import Graph
+from moec.compiler.ir import Graph, dim_symbols
 from moec.compiler.pipeline import compile_model
 from moec.compiler.progress import Progress
 from moec.compiler.weights import WeightSource
@@ -47,9 +47,11 @@ def greedy(graph: Graph, weights: WeightSource, prompt: list[int], new_tokens: i
 
 def state_of(graph: Graph) -> str:
     """What in a graph looks at earlier tokens besides attention; empty if nothing does."""
-    ops = dict.fromkeys(n.op for n in graph.nodes if n.op not in ROW_WISE and n.op != "attention" and not is_tokenwise(graph, n))
-    known = [_STATES[op] for op in ops if op in _STATES]
-    return " and ".join(known) or ", ".join(op.split(".")[1] for op in list(ops)[:3])
+    nodes = [n for n in graph.nodes if n.op not in ROW_WISE and n.op != "attention" and not is_tokenwise(graph, n)]
+    found = [_STATES[n.op] for n in nodes if n.op in _STATES]
+    if any(sum("T" in dim_symbols(d) for d in o.type.shape) > 1 for n in nodes for o in n.outputs):
+        found.append("attention under a mask that the model computes")
+    return " and ".join(dict.fromkeys(found)) or ", ".join(dict.fromkeys(n.op for n in nodes[:3]))
 
 
 def backend_result(

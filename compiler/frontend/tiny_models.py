@@ -147,7 +147,7 @@ def tiny_config(config: Any, keep: tuple[str, ...] = ()) -> Any:
 
 
 def families() -> dict[str, Any]:
-    """Model type -> configuration class, of every causal language model that has experts."""
+    """Model type -> configuration class, of every causal language model whose configuration has fields for experts."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -156,7 +156,7 @@ def families() -> dict[str, Any]:
         if model_type in CONFIG_MAPPING_NAMES and f"{model_type}_text" not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             cls = CONFIG_MAPPING[model_type]
             source = inspect.getsource(sys.modules[cls.__module__])
-            if re.search(r"^\s+\w*experts?\w*\s*:", source, re.MULTILINE) or re.search(r"num_experts|moe_", source):
+            if re.search(r"^\s+\w*(expert|moe)\w*\s*:", source, re.MULTILINE):
                 found[model_type] = cls
     return found
 
@@ -170,7 +170,9 @@ def randomise(model: Any, seed: int = 0) -> None:
             if not tensor.is_floating_point() or re.search(r"slope|decay", name):  # computed from the configuration, not learned
                 continue
             noise = torch.randn(tensor.shape, generator=generator)
-            if tensor.dim() >= 2:
+            if tensor.dim() == 3 and tensor.shape[1] == 1:  # a convolution of each channel
+                tensor.copy_(noise * tensor.shape[-1] ** -0.5)
+            elif tensor.dim() >= 2:
                 tensor.copy_(noise * min(tensor.shape[-1], tensor.shape[-2]) ** -0.5)
             elif name.endswith("bias") or "sink" in name:
                 tensor.copy_(noise * 0.2)

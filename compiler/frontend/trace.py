@@ -8,6 +8,7 @@ implementation of ours are registered while a model is traced; they emit the cus
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -224,9 +225,15 @@ def export(module: torch.nn.Module, examples: tuple[Tensor, ...], shapes: Any) -
         # some conditions are true of all sizes, but torch cannot see it: let it assume them, and try them here; others only
         # ask whether a size is 1 or 0, which changes no value
         with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # torch adds it while running
-            program = torch.export.export(
-                module, examples, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
-            )
+            try:
+                program = torch.export.export(
+                    module, examples, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
+                )
+            except torch._dynamo.exc.UserError as last:
+                guard = re.search(r"generated guard (.*)", str(last))
+                condition = guard[1].rstrip(".") if guard else str(last).splitlines()[0]
+                condition = re.sub(r"L\['\w+'\]\.size\(\)\[(\d)\]", lambda m: "BT"[int(m[1])], condition)
+                raise MoecError(f"the model computes something else when {condition} does not hold; it cannot be one graph") from last
         _check_assumptions(program)
     decomposed: torch.export.ExportedProgram = program.run_decompositions({})
     return decomposed
