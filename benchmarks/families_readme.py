@@ -21,7 +21,7 @@ def concise(message: str, limit: int = NOTE) -> str:
     """A message as one short line: without the graph's name and text, and without advice to who works on the compiler."""
     line = " ".join(message.split())
     line = re.sub(r"^(MoecError: )?(graph \w+: )?", "", line)
-    line = re.split(r"[:,]? (?:first in: |in )?%\w|; add it to |\. Add a row|!? For more information", line)[0].rstrip(" .:,;")
+    line = re.split(r"[:,]? (?:first in: |in )?%\w| \(unhinted|; add it to |\. Add a row|!? For more information", line)[0].rstrip(" .:,;")
     line = line.replace("|", "/")
     return line if len(line) <= limit else line[: limit - 1].rsplit(" ", 1)[0].rstrip(" ,;:") + "…"
 

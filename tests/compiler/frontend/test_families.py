@@ -14,8 +14,8 @@ from moec.compiler.ops import OPS
 from moec.runtime.errors import MoecError
 
 # one for each mechanism: groups and bias, expert biases and sinks and windows, chunks and input scaling, computed weights,
-# mixture of attention heads, recurrence, short convolution
-SUBSET = ("deepseek_v3", "gpt_oss", "llama4_text", "dbrx", "jetmoe", "qwen3_next", "lfm2_moe", "ernie4_5_moe")
+# mixture of attention heads, recurrence, short convolution, queries that choose their keys, a method that is a loop
+SUBSET = ("deepseek_v3", "gpt_oss", "llama4_text", "dbrx", "jetmoe", "qwen3_next", "lfm2_moe", "ernie4_5_moe", "deepseek_v32", "minimax")
 
 
 @pytest.mark.parametrize("name", SUBSET)
