@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from types import SimpleNamespace
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ import torch
 from torch import nn
 
 import moec.compiler.frontend.trace  # noqa: F401  # makes the operators
-from moec.compiler.frontend import recurrence
 from moec.compiler.frontend.recurrence import REPLACED, without_loops
 from moec.runtime.errors import MoecError
 
@@ -39,8 +39,9 @@ def test_a_function_that_only_has_the_name_is_refused(monkeypatch: pytest.Monkey
     def other(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return hidden_states * 2
 
-    module = SimpleNamespace(__name__="somewhere", mamba2_chunk_scan=other)
-    monkeypatch.setitem(recurrence.sys.modules, nn.Identity.__module__, module)  # type: ignore[arg-type]
+    module = ModuleType("somewhere")
+    monkeypatch.setattr(module, "mamba2_chunk_scan", other, raising=False)
+    monkeypatch.setitem(sys.modules, nn.Identity.__module__, module)
     with (
         pytest.raises(MoecError, match="somewhere.mamba2_chunk_scan is not the recurrence that its name says"),
         without_loops(nn.Identity()),
