@@ -106,6 +106,10 @@ def _per_layer(default: Mapping[str, Any], tiny: Mapping[str, Any]) -> dict[int,
     return found
 
 
+_ALLOW = "allow_global_per_layer_attribute_access"
+"""Without it transformers refuses to read what differs from layer to layer."""
+
+
 def _layer_list(values: list[Any]) -> list[Any]:
     """The shortest cover of a per-layer pattern in LAYERS entries: what is in it, in order of appearance, then its end."""
     kinds = list(dict.fromkeys(map(str, values)))
@@ -120,10 +124,10 @@ def tiny_config(config: Any, keep: tuple[str, ...] = ()) -> Any:
         config: the default configuration.
         keep: fields that keep their default.
     """
-    if hasattr(config, "allow_global_per_layer_attribute_access"):
-        config.allow_global_per_layer_attribute_access = True  # what single layers have otherwise is handled below
+    if hasattr(config, _ALLOW):
+        setattr(config, _ALLOW, True)  # what single layers have otherwise is handled below
     layers = next((getattr(config, n) for n in ("num_hidden_layers", "n_layers", "num_layers") if hasattr(config, n)), 0)
-    ignored = ("transformers_version", "architectures", "dtype", "model_type", "per_layer_config")
+    ignored = ("transformers_version", "architectures", "dtype", "model_type", "per_layer_config", _ALLOW)
     default = config.to_dict()
     data = {k: v for k, v in default.items() if k not in ignored}
     tiny: dict[str, Any] = {}
