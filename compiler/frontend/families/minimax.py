@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 
-def _lightning(module: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+def _lightning(module: Any, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, None]:
     """[B, T, D] -> [B, T, D]."""
-    batch, tokens, _ = hidden_states.shape
+    batch, tokens = hidden_states.shape[:2]
     heads = (batch, tokens, module.num_attention_heads, 3 * module.head_dim)
     q, k, v = module.act_fn(module.qkv_proj(hidden_states)).reshape(heads).chunk(3, -1)
     decay = (-module.slope_rate).view(1, 1, -1).expand(batch, tokens, -1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,8 +32,8 @@ def test_attention_under_a_tensor_is_the_attention_op(
     seen = Mask(causal, window, chunk).tensor(9, 9, "cpu").expand(2, 1, -1, -1)
     mask = torch.zeros(seen.shape).masked_fill(~seen, -1e9) if as_numbers else seen
     found = attention_under(q, k, v, mask, None, sink, 0.3, softcap)
-    args = (x.transpose(1, 2) for x in (q, k, v))
-    expected = attention(*args, sink, scale=0.3, causal=causal, window=window, chunk=chunk, softcap=softcap)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    expected = attention(q, k, v, sink, scale=0.3, causal=causal, window=window, chunk=chunk, softcap=softcap)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -44,7 +46,7 @@ def test_a_bias_is_added_to_the_logits() -> None:
 
 def test_a_lazy_mask_is_a_tensor_where_one_is_needed() -> None:
     pattern = Mask(causal=True, window=2)
-    lazy = LazyMask(pattern, lambda: pattern.tensor(4, 4, "cpu").expand(1, 1, -1, -1))
+    lazy: Any = LazyMask(pattern, lambda: pattern.tensor(4, 4, "cpu").expand(1, 1, -1, -1))
     seen = pattern.tensor(4, 4, "cpu")
     assert lazy.dtype == torch.bool and lazy.shape == (1, 1, 4, 4)
     assert torch.equal(lazy[:, 0] & torch.ones(4, 4, dtype=torch.bool), seen[None])
