@@ -20,6 +20,7 @@ from moec.compiler.heatmap import use_section, use_table
 from moec.compiler.ir import Node
 from moec.compiler.model import Model
 from moec.compiler.progress import Progress
+from moec.compiler.text import parse_graph
 from tests import graphs
 
 QUIET = Progress(quiet=True)
@@ -37,7 +38,7 @@ def deep() -> Model:
     more = "".join(f"{line}\n" for line in TEXT.splitlines() if "layers.0.gate" in line or "layers.0.experts" in line if "param" in line)
     text = TEXT.replace("  param @norm.weight", more.replace("layers.0", "layers.1") + "  param @norm.weight")
     text = text.replace("  %n2: f32[B, T, 16] = rms_norm(%h2", again + "  %n2: f32[B, T, 16] = rms_norm(%h3")
-    graph = graphs.parse_graph(text)
+    graph = parse_graph(text)
     return Model(graph, graphs.random_weights(graph))
 
 
