@@ -58,7 +58,7 @@ class Choice:
     @cached_property
     def key(self) -> bytes:
         """Equal for equal choices."""
-        parts = (self.merge.numpy().tobytes(), self.route.numpy().tobytes(), repr((self.merge.shape, self.top_k)).encode())
+        parts = (self.merge.cpu().numpy().tobytes(), self.route.cpu().numpy().tobytes(), repr((self.merge.shape, self.top_k)).encode())
         return hashlib.sha256(b"".join(parts)).digest()
 
     @cached_property
@@ -190,7 +190,7 @@ class Candidates:
         """The choice's experts of one stacked parameter."""
         if (members := _one_hot(choice.merge)) is not None:
             return stack[members] if stack.dim() == 2 else _Stack(stack, members)
-        key = name, choice.merge.numpy().tobytes()
+        key = name, choice.merge.cpu().numpy().tobytes()
         if (found := self._merged.found.get(key)) is not None:
             assert isinstance(found, Tensor)
             return found

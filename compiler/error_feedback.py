@@ -36,14 +36,17 @@ class Rounded:
     @classmethod
     def of(cls, packed: Quantized, fmt: IntFormat) -> Rounded:
         """The same weight in this form."""
-        codes, scale, zero = (torch.from_numpy(a).T.float().contiguous() for a in (packed.codes, packed.scale, packed.zero))
+        codes, scale, zero = (
+            torch.from_numpy(a).to(torch.get_default_device()).T.float().contiguous() for a in (packed.codes, packed.scale, packed.zero)
+        )
         return cls(codes - zero.repeat_interleave(fmt.group_size(len(codes)), 0)[: len(codes)], scale, zero)
 
     def quantized(self, size: int) -> Quantized:
         """The same weight as codes [N, K], for groups of `size` channels."""
         codes = self.codes + self.zero.repeat_interleave(size, 0)[: len(self.codes)]
         arrays = (
-            x.T.contiguous().to(kind).numpy() for x, kind in ((codes, torch.uint8), (self.scale, torch.float16), (self.zero, torch.uint8))
+            x.T.contiguous().to(kind).cpu().numpy()
+            for x, kind in ((codes, torch.uint8), (self.scale, torch.float16), (self.zero, torch.uint8))
         )
         return Quantized(*arrays)
 
@@ -58,7 +61,7 @@ def factor(moment: Tensor, damp: float) -> tuple[Tensor, Tensor]:
     h = moment.double()
     mean = float(h.diagonal().mean())
     while True:
-        damped = h + torch.eye(len(h), dtype=h.dtype) * (damp * mean if mean > 0 else 1.0)
+        damped = h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (damp * mean if mean > 0 else 1.0)
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
             return damped, lower.flip(0, 1)
@@ -95,7 +98,9 @@ def round_with_feedback(
                 else:
                     scale[group], zero[group] = grid[0][group], grid[1][group]
             part = _corrected(w[start:stop], error[:done], r, r32, done)
-            inverse = torch.linalg.solve_triangular(r[done:end, done:end], torch.eye(end - done, dtype=r.dtype), upper=True).to(w.dtype)
+            inverse = torch.linalg.solve_triangular(
+                r[done:end, done:end], torch.eye(end - done, dtype=r.dtype, device=r.device), upper=True
+            ).to(w.dtype)
             s, z = scale[group], zero[group]
             for i in range(end - done):
                 codes[start + i] = q = nearest(part[i], s, z, fmt)
@@ -112,7 +117,7 @@ def _corrected(w: Tensor, error: Tensor, r: Tensor, r32: Tensor, done: int) -> T
         return w.clone()
     end = done + len(w)
     owed = r32[:done, done:end].T @ error
-    unit = torch.linalg.solve_triangular(r[done:end, done:end], torch.eye(len(w), dtype=r.dtype), upper=True).to(w.dtype)
+    unit = torch.linalg.solve_triangular(r[done:end, done:end], torch.eye(len(w), dtype=r.dtype, device=r.device), upper=True).to(w.dtype)
     corrected: Tensor = unit.T.matmul(owed).add_(w)
     return corrected
 

@@ -120,9 +120,10 @@ def round_to_nearest(weight: Tensor, fmt: IntFormat, importance: Tensor | None =
     """
     n, k = weight.shape
     size, groups = fmt.group_size(k), fmt.groups(k)
-    codes = torch.empty(n, k, dtype=torch.uint8)
-    scale, zero = torch.empty(n, groups, dtype=torch.float16), torch.empty(n, groups, dtype=torch.uint8)
-    rows, pad = max(1, _CHUNK // k), groups * size - k
+    codes = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
+    scale = torch.empty(n, groups, dtype=torch.float16, device=weight.device)
+    zero = torch.empty(n, groups, dtype=torch.uint8, device=weight.device)
+    rows, pad = max(1, _CHUNK // k) if weight.is_cpu else n, groups * size - k
     counts = (
         None if importance is None else torch.nn.functional.pad(positive(importance).float(), (0, pad), value=1.0).view(1, groups, size)
     )
@@ -138,9 +139,12 @@ def round_to_nearest(weight: Tensor, fmt: IntFormat, importance: Tensor | None =
         scale[start:stop] = s.half().view(count, groups)
         zero[start:stop] = z.to(torch.uint8).view(count, groups)
 
-    for _ in workers().map(chunk, range(0, n, rows)):
-        pass
-    return Quantized(codes.numpy(), scale.numpy().astype(np.float16), zero.numpy())
+    if weight.is_cpu:
+        for _ in workers().map(chunk, range(0, n, rows)):
+            pass
+    else:
+        chunk(0)
+    return Quantized(codes.cpu().numpy(), scale.cpu().numpy().astype(np.float16), zero.cpu().numpy())
 
 
 def positive(importance: Tensor) -> Tensor:

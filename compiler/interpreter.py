@@ -36,6 +36,10 @@ class Observer(Protocol):
         ...
 
 
+States = Sequence[Mapping[str, Tensor]]
+"""For every batch the values that later nodes read."""
+
+
 STACKED_INPUTS = {"experts": (3, 4)}
 """Inputs that an op reads one index of the first axis at a time."""
 
@@ -111,6 +115,8 @@ class Interpreter:
         consume: Callable[[int, tuple[Tensor, ...]], None],
         progress: Callable[[int, int], None] | None = None,
         observer: Observer | None = None,
+        snapshot: Callable[[int, States], None] | None = None,
+        resume: tuple[int, States] | None = None,
     ) -> None:
         """Run many batches, node by node.
 
@@ -119,14 +125,19 @@ class Interpreter:
             consume: called once a batch with its index and the graph's results, which are dropped afterwards.
             progress: called after each node with the number of nodes done and of all nodes.
             observer: shown each node before it runs.
+            snapshot: called after each node but the last ones with its index and the values that are alive.
+            resume: what `snapshot` was called with in an earlier run of the same batches: goes on after that node.
         """
         environments: list[dict[str, Tensor]] = []
         symbols = []
         for batch in batches:
             symbols.append(bind_symbols(self.graph, batch))
             environments.append({v.name: self._cast(batch[v.name]) for v in self.graph.inputs})
+        first = 0
+        if resume is not None:
+            first, environments = resume[0] + 1, [{n: self._cast(v) for n, v in state.items()} for state in resume[1]]
         ready = max((i for i, n in enumerate(self.graph.nodes) if any(o.name in self.graph.outputs for o in n.outputs)), default=-1)
-        for index, node in enumerate(self.graph.nodes):
+        for index, node in enumerate(self.graph.nodes[first:], first):
             given = observer.visit(node, [self._activations(node, e) for e in environments]) if observer else None
             weights = self._weights(node) if given is None else {}
             for batch_index, environment in enumerate(environments):
@@ -143,6 +154,8 @@ class Interpreter:
                 progress(index + 1, len(self.graph.nodes))
             if index == ready:
                 return
+            if snapshot:
+                snapshot(index, environments)
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)

@@ -88,6 +88,8 @@ def compile_model(
         raise MoecError("--latency needs the budget solver, which this version does not have: use --recipe")
     if output is None and not dry_run:
         raise MoecError("no output given: add -o OUT.moec, or --dry-run to see the plan only")
+    if calibration is None and (max_kl is not None or statistics is not None):
+        raise MoecError(f"{'--max-kl' if max_kl is not None else '--statistics'} needs calibration text: add --calibration FILE")
     progress = progress or Progress()
     chosen = load_recipe(recipe) if recipe is not None else NOTHING
     hardware = get_target(target)
@@ -177,6 +179,8 @@ def _write(
         writer.write_text("graph.txt", print_graph(model.graph))
         for name, content in tokenizer_files(checkpoint).items() if checkpoint else ():
             writer.write_bytes(name, content)
+        if checkpoint:  # what `moec export` needs to write a checkpoint again
+            writer.write_bytes("checkpoint/config.json", (checkpoint / "config.json").read_bytes())
         writer.commit(_manifest(model.graph, history, target, backend, executor, shards, plan, time.time() - started))
     except MoecError:
         shutil.rmtree(writer.folder, ignore_errors=True)  # what failed once would fail again: only a killed run is resumed

@@ -56,7 +56,7 @@ class QuantizedWeights:
             return found
         if (fmt := integer_format(self.graph.params[name], expert)) is None:
             return None
-        weight = self.base.load(name, expert).float()
+        weight = self.base.load(name, expert).to(torch.get_default_device()).float()
         made = self.quantizers[name].quantize(weight.reshape(-1, weight.shape[-1]), fmt, self.moments and self.moments(name, expert))
         if self.keep:
             self.codes[name, expert] = made
@@ -120,7 +120,7 @@ class _InOrder:
         quantizer = self.weights.quantizers.get(name)
         if quantizer is None or (fmt := integer_format(self.model.graph.params[name], expert)) is None:
             return
-        weight = self.weights.base.load(name, expert).float()
+        weight = self.weights.base.load(name, expert).to(torch.get_default_device()).float()
         full = moment() if quantizer.needs != "none" else None
         needed = full.diagonal() if full is not None and quantizer.needs == "diagonal" else full
         self.weights.codes[name, expert] = quantizer.quantize(weight.reshape(-1, weight.shape[-1]), fmt, needed)
@@ -165,7 +165,7 @@ def _rows(value: Tensor | None) -> Tensor:
 
 def _moment(parts: Sequence[Tensor], scale: Tensor | None) -> Tensor:
     """The mean of x x^T over rows, each weighted by scale^2: [K, K] float64."""
-    total = torch.zeros(parts[0].shape[1], parts[0].shape[1], dtype=torch.float64)
+    total = parts[0].new_zeros(parts[0].shape[1], parts[0].shape[1], dtype=torch.float64)
     rows = 0
     for part in parts:
         x = part if scale is None else part * scale[:, None]

@@ -132,7 +132,7 @@ class AssignBits:
             share = budget if self.scope == "model" else int(budget * problem.weights[members].sum() / problem.weights.sum())
             conditions = objective.conditions(problem, members) if self.scope == "layer" else []
             try:
-                found = choose(damages.numpy()[members], problem.sizes[members], share, conditions)
+                found = choose(damages.cpu().numpy()[members], problem.sizes[members], share, conditions)
             except MoecError as error:
                 raise MoecError(f"assign_bits, {problem.units[members[0]].node}: {error}") from error
             solutions.append(found)

@@ -102,15 +102,15 @@ class MaskRouterPass:
         context.note("mask_router", target=self.target, reached=reached, joint_steps=self.joint_steps)
         return result
 
-    def _rewritten(
-        self, model: Model, layers: list[MoeLayer], routers: Mapping[str, MaskRouter], shifts: Mapping[str, float]
-    ) -> Model:
+    def _rewritten(self, model: Model, layers: list[MoeLayer], routers: Mapping[str, MaskRouter], shifts: Mapping[str, float]) -> Model:
         """The model with the mask routers of the layers in `shifts`, whose logits are shifted so."""
         for layer in layers:
             if layer.name in shifts:
                 router = routers[layer.name]
                 weight, bias = router.folded()
-                model = insert_mask_router(model, layer, weight, bias + shifts[layer.name] * torch.arange(len(bias)), normalize=self.normalize)
+                model = insert_mask_router(
+                    model, layer, weight, bias + shifts[layer.name] * torch.arange(len(bias)), normalize=self.normalize
+                )
         return model
 
 

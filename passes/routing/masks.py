@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moec.passes.routing.draws import Draws
 from moec.passes.routing.observe import Block
 
 
@@ -64,8 +65,8 @@ def fit_locally(block: Block, errors: Tensor, target: float, *, steps: int, seed
     mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
     features = (features - mean) / std
     errors = errors / errors[:, 0].mean().clamp(min=1e-30)
-    generator = torch.Generator().manual_seed(seed)
-    weight = (torch.randn(k, features.shape[1], generator=generator) * 0.01).requires_grad_()
+    draws = Draws(seed)
+    weight = (draws.normal(k, features.shape[1]) * 0.01).requires_grad_()
     bias = torch.zeros(k, requires_grad=True)
     optimiser = torch.optim.Adam([weight, bias], lr=0.02)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, eta_min=1e-3)
@@ -73,7 +74,7 @@ def fit_locally(block: Block, errors: Tensor, target: float, *, steps: int, seed
     price = 1.0
     size = min(len(features), 8192)
     for _ in range(steps):
-        rows = torch.randint(len(features), (size,), generator=generator)
+        rows = draws.below(len(features), size)
         chosen = torch.nn.functional.linear(features[rows], weight, bias).softmax(-1)
         runs = (chosen * fractions).sum(-1).mean()
         loss = (chosen * errors[rows]).sum(-1).mean() + price * runs

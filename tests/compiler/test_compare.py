@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from moec.compiler import reference
 from moec.compiler.cli.main import main
 from moec.compiler.compare import compare
 from moec.compiler.context import Context
+from moec.compiler.damage import Distance
 from moec.compiler.errors import MoecError
 from moec.compiler.evaluate import evaluate, read_windows
 from moec.compiler.frontend import huggingface
@@ -38,12 +41,23 @@ MODEL, TEXT = ROOT / "examples/models/tiny-moe", ROOT / "examples/data/prose_en.
 QUIET = Progress(quiet=True)
 
 
+_LOADED = cache(huggingface.load)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def traced_once() -> Iterator[None]:
+    """Tracing takes seconds; every test here wants the same model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface, "load", lambda path: _LOADED(Path(path)))
+        yield
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
+def found(traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
     folder = tmp_path_factory.mktemp("compared")
     (folder / "other.txt").write_text(TEXT.read_text()[3000:5000])
     out = folder / "out"
-    recipes = ["int4", "none", folder / "missing.yaml"]
+    recipes: list[str | Path] = ["int4", "none", folder / "missing.yaml"]
     return compare(MODEL, recipes, [TEXT, folder / "other.txt"], context=64, max_tokens=256, output=out, progress=QUIET), out
 
 
@@ -85,7 +99,7 @@ def test_groups_of_windows_do_not_matter(tmp_path: Path, monkeypatch: pytest.Mon
     parts = reference.Reference(model, ids, targets, tmp_path / "b")(changed)
     assert parts.kl_divergence == pytest.approx(whole.kl_divergence, rel=1e-4)
     assert whole.kl_divergence > 0
-    monkeypatch.setattr(reference.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10})())
     with pytest.raises(MoecError, match="need 11520 bytes and .* has 10: lower --max-tokens"):
         reference.Reference(model, ids, targets, tmp_path / "c")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
@@ -134,7 +148,7 @@ def test_only_what_depends_on_the_seed_is_repeated(monkeypatch: pytest.MonkeyPat
 
 
 def _row(name: str, size: int, kl: float) -> Row:
-    distance = reference.Distance(10, 2 + kl, kl, 0.9, 2.0)
+    distance = Distance(10, 2 + kl, kl, 0.9, 2.0)
     return Row("m", name, runs=(Run(0, False, size, 100, size // 2, 50, 10, 0.1, {"t": distance, "pooled": distance}),))
 
 

@@ -63,9 +63,10 @@ def test_every_command_has_help(name: str, capsys: Capture) -> None:
 
 def test_the_contract_of_options_is_kept(capsys: Capture) -> None:
     promised = {
-        "compile": "-o --target --backend --recipe --memory --latency --max-kl --calibration --resume --dry-run --json",
+        "compile": "-o --target --backend --recipe --memory --latency --max-kl --calibration --calibration-tokens --statistics --seed --resume --dry-run --json",
         "run": "-n --temperature --seed --json",
         "eval": "--data --reference --context --json",
+        "compare": "--recipe --data --calibration --seeds --max-tokens --context --json --plot --markdown -o",
         "bench": "-p -n --batch --json",
         "inspect": "--graph --stats --locality --html --json",
     }
@@ -91,11 +92,15 @@ BAD = {
     ("inspect", "no such"): "no such",
     ("eval", "no such", "--data", "no such"): "no such",
     ("compile", "no such", "-o", "x.moec"): "no such",
+    ("compile", "no such", "-o", "x.moec", "--max-kl", "1"): "--max-kl needs calibration text: add --calibration FILE",
+    ("compare", "no such", "-r", "int4", "--data", "x"): "no such",
+    ("compare", "x", "--data", "y"): "Missing option '--recipe' / '-r'",
     ("targets", "show", "h10"): "unknown target 'h10'",
     ("targets", "measure"): "`moec targets measure` is not available in this version",
     ("plan", "x", "--target", "cpu"): "`moec plan` is not available in this version",
     ("serve", "x"): "`moec serve` is not available in this version",
-    ("export", "x", "--to", "hf"): "`moec export` is not available in this version",
+    ("export", "no such", "-o", "x"): "no such",
+    ("export", "no such", "-o", "x", "--to", "gguf"): "unknown export format 'gguf'",
 }
 
 
