@@ -1,6 +1,6 @@
 """Which objective of bit assignment predicts the damage best, and what does the choice do end to end?
 
-    python -m benchmarks.bit_objectives MODEL --calibration FILES --data FILES [--budgets 2.5,2.25] [--tune 200] [--device cuda]
+    python -m benchmarks.bit_objectives MODEL --calibration FILES --data FILES [--correlate] [--steps JSON] [--device cuda]
 
 First each objective's damages of every (projection, format) are compared with the exact KL divergence of that one change, by Spearman's
 rank correlation. Then each objective assigns the formats of each budget, one quantiser makes the values, and the result's KL divergence to
@@ -29,7 +29,7 @@ from moec.compiler.evaluate import windows
 from moec.compiler.frontend import huggingface
 from moec.compiler.frontend.tokenizer import load_tokenizer
 from moec.compiler.model import Model
-from moec.compiler.passes import make_pass
+from moec.compiler.passes import make_pass, run_passes
 from moec.compiler.plan import param_bytes
 from moec.compiler.quantizers import get_quantizer
 from moec.compiler.sensitivity import get_objective
@@ -115,8 +115,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True)
     parser.add_argument("--calibration-tokens", type=int, default=1 << 14)
     parser.add_argument("--tokens", type=int, default=1 << 14, help="tokens of the first text; the others have an eighth each")
-    parser.add_argument("--method", default="gptq", help="the quantiser")
-    parser.add_argument("--steps", type=Path, help="a JSON file: a list of [name, [[pass, options], ...]] to measure")
+    parser.add_argument("--steps", help="JSON: a list of [name, [[pass, options], ...]]; a name that starts with + goes on from the last")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--correlate", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -124,17 +123,14 @@ def main() -> None:
     bench = Bench(options)
     if options.correlate:
         correlate(bench)
-    for name, steps in json.loads(options.steps.read_text()) if options.steps else []:
+    last = bench.source
+    for name, steps in json.loads(options.steps or "[]"):
 
-        def make(context: Context, steps: list[tuple[str, dict[str, Any]]] = steps) -> Model:
-            model = bench.source
-            for kind, given in steps:
-                # Quantisers run on the CPU; gradients and training where the device is.
-                with torch.device(options.device if kind == "tune_routers" else "cpu"):
-                    model = make_pass(kind, given).run(model, context)
-            return model
+        def make(context: Context, first: Model = last if name[0] == "+" else bench.source, steps: list[Any] = steps) -> Model:
+            with torch.device(options.device):
+                return run_passes(first, [make_pass(kind, given) for kind, given in steps], context)
 
-        bench.measure(name, make)
+        last = bench.measure(name, make)
     if options.json:
         options.json.write_text(json.dumps(bench.rows, indent=1))
 

@@ -174,8 +174,7 @@ class Prober:
         if not isinstance(chosen, IntFormat):
             return weight.to(torch.bfloat16 if fmt == "bf16" else torch.float16 if fmt == "f16" else weight.dtype).to(weight.dtype)
         read = None if moment is None or quantizer.needs == "none" else moment.diagonal() if quantizer.needs == "diagonal" else moment
-        with torch.device("cpu"):
-            made = quantizer.quantize(weight.cpu(), chosen, None if read is None else read.cpu())
+        made = quantizer.quantize(weight, chosen, read)
         return made.values(chosen).to(weight.device)
 
     def _note(
