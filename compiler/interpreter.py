@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moec.compiler import aten
 from moec.compiler.ir import Dim, Graph, Node, dim_symbols, dim_value
-from moec.compiler.ops import OPS
+from moec.compiler.ops import OPS, Stacked
 from moec.compiler.text import print_node
 from moec.compiler.weights import WeightSource
 
@@ -178,7 +178,7 @@ class Interpreter:
     def _step(
         self,
         node: Node,
-        weights: Mapping[str, Tensor | LazyStack],
+        weights: Mapping[str, Tensor | LazyStack | Stacked],
         environment: dict[str, Tensor],
         symbols: Mapping[str, int],
     ) -> None:
@@ -193,7 +193,7 @@ class Interpreter:
 
 def evaluate(
     node: Node,
-    tensors: Sequence[Tensor | LazyStack | None],
+    tensors: Sequence[Tensor | LazyStack | Stacked | None],
     symbols: Mapping[str, int],
     dtype: torch.dtype,
     device: torch.device | str,
@@ -202,7 +202,7 @@ def evaluate(
     if (op := OPS.get(node.op)) is not None:
         result = op(*tensors, **node.attrs)
     else:
-        plain = [t for t in tensors if not isinstance(t, LazyStack)]
+        plain = [t for t in tensors if t is None or isinstance(t, Tensor)]
         result = aten.call(node.op, plain, node.attrs, symbols, dtype, device)
     return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
