@@ -7,6 +7,7 @@ every parameter is randomised, so that no norm, bias, sink or correction is an i
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import re
 import sys
@@ -106,6 +107,14 @@ def _per_layer(default: Mapping[str, Any], tiny: Mapping[str, Any]) -> dict[int,
     return found
 
 
+def _other_kinds(config: Any) -> list[str]:
+    """Kinds of layers that a family's model knows and its default configuration does not have."""
+    source = inspect.getsource(importlib.import_module(type(config).__module__.replace("configuration", "modeling")))
+    kinds = dict.fromkeys(re.findall(r'(?<!mlp_)layer_types?(?:\[[\w.]+\])? == "(\w+)"', source))
+    windows = getattr(config, "sliding_window", None)
+    return [k for k in kinds if k not in config.layer_types and ("sliding" not in k or windows) and k not in ("sparse", "dense")]
+
+
 _ALLOW = "allow_global_per_layer_attribute_access"
 """Without it transformers refuses to read what differs from layer to layer."""
 
@@ -136,7 +145,7 @@ def tiny_config(config: Any, keep: tuple[str, ...] = ()) -> Any:
         if hasattr(part, "to_dict"):
             tiny[name] = tiny_config(part).to_dict()
         elif isinstance(value, list) and len(value) == layers and layers > 1:
-            tiny[name] = _layer_list(value)
+            tiny[name] = _layer_list([*value, *_other_kinds(config)] if name == "layer_types" else value)
         else:
             tiny[name] = _tiny_value(name, value)
     if "kv_lora_rank" in data and "num_key_value_heads" in tiny:
