@@ -178,12 +178,15 @@ def randomise(model: Any, seed: int = 0) -> None:
     """Give every parameter and saved buffer random values of a sensible size."""
     generator = torch.Generator().manual_seed(seed)
     saved = set(model.state_dict())
+    table = None if model.config.get_text_config().tie_word_embeddings else model.get_input_embeddings().weight
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in saved)):
             if not tensor.is_floating_point() or re.search(r"slope|decay", name):  # computed from the configuration, not learned
                 continue
             noise = torch.randn(tensor.shape, generator=generator)
-            if tensor.dim() == 3 and tensor.shape[1] == 1:  # a convolution of each channel
+            if tensor is table:  # rows are looked up, not summed
+                tensor.copy_(noise)
+            elif tensor.dim() == 3 and tensor.shape[1] == 1:  # a convolution of each channel
                 tensor.copy_(noise * tensor.shape[-1] ** -0.5)
             elif tensor.dim() >= 2:
                 tensor.copy_(noise * min(tensor.shape[-1], tensor.shape[-2]) ** -0.5)
