@@ -63,9 +63,7 @@ def test_candidates_are_the_models_they_stand_for(model: Model) -> None:
 
 
 def test_routers_whose_weights_are_not_normalised(model: Model) -> None:
-    nodes = [
-        n if n.op != "router" else type(n)(n.op, n.inputs, n.outputs, {**n.attrs, "normalize": False}) for n in model.graph.nodes
-    ]
+    nodes = [n if n.op != "router" else type(n)(n.op, n.inputs, n.outputs, {**n.attrs, "normalize": False}) for n in model.graph.nodes]
     plain = Model(model.graph.with_nodes(nodes), model.weights)
     candidates = Candidates(plain, IDS)
     for choices in (draw(1, mixed=False), draw(2, mixed=True)):

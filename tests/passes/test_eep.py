@@ -144,7 +144,9 @@ def test_questions_are_read(tmp_path: Path) -> None:
         assert found.ids[row, : len(ids)].tolist() == ids
         places = found.answer[row].nonzero()[:, 0] + 1
         assert whole.endswith(tokenizer.decode(found.ids[row, places].tolist()))
-        assert int(places[-1]) == len(ids) - 1 and int(places[0]) == len(tokenizer.encode(str(entry["prompt"]), add_special_tokens=False).ids)
+        assert int(places[-1]) == len(ids) - 1 and int(places[0]) == len(
+            tokenizer.encode(str(entry["prompt"]), add_special_tokens=False).ids
+        )
     for content, message in (("{}\n", "line 1: expected"), ("", "no question fits"), ("[1]", "line 1: expected")):
         file.write_text(content)
         with pytest.raises(MoecError, match=message):
