@@ -18,10 +18,12 @@ MARK = "Answer:"
 
 
 def answer_of(prompt: str, written: str) -> str | None:
-    """The answer in a text, or None.
+    r"""The answer in a text, or None.
 
-    >>> answer_of("Q: 1 + 1?\\nReasoning:", " 1 and 1 are 2.\\nAnswer: 2\\n\\nQ:"), answer_of("Q: 1 + 1?\\nAnswer:", " 2\\n"), answer_of("Q", "?")
-    ('2', '2', None)
+    >>> answer_of("Q: 1 + 1?\nReasoning:", " 1 and 1 are 2.\nAnswer: 2\n\nQ:")
+    '2'
+    >>> answer_of("Q: 1 + 1?\nAnswer:", " 2\n"), answer_of("Q", "?")
+    ('2', None)
     """
     whole = written if prompt.rstrip().endswith(MARK) else written.partition(MARK)[2]
     return whole.strip().partition("\n")[0].strip() or None

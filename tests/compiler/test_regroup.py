@@ -26,6 +26,7 @@ from tests.compiler.backends.tvm_model import Compiled
 from tests.onnx_model import build
 
 E = 6
+NORMALIZED = ['score="softmax", normalize=true', 'score="softmax_topk"', 'score="sigmoid"', 'score="identity", normalize=true']
 
 
 def source(seed: int = 0, router: str = 'score="softmax", normalize=true', *, whole: bool = False) -> Model:
@@ -87,8 +88,7 @@ def test_masked_experts_keep_their_shares_of_the_softmax(keep: list[int], seed: 
 
 @settings(max_examples=10, deadline=None)
 @given(
-    keep=subsets, seed=st.integers(0, 99),
-    router=st.sampled_from(['score="softmax", normalize=true', 'score="softmax_topk"', 'score="sigmoid"', 'score="identity", normalize=true']),
+    keep=subsets, seed=st.integers(0, 99), router=st.sampled_from(NORMALIZED),
 )  # fmt: skip
 def test_where_weights_are_normalised_rows_mask_and_matrix_agree(keep: list[int], seed: int, router: str) -> None:
     model = source(seed, router)

@@ -31,7 +31,7 @@ def statistics(**known: Tensor) -> LayerStatistics:
 
 
 def test_scores_by_hand() -> None:
-    # Two tokens: the first to experts 0 and 1 with weights .6 and .4, the second to 0 and 2 with .5 and .5; lengths of outputs 3 and 1, 2, 4.
+    # Two tokens: the first to experts 0 and 1 with weights .6 and .4, the second to 0 and 2 with .5 and .5; lengths 3 and 1, 2, 4.
     known = statistics(
         count=torch.tensor([2, 1, 1, 0]),
         weight=torch.tensor([1.1, 0.4, 0.5, 0.0]),
