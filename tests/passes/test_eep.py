@@ -130,7 +130,7 @@ def test_fitness_by_hand() -> None:
 
 def test_questions_are_read(tmp_path: Path) -> None:
     file, tokenizer = tmp_path / "task.jsonl", load_tokenizer("examples/models/tiny-moe")
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"prompt": "Question: 1 + 1?\nAnswer:", "answer": "2"},
         {"prompt": "Question: 2 + 2?\nReasoning:", "answer": "4", "completion": " 2 and 2 are 4.\nAnswer: 4"},
         {"prompt": "Question: 3 + 3?\nReasoning:", "answer": 6},
@@ -138,7 +138,7 @@ def test_questions_are_read(tmp_path: Path) -> None:
     ]
     file.write_text("\n".join(map(json.dumps, rows)))
     found = fitness.read_questions(file, tokenizer, 10, 64)
-    wholes = ["Question: 1 + 1?\nAnswer: 2", rows[1]["prompt"] + str(rows[1]["completion"]), "Question: 3 + 3?\nReasoning:\nAnswer: 6"]  # type: ignore[operator]  # texts
+    wholes = ["Question: 1 + 1?\nAnswer: 2", rows[1]["prompt"] + rows[1]["completion"], "Question: 3 + 3?\nReasoning:\nAnswer: 6"]
     for row, (whole, entry) in enumerate(zip(wholes, rows, strict=False)):
         ids = tokenizer.encode(whole, add_special_tokens=False).ids
         assert found.ids[row, : len(ids)].tolist() == ids
