@@ -20,13 +20,13 @@ IMPORTANCE_TOKENS = 1024
 """Tokens on which the importance of layers is measured."""
 
 
-def check_keep(keep: float | None, what: str) -> None:
+def check_keep(keep: object, what: str) -> None:
     """Check the option `keep`.
 
     Raises:
         MoecError: it is neither a number of experts nor a share of them.
     """
-    whole = type(keep) is int and keep >= 1  # true is an int, and no number of experts
+    whole = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
     if keep is not None and not whole and not (isinstance(keep, float) and 0 < keep <= 1):
         raise MoecError(f"{what}: keep is {keep!r}; expected a number of experts a layer (8) or a share of them (0.5)")
 
