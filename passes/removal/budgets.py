@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from moec.compiler.candidates import Candidates, Choice
 from moec.compiler.calibration.text import Text
+from moec.compiler.candidates import Candidates, Choice
 from moec.compiler.errors import MoecError
 from moec.compiler.layers import MoeLayer
 from moec.compiler.model import Model

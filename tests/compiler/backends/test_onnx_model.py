@@ -167,7 +167,7 @@ def test_int8_activations_are_close(tmp_path: Path) -> None:
 @pytest.mark.parametrize("terms", [False, True])
 def test_8_bit_products_with_float_activations(terms: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64" if terms else "aarch64")
-    graph, _ = Quantize(experts="int4_g32", linear="int8_g32", embedding="int8_g64").run(wide_moe())
+    graph = quantized(wide_moe(), Quantize(experts="int4_g32", linear="int8_g32", embedding="int8_g64"))
     model = build(graph, random_weights(graph), tmp_path)
     onnx_model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
     assert any(n.op_type == "Round" for n in onnx_model.graph.node) == terms
