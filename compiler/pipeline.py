@@ -40,7 +40,7 @@ from moec.targets import Target, get_target
 
 
 def compile_model(
-    model: str | Path | torch.nn.Module,
+    model: str | Path | torch.nn.Module | tuple[Graph, WeightSource],
     output: str | Path | None = None,
     *,
     target: str = "cpu",
@@ -62,7 +62,8 @@ def compile_model(
     """Compile a checkpoint for a target.
 
     Args:
-        model: a checkpoint folder, a hub name in the local cache, or a causal language model of transformers in memory.
+        model: a checkpoint folder, a hub name in the local cache, a causal language model of transformers in memory, or a graph
+            and its weights as `moec.compiler.frontend.model.graph_of` gives them.
         output: the artifact's folder; not needed for a dry run. An older artifact there is replaced when the new one is complete.
         target: a name of `moec.targets` or a file.
         backend: `tvm` or `onnx`.
@@ -94,8 +95,8 @@ def compile_model(
     chosen = load_recipe(recipe) if recipe is not None else NOTHING
     hardware = get_target(target)
     with progress.step("trace"):
-        checkpoint = None if isinstance(model, torch.nn.Module) else huggingface.resolve(model)
-        source = Model(*(huggingface.load(checkpoint) if checkpoint else graph_of(model)))
+        checkpoint = huggingface.resolve(model) if isinstance(model, str | Path) else None
+        source = Model(*(huggingface.load(checkpoint) if checkpoint else model if isinstance(model, tuple) else graph_of(model)))
     context = Context(
         text=None if calibration is None else calibration_text(calibration, checkpoint, source, calibration_tokens, seed),
         reference=source, target=hardware, max_kl=max_kl, seed=seed,

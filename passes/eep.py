@@ -168,8 +168,8 @@ class Eep:
     def _choices(self, groups: Sequence[Sequence[MoeLayer]], candidate: Candidate) -> list[Choice]:
         found = []
         for group, merge, route in zip(groups, candidate.merge, candidate.route, strict=True):
-            first = torch.from_numpy(merge)
-            second = first if merge is route else torch.from_numpy(route)
+            first = torch.from_numpy(merge).to(torch.get_default_device())
+            second = first if merge is route else torch.from_numpy(route).to(first.device)
             found += [Choice(first, second, self._top_k(layer, len(merge))) for layer in group]
         return found
 

@@ -103,7 +103,7 @@ def _merged(source: Model, model: Model, view: View, groups: Sequence[Sequence[i
         def one(group: int) -> Tensor:
             members = groups[group]
             if len(members) == 1:
-                return source.weights.load(name, members[0])
+                return source.load(name, members[0])
             values = [source.load(name, e) for e in members]
             ordered = [v if o is None else _reordered(v, o, axes, layer.gated) for v, o in zip(values, orders(group), strict=True)]
             parts = zip(shares[group].float().tolist(), ordered, strict=True)
@@ -130,7 +130,7 @@ def _order(model: Model, layer: MoeLayer, leader: int, member: int) -> Tensor:
         halves = up.chunk(2) if layer.gated else (up,)
         return torch.cat([*halves, model.load(layer.down, expert).T], 1)  # [F, 3D]
 
-    return torch.from_numpy(assign((rows(leader) @ rows(member).T).numpy()))
+    return torch.from_numpy(assign((rows(leader) @ rows(member).T).cpu().numpy()))
 
 
 def _reordered(value: Tensor, order: Tensor, axes: str, gated: bool) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from math import exp
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,16 +66,30 @@ def command(
         print(f"  {name}: {entry['tensors']} tensors, {entry['parameters']:,} parameters")
     for step in summary["recipe"]:
         print(f"recipe: {step}")
-    for note in summary["journal"]:
-        print("  did: " + ", ".join(f"{name} {value}" for name, value in note.items()))
-    if text := summary["calibration"]:
-        print(f"calibrated on {text['tokens']:,} tokens of {', '.join(text['domains'])} (seed {text['seed']})")
-    if quality := summary["quality"]:
-        print(
-            f"quality on {quality['tokens']:,} held-out tokens of it: KL divergence {quality['kl_divergence']:.4f} nats a token, "
-            f"same best token {quality['top1_agreement']:.2%}, perplexity {quality['perplexity']:.3f} "
-            f"(before {exp(quality['reference_nll']):.3f})"
-        )
+    for line in _history(summary):
+        print(line)
+
+
+def _history(summary: Mapping[str, Any]) -> Iterator[str]:
+    """What was done to the model and what it cost; a manifest may say anything here, or less."""
+    journal, text, quality = (summary[key] for key in ("journal", "calibration", "quality"))
+    for note in journal if isinstance(journal, list) else ():
+        yield "  did: " + (", ".join(f"{name} {value}" for name, value in note.items()) if isinstance(note, dict) else str(note))
+    if isinstance(text, dict):
+        domains = text.get("domains")
+        yield f"calibrated on {text.get('tokens')} tokens of {', '.join(map(str, domains)) if isinstance(domains, list) else '?'}"
+    if not isinstance(quality, dict):
+        return
+    parts = {
+        "kl_divergence": "KL divergence {:.4f} nats a token",
+        "top1_agreement": "same best token {:.2%}",
+        "perplexity": "perplexity {:.3f}",
+        "reference_nll": "{:.4f} nats a token before",
+        "nll": "{:.4f} after",
+        "tokens": "on {} held-out tokens",
+    }
+    known = [text.format(quality[name]) for name, text in parts.items() if isinstance(quality.get(name), (int, float))]
+    yield "quality: " + ", ".join(known + [f"{name} {value}" for name, value in quality.items() if name not in parts])
 
 
 def _print_checkpoint(found: Any) -> None:

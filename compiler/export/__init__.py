@@ -8,7 +8,7 @@ from moec.compiler.artifact_weights import open_artifact
 from moec.compiler.calibration.text import Files, calibration_text
 from moec.compiler.context import Context
 from moec.compiler.errors import MoecError
-from moec.compiler.export.huggingface import DTYPES, CheckpointWriter
+from moec.compiler.export.checkpoint import DTYPES, CheckpointWriter
 from moec.compiler.frontend import huggingface
 from moec.compiler.frontend.model import trace
 from moec.compiler.frontend.source import GraphWeights

@@ -43,7 +43,7 @@ def of_distance(truth: Tensor) -> Worth:
 
 def of_text(ids: Tensor, truth: Tensor) -> Worth:
     """The fitness `perplexity` on windows [W, T]; `truth` has the logits of the model before."""
-    wanted = ids[:, 1:]
+    wanted = ids[:, 1:].to(truth.device)
 
     def nll(logits: Tensor) -> Tensor:
         return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), wanted.flatten())

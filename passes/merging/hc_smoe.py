@@ -19,4 +19,4 @@ ALIGN = False
 def group(view: View, keep: int) -> list[list[int]]:
     """The members of each of `keep` clusters."""
     feature = mean_outputs(view.model, view.layer, view.inputs.x).double()
-    return average_linkage(torch.cdist(feature, feature).numpy(), keep)
+    return average_linkage(torch.cdist(feature, feature).cpu().numpy(), keep)

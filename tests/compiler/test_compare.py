@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from moec.compiler.context import Context
 from moec.compiler.damage import Distance
 from moec.compiler.errors import MoecError
 from moec.compiler.evaluate import evaluate, read_windows
-from moec.compiler.frontend import huggingface
 from moec.compiler.frontend.tokenizer import load_tokenizer
 from moec.compiler.interpreter import Interpreter
 from moec.compiler.model import Model
@@ -34,21 +32,16 @@ from moec.compiler.report import Comparison, Row, Run, kl_divergence, perplexity
 from moec.compiler.stored import as_stored
 from moec.compiler.weights import constant, packed_of
 from moec.passes.quantize import Quantize
-from tests import graphs
+from tests import graphs, tiny
 
-ROOT = Path(__file__).parents[2]
-MODEL, TEXT = ROOT / "examples/models/tiny-moe", ROOT / "examples/data/prose_en.txt"
+MODEL, TEXT = tiny.MODEL, tiny.TEXT
 QUIET = Progress(quiet=True)
-
-
-_LOADED = cache(huggingface.load)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def traced_once() -> Iterator[None]:
-    """Tracing takes seconds; every test here wants the same model."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(huggingface, "load", lambda path: _LOADED(Path(path)))
+    """Every test here wants the same model."""
+    with tiny.traced_once():
         yield
 
 
@@ -77,7 +70,7 @@ def test_rows(found: tuple[Comparison, Path]) -> None:
 
 
 def test_distance_is_that_of_a_plain_loop(found: tuple[Comparison, Path]) -> None:
-    model = Model(*huggingface.load(MODEL))
+    model = tiny.model()
     packed = run_passes(model, load_recipe("int4").passes)
     ids, targets = read_windows(TEXT, load_tokenizer(MODEL), 64, 256)
     inputs = {"ids": ids, "positions": torch.arange(64).expand(len(ids), -1)}
