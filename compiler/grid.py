@@ -120,11 +120,14 @@ def round_to_nearest(weight: Tensor, fmt: IntFormat, importance: Tensor | None =
     """
     n, k = weight.shape
     size, groups = fmt.group_size(k), fmt.groups(k)
-    codes = torch.empty(n, k, dtype=torch.uint8)
-    scale, zero = torch.empty(n, groups, dtype=torch.float16), torch.empty(n, groups, dtype=torch.uint8)
+    weight = weight.cpu()
+    codes = torch.empty(n, k, dtype=torch.uint8, device="cpu")
+    scale, zero = (torch.empty(n, groups, dtype=kind, device="cpu") for kind in (torch.float16, torch.uint8))
     rows, pad = max(1, _CHUNK // k), groups * size - k
     counts = (
-        None if importance is None else torch.nn.functional.pad(positive(importance).float(), (0, pad), value=1.0).view(1, groups, size)
+        None
+        if importance is None
+        else torch.nn.functional.pad(positive(importance.cpu()).float(), (0, pad), value=1.0).view(1, groups, size)
     )
 
     def chunk(start: int) -> None:
