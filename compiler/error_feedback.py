@@ -116,7 +116,8 @@ def _corrected(w: Tensor, error: Tensor, r: Tensor, r32: Tensor, done: int) -> T
 
 
 def _inverse(r: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.linalg.solve_triangular(r, torch.eye(len(r), dtype=r.dtype, device=r.device), upper=True).to(dtype)
+    inverse: Tensor = torch.linalg.solve_triangular(r, torch.eye(len(r), dtype=r.dtype, device=r.device), upper=True)
+    return inverse.to(dtype)
 
 
 def descend(w: Tensor, h: Tensor, fmt: IntFormat, start: Rounded, sweeps: int, scales: bool = True) -> Rounded:

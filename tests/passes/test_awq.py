@@ -51,9 +51,9 @@ def test_the_function_stays() -> None:
 def test_rounding_costs_less() -> None:
     source = uneven()
     context = graphs.context(source)
-    formats = {"experts": "int3_g32", "linear": "int3_g32"}
-    plain = context.damage(Quantize(**formats).run(source, context), "x").kl_divergence
-    scaled = context.damage(Quantize(**formats).run(Awq(**formats).run(source, context), context), "x").kl_divergence
+    step, scales = Quantize(experts="int3_g32", linear="int3_g32"), Awq(experts="int3_g32", linear="int3_g32")
+    plain = context.damage(step.run(source, context), "x").kl_divergence
+    scaled = context.damage(step.run(scales.run(source, context), context), "x").kl_divergence
     assert scaled < 0.9 * plain
 
 
