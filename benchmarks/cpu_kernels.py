@@ -5,12 +5,16 @@
 Shapes are those of OLMoE-1B-7B. Weights are rotated through `--mib` MiB, so that they come from memory. Bandwidth and peak are
 measured anew before each line. Times are the least of the repetitions: wall time, or CPU time with one thread, which other work on
 the machine disturbs less.
+
+`--kernels skip` decodes with some of the 8 slots skipped instead: the numbers of slots take turns, and each round gives a ratio to
+its run of all slots; medians over `--rounds`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,6 +28,7 @@ from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cpu import ExpertActivation, ExpertsLayout, Isa, LaneLayout, experts_func, linear_func
 from moec.targets.kernels.cpu.emit import Register, argument, prim_func, splat, store, vector
+from moec.targets.kernels.cpu.experts_layout import COUNTS
 from moec.targets.kernels.cpu.isa import DOTS
 
 LINEAR, HEAD = (2048, 2048), (50304, 2048)  # N, K
@@ -43,6 +48,16 @@ class Result:
     bandwidth_fraction: float
     gflop_s: float
     peak_fraction: float
+
+
+@dataclass(frozen=True)
+class Skips:
+    """The decode step of a layer's experts: the slots that run, the median time, and the median ratio to the time of all slots."""
+
+    format: str
+    slots: int
+    us: float
+    share_of_all: float
 
 
 class Machine:
@@ -65,14 +80,17 @@ class Machine:
 
     def seconds(self, run: Callable[[], None], repetitions: int) -> float:
         """The least time of a call."""
-        clock = time.process_time if self.threads == 1 else time.perf_counter
         run()
         times = []
         for _ in range(repetitions):
-            start = clock()
+            start = self.clock()
             run()
-            times.append(clock() - start)
+            times.append(self.clock() - start)
         return min(times)
+
+    def clock(self) -> float:
+        """Seconds, of which differences count."""
+        return time.process_time() if self.threads == 1 else time.perf_counter()
 
     def bandwidth(self) -> float:
         """GB/s of reading memory on all threads."""
@@ -185,6 +203,30 @@ def measure(machine: Machine, kernel: str, format: str, tokens: int, mib: int, r
     return Result(kernel, format, tokens, seconds * 1e6, gb_s, gb_s / bandwidth, gflop_s, gflop_s / peak)
 
 
+def measure_skips(machine: Machine, format: str, skips: list[int], mib: int, rounds: int) -> list[Skips]:
+    """Time the decode step of a layer's experts with the last slots of every token skipped."""
+    rng = np.random.default_rng(1)
+    layout = ExpertsLayout(EXPERTS, D, F, format, format)
+    run = machine.compile(experts_func(layout, ExpertActivation(), machine.isa, tokens=1, top_k=TOP_K, counted=True))
+    sets = weight_sets(layout.arrays(), layout.nbytes(), mib)
+    x, weights = tvm.runtime.tensor(rng.standard_normal((1, D), np.float32)), tensor((1, TOP_K), "float32", 0.125)
+    counts, out = tensor((COUNTS,), "int64", 0), tensor((1, D), "float32", 0)
+    choices = np.stack([rng.permutation(EXPERTS)[None, :TOP_K] for _ in range(32)])
+    times: dict[int, list[float]] = {skipped: [] for skipped in (0, *skips)}
+    for turn in range(rounds + 1):
+        for skipped, found in times.items():
+            ids = choices.copy()
+            ids[:, :, TOP_K - skipped :] = EXPERTS
+            calls = [(x, tvm.runtime.tensor(each), weights, *sets[i % len(sets)], counts, out) for i, each in enumerate(ids)]
+            start = machine.clock()
+            for call in calls:
+                run(*call)
+            if turn:  # the first warms up
+                found.append((machine.clock() - start) / len(calls))
+    shares = {skipped: [mine / whole for mine, whole in zip(found, times[0], strict=True)] for skipped, found in times.items()}
+    return [Skips(format, TOP_K - n, 1e6 * statistics.median(times[n]), statistics.median(shares[n])) for n in times]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
@@ -194,6 +236,8 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,4,128")
     parser.add_argument("--mib", type=int, default=256)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--skipped", default="2,4,6,8")
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     mcpu = codegen.llvm_get_system_cpu() if options.mcpu == "native" else options.mcpu
@@ -203,7 +247,16 @@ def main() -> None:
             f"{mcpu}, {machine.isa.name}, {options.threads} threads, read {machine.bandwidth():.1f} GB/s, "
             f"peak {machine.peak_gflop_s(integer=True):.0f} GFLOP/s integer, {machine.peak_gflop_s(integer=False):.0f} float32\n"
         )
-        print("| kernel | format | tokens | us | GB/s (of read) | GFLOP/s (of peak) |\n|---|---|---|---|---|---|")
+        if options.kernels == "skip":
+            print("| format | slots that run | us | of all |\n|---|---|---|---|")
+        else:
+            print("| kernel | format | tokens | us | GB/s (of read) | GFLOP/s (of peak) |\n|---|---|---|---|---|---|")
+    if options.kernels == "skip":
+        for weight_format in options.formats.split(","):
+            for s in measure_skips(machine, weight_format, [int(n) for n in options.skipped.split(",")], options.mib, options.rounds):
+                line = f"| {s.format} | {s.slots} | {s.us:.0f} | {s.share_of_all:.2f} |"
+                print(json.dumps(asdict(s)) if options.json else line, flush=True)
+        return
     for kernel in options.kernels.split(","):
         for weight_format in options.formats.split(","):
             for tokens in map(int, options.tokens.split(",")):

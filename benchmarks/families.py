@@ -1,60 +1,79 @@
 """Which model families work: a tiny random model of each, through the interpreter and both backends.
 
-    python -m benchmarks.families [NAMES...] [--backends tvm,onnx] [-n 16] [--json FILE]
+    python -m benchmarks.families [NAMES...] [--backends tvm,onnx] [-n 16] [--json FILE [--fresh]] [--limit SECONDS] [--readme README.md]
 
-`interpreter`: the largest difference of logits to transformers' eager model in float32. A backend passes when its
-float32 artifact gives the interpreter's greedy tokens, up to a place where the interpreter's two best logits are within 1e-4.
+`largest difference`: of logits, the graph's interpreter against transformers' eager model in float32, at most 1e-4. A backend passes
+when its float32 artifact gives the interpreter's greedy tokens, up to a place where the interpreter's two best logits are within 1e-4.
+Each family runs in a process of its own with a time limit. With `--json` what was found is kept, and families that are there are
+not run again (`--fresh` runs them all). `--readme` writes the table between the two comments of that page.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
+import subprocess
+import sys
 import tempfile
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from moec import runtime
+from benchmarks.families_readme import block, closing, line, replaced
 from moec.compiler.errors import MoecError
-from moec.compiler.frontend.families_table import check_family, families, tiny_model
-from moec.compiler.frontend.model import graph_of
-from moec.compiler.interpreter import Interpreter
-from moec.compiler.pipeline import compile_model
-from moec.compiler.progress import Progress
 
-PROMPT = 12
-TIE = 1e-4
+LIMIT = 600.0
+"""Seconds that one family may take."""
+
+VERSIONS = ("transformers", "torch", "apache-tvm", "onnxruntime")
 
 
-def greedy(model: Any, prompt: list[int], new_tokens: int) -> tuple[list[int], list[float]]:
-    """The interpreter's greedy tokens, and the margin of each."""
-    interpreter, ids, margins = Interpreter(*graph_of(model)), list(prompt), []
-    for _ in range(new_tokens):
-        logits = interpreter(ids=torch.tensor([ids]), positions=torch.arange(len(ids))[None])[0][0, -1]
-        best = logits.topk(2)
-        ids.append(int(best.indices[0]))
-        margins.append(float(best.values[0] - best.values[1]))
-    return ids[len(prompt) :], margins
+def isolated(command: Sequence[str], limit: float) -> str:
+    """Run a command in a process group of its own; how it was stopped, or nothing if it ended well.
 
-
-def backend_result(name: str, model: Any, backend: str, wanted: list[int], margins: list[float], prompt: list[int]) -> str:
-    """`yes`, or why not."""
-    with tempfile.TemporaryDirectory() as folder:
+    The whole group is killed at the limit: compilers that the command started, too.
+    """
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True)
         try:
-            out = Path(folder) / f"{name}.moec"
-            compile_model(model, out, backend=backend, recipe="f32", progress=Progress(quiet=True))
-            session = runtime.load(out)
-            found = [t.id for t in session.generate(prompt, max_new_tokens=len(wanted), ignore_eos=True)]
-        except MoecError as error:
-            return str(error).splitlines()[0]
-        except Exception as error:  # noqa: BLE001  # a table of what fails must survive what fails
-            return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    for a, b, margin in zip(found, wanted, margins, strict=True):
-        if a != b:
-            return "yes" if margin < TIE else f"other tokens, where the margin is {margin:.1e}"
-    return "yes"
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return f"stopped after {limit:g} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if process.returncode == 0:
+            return ""
+        errors.seek(0)
+        lines = errors.read().decode(errors="replace").strip().splitlines()
+    return f"ended with {process.returncode}: {lines[-1] if lines else 'no message'}"
+
+
+def try_family(name: str, backends: Sequence[str], new_tokens: int, limit: float) -> dict[str, Any]:
+    """The row of one family, from a process of its own."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "row.json"
+        command = [sys.executable, "-m", "benchmarks.family_row", name, str(out), "--backends", ",".join(backends), "-n", str(new_tokens)]
+        stopped = isolated(command, limit)
+        row: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"family": name, "step": "start"}
+    if row["step"]:
+        where = {"start": "", "interpreter": " before the logits were compared"}.get(row["step"], f" in the {row['step']} backend")
+        row["stopped"] = (stopped or "ended early") + where
+    return row | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def kept(path: Path | None, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows of an earlier run with the same settings, by family."""
+    if path is None or not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    return {row["family"]: row for row in found["rows"]} if found.get("settings") == settings else {}
 
 
 def main() -> None:
@@ -62,32 +81,32 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--backends", default="tvm,onnx")
     parser.add_argument("-n", type=int, default=16)
-    parser.add_argument("--json", type=Path, help="write the rows here as well")
+    parser.add_argument("--json", type=Path, help="keep the rows here, and take those that are here already")
+    parser.add_argument("--fresh", action="store_true", help="run families again although the file has them")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds a family")
+    parser.add_argument("--readme", type=Path, help="write the table into this page")
     args = parser.parse_args()
-    backends, rows = args.backends.split(","), []
-    print(f"| family | traced | interpreter | {' | '.join(f'{b} tokens' for b in backends)} | note |")
-    print(f"|---|---|---|{'---|' * len(backends)}---|")
-    for name in args.names or families():
-        row = check_family(name)
-        record: dict[str, Any] = {"family": name, "traced": row.traced, "error": row.error, "ok": row.ok, "note": row.reason}
-        if row.ok:
-            _, model = tiny_model(name)
-            prompt = torch.randint(
-                1, model.config.get_text_config().vocab_size, (PROMPT,), generator=torch.Generator().manual_seed(1)
-            ).tolist()
-            wanted, margins = greedy(model, prompt, args.n)
-            for backend in backends:
-                record[backend] = backend_result(name, model, backend, wanted, margins, prompt)
-        results = [record.get(b, "") for b in backends]
-        notes = dict.fromkeys([record["note"], *(r[:160] for r in results if r not in ("", "yes"))])
-        cells = ["yes" if row.traced else "no", f"{row.error:.0e}" if row.ok else "no", *("yes" if r == "yes" else "no" for r in results)]
-        print(f"| {name} | {' | '.join(cells)} | {'; '.join(n for n in notes if n)} |", flush=True)
-        rows.append(record)
-    counts = [sum(bool(r["ok"]) for r in rows), *(sum(r.get(b) == "yes" for r in rows) for b in backends)]
-    print(f"\n{len(rows)} families: {counts[0]} equal, " + ", ".join(f"{c} through {b}" for b, c in zip(backends, counts[1:], strict=True)))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
+    from moec.compiler.frontend.tiny_models import families  # transformers takes seconds: not for --help
+
+    backends, discovered = [b for b in args.backends.split(",") if b], list(families())
+    if args.readme:
+        replaced(args.readme.read_text(), "", str(args.readme))  # no place for the table is known before the work, not after
+    settings = {"backends": backends, "tokens": args.n, "versions": {name: version(name) for name in VERSIONS}}
+    rows = kept(args.json, settings)
+    for name in args.names or discovered:
+        if args.fresh or name not in rows:
+            rows[name] = try_family(name, backends, args.n, args.limit)
+            if args.json:
+                args.json.write_text(json.dumps({"settings": settings, "rows": list(rows.values())}, indent=1) + "\n")
+        print(line(rows[name], backends), flush=True)
+    found = [row for name, row in rows.items() if name in discovered]
+    print(f"\n{closing(found, len(discovered), backends)}")
+    if args.readme:
+        args.readme.write_text(replaced(args.readme.read_text(), block(found, len(discovered), backends), str(args.readme)))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except MoecError as error:
+        sys.exit(f"error: {error}")

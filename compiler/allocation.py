@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 from moec.compiler.calibration.text import Text
 from moec.compiler.context import Context
 from moec.compiler.errors import MoecError
-from moec.compiler.layers import moe_layers
+from moec.compiler.layers import MoeLayer, moe_layers
 from moec.compiler.model import Model
 from moec.compiler.packed import integer_format
 from moec.compiler.quantizers import Quantizer
 from moec.compiler.roles import parameter_roles
-from moec.runtime.errors import unknown
 from moec.runtime.formats import get_format
 
 KINDS = ("experts", "linear")
@@ -52,21 +51,11 @@ def make_units(model: Model, grain: str, include: Sequence[str]) -> list[Unit]:
     Raises:
         MoecError: there are none, or one is quantised already.
     """
-    for kind in include:
-        if kind not in KINDS:
-            raise unknown("part for assign_bits to include", kind, KINDS)
-    if grain not in GRAINS:
-        raise unknown("grain for assign_bits", grain, GRAINS)
-    units: list[Unit] = []
     layers, roles = {layer.name: layer for layer in moe_layers(model.graph)}, parameter_roles(model.graph)
+    units: list[Unit] = []
     for node in model.graph.nodes:
-        if (layer := layers.get(node.name)) is not None and "experts" in include:
-            for expert in range(layer.count):
-                if grain == "expert":
-                    units.append(Unit(f"{node.name}[{expert}]", node.name, expert, (layer.up, layer.down)))
-                    continue
-                for end, name in (("up", layer.up), ("down", layer.down)):
-                    units.append(Unit(f"{node.name}[{expert}].{end}", node.name, expert, (name,)))
+        if node.name in layers and "experts" in include:
+            units += _expert_units(layers[node.name], grain)
         elif node.op == "linear" and "linear" in include and roles.get(node.inputs[1]) == "linear":
             units.append(Unit(node.name, node.name, None, (node.inputs[1],)))
     if not units:
@@ -75,6 +64,13 @@ def make_units(model: Model, grain: str, include: Sequence[str]) -> list[Unit]:
         if integer_format(model.graph.params[name]) is not None:
             raise MoecError(f"assign_bits: @{name} is already {model.graph.params[name].format}; put assign_bits before quantize")
     return units
+
+
+def _expert_units(layer: MoeLayer, grain: str) -> list[Unit]:
+    if grain == "expert":
+        return [Unit(f"{layer.name}[{e}]", layer.name, e, (layer.up, layer.down)) for e in range(layer.count)]
+    ends = (("up", layer.up), ("down", layer.down))
+    return [Unit(f"{layer.name}[{e}].{end}", layer.name, e, (name,)) for e in range(layer.count) for end, name in ends]
 
 
 def member_shape(model: Model, unit: Unit, member: str) -> tuple[int, ...]:

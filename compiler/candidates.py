@@ -58,7 +58,7 @@ class Choice:
     @cached_property
     def key(self) -> bytes:
         """Equal for equal choices."""
-        parts = (self.merge.numpy().tobytes(), self.route.numpy().tobytes(), repr((self.merge.shape, self.top_k)).encode())
+        parts = (self.merge.cpu().numpy().tobytes(), self.route.cpu().numpy().tobytes(), repr((self.merge.shape, self.top_k)).encode())
         return hashlib.sha256(b"".join(parts)).digest()
 
     @cached_property
@@ -113,7 +113,8 @@ class Candidates:
     """
 
     def __init__(self, model: Model, ids: Tensor, what: str = "the search") -> None:
-        self.model, self.ids = model, ids
+        self.device = torch.get_default_device()
+        self.model, self.ids = model, ids.to(self.device)
         self.layers: list[MoeLayer] = moe_layers(model.graph)
         if not self.layers:
             raise MoecError(f"{what}: the model has no Mixture-of-Experts layer whose router is known")
@@ -135,7 +136,7 @@ class Candidates:
         if len(choices) != len(self.layers):
             raise MoecError(f"{len(choices)} choices for a model of {len(self.layers)} Mixture-of-Experts layers")
         graph = self.model.graph
-        inputs = {"ids": self.ids, "positions": torch.arange(self.ids.shape[1]).expand(len(self.ids), -1)}
+        inputs = {"ids": self.ids, "positions": torch.arange(self.ids.shape[1], device=self.device).expand(len(self.ids), -1)}
         inputs = dict(zip((v.name for v in graph.inputs), inputs.values(), strict=False))
         symbols = bind_symbols(graph, inputs)
         keys = [None if c is None else c.key for c in choices]
@@ -168,7 +169,7 @@ class Candidates:
                 if place < len(given) and (stack := given[place]) is not None:
                     assert isinstance(stack, Tensor)
                     given[place] = self._combined(node.inputs[place], stack, choice)
-        return evaluate(node, given, symbols, torch.float32, "cpu")  # type: ignore[arg-type]  # a picked stack is a stack
+        return evaluate(node, given, symbols, torch.float32, self.device)  # type: ignore[arg-type]  # a picked stack is a stack
 
     def _route(self, node: Node, choice: Choice, given: Sequence[object]) -> tuple[Tensor, ...]:
         """The router, with its scores led to the choice's experts."""
@@ -190,7 +191,7 @@ class Candidates:
         """The choice's experts of one stacked parameter."""
         if (members := _one_hot(choice.merge)) is not None:
             return stack[members] if stack.dim() == 2 else _Stack(stack, members)
-        key = name, choice.merge.numpy().tobytes()
+        key = name, choice.merge.cpu().numpy().tobytes()
         if (found := self._merged.found.get(key)) is not None:
             assert isinstance(found, Tensor)
             return found

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import networkx as nx
 
+from moec.compiler.heatmap import STYLE as HEAT_STYLE
 from moec.compiler.ir import Graph, Node
 from moec.compiler.plan import Plan
 from moec.compiler.roles import layer_of
@@ -122,8 +123,12 @@ svg { font: 11px ui-monospace, monospace; max-width: 100% } rect { stroke: #888 
 """
 
 
-def page(graph: Graph, plan: Plan) -> str:
-    """The whole page as HTML that needs nothing else."""
+def page(graph: Graph, plan: Plan, use: str = "") -> str:
+    """The whole page as HTML that needs nothing else.
+
+    Args:
+        use: what `moec.compiler.heatmap` makes of statistics.
+    """
     rows = "".join(
         f"<tr><td>{r.role}</td><td>{r.format}</td><td>{r.tensors}</td><td>{r.parameters:,}</td>"
         f"<td>{r.bytes:,}</td><td>{r.bits_per_weight:.2f}</td></tr>"
@@ -131,9 +136,9 @@ def page(graph: Graph, plan: Plan) -> str:
     )
     drawings = "".join(f"<h2>{s.title}</h2>{draw_nodes(graph, s.nodes)}" for s in sections(graph))
     return (
-        f"<!doctype html><meta charset=utf-8><title>{html.escape(graph.name)}</title><style>{_STYLE}</style>"
+        f"<!doctype html><meta charset=utf-8><title>{html.escape(graph.name)}</title><style>{_STYLE}{HEAT_STYLE}</style>"
         f"<h1>{html.escape(graph.name)}</h1><p>{plan.parameters:,} parameters, {plan.active_parameters:,} active a token; "
         f"{plan.weight_bytes:,} bytes, {plan.bytes_per_token:,} read a token; {plan.layers} layers</p>"
         "<table><tr><th>role</th><th>format</th><th>tensors</th><th>parameters</th><th>bytes</th><th>bits a weight</th></tr>"
-        f"{rows}</table>{drawings}\n"
+        f"{rows}</table>{use}{drawings}\n"
     )

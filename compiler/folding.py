@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from moec.compiler.ir import Graph, Node
@@ -92,19 +90,20 @@ def times(base: WeightSource, name: str, left: Tensor | None = None, right: Tens
 
     def edit(expert: int | None) -> Tensor:
         value = base.load(name, expert).double()
-        if left is not None:
+        first, second = (None if factor is None else factor.to(value.device) for factor in (left, right))
+        if first is not None:
             rows = value[..., None] if value.ndim == 1 else value
-            value = (left[:, None] * rows if left.ndim == 1 else left @ rows).view_as(value)
-        return value if right is None else value * right if right.ndim == 1 else value @ right
+            value = (first[:, None] * rows if first.ndim == 1 else first @ rows).view_as(value)
+        return value if second is None else value * second if second.ndim == 1 else value @ second
 
     return edit
 
 
 def scaled(base: WeightSource, name: str, factors: Tensor) -> Edit:
     """An edit that multiplies a stack [E, ...] elementwise by factors that broadcast, [E, ...], in float64."""
-    return lambda expert: base.load(name, expert).double() * (factors if expert is None else factors[expert])
 
+    def edit(expert: int | None) -> Tensor:
+        value = base.load(name, expert).double()
+        return value * (factors if expert is None else factors[expert]).to(value.device)
 
-def ones(sizes: Sequence[int], offset: float) -> Tensor:
-    """The weight of a norm that multiplies by one: [D]."""
-    return torch.full(tuple(sizes), 1.0 - offset, dtype=torch.float64)
+    return edit

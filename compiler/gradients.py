@@ -18,18 +18,16 @@ from torch import Tensor
 
 from moec.compiler.interpreter import Interpreter, LazyStack, bind_symbols
 from moec.compiler.ir import Graph, Node
+from moec.compiler.ops import Stacked
 from moec.compiler.weights import WeightSource
+
+Weight = Tensor | LazyStack | Stacked
 
 Loss = Callable[[int, tuple[Tensor, ...]], Tensor]
 """From the index of a batch and the graph's results to a number."""
 
 Seen = Callable[[str, int, Tensor], None]
 """Told the gradient of a wanted value: its name, the index of the batch, and the gradient."""
-
-
-def compute_device() -> torch.device:
-    """Where heavy work is done: the GPU where torch sees one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -65,26 +63,27 @@ class Tape(Interpreter):
 
     Args:
         graph, weights: what to run.
-        leaves: parameters that gradients are wanted of, by name; these tensors take the place of the weights, and their `grad` grows.
+        leaves: what takes the place of weights, by name: tensors that gradients are wanted of, whose `grad` grows; or for stacked experts
+            an object whose items are functions of such tensors.
         cuts: nodes after which segments end; every `experts` node unless given.
         keep: hold every weight once read (for many steps over a model that fits in memory).
-        device, dtype: where, and in which float type, everything is computed; the device is `compute_device()` unless given.
+        device, dtype: where, and in which float type, everything is computed; torch's default device unless given.
     """
 
     def __init__(
         self,
         graph: Graph,
         weights: WeightSource,
-        leaves: Mapping[str, Tensor] | None = None,
+        leaves: Mapping[str, Tensor | Stacked] | None = None,
         *,
         cuts: Collection[str] | None = None,
         keep: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(graph, weights, device or compute_device(), dtype)
+        super().__init__(graph, weights, device, dtype)
         self.leaves, self.segments, self._keep = dict(leaves or {}), segments(graph, cuts), keep
-        self._kept: dict[str, Tensor | LazyStack] = {}
+        self._kept: dict[str, Weight] = {}
 
     def backward(
         self, batches: Sequence[Mapping[str, Tensor]], loss: Loss, wanted: Collection[str] = (), seen: Seen = lambda *_: None
@@ -139,6 +138,10 @@ class Tape(Interpreter):
                 current = [{n: end[n] for n in segment.handed} for end in ends]
         return states
 
+    def logits(self, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+        """The graph's first result for each batch, without a tape."""
+        return list(self.rest(batches, self.forward(batches)[-1], len(self.segments) - 1))
+
     @torch.no_grad()
     def rest(self, batches: Sequence[Mapping[str, Tensor]], states: Sequence[Mapping[str, Tensor]], start: int) -> Iterator[Tensor]:
         """The graph's first result for each batch, from the values that the segment `start` is given."""
@@ -150,8 +153,8 @@ class Tape(Interpreter):
                 current = {n: current[n] for n in segment.handed}
             yield current[self.graph.outputs[0]]
 
-    def _segment_weights(self, segment: Segment) -> dict[str, Tensor | LazyStack]:
-        weights: dict[str, Tensor | LazyStack] = {}
+    def _segment_weights(self, segment: Segment) -> dict[str, Weight]:
+        weights: dict[str, Weight] = {}
         for node in segment.nodes:
             for name in (n for n in node.inputs if n in self.graph.params):
                 if name in self.leaves:
@@ -168,7 +171,7 @@ class Tape(Interpreter):
         self,
         segment: Segment,
         environment: dict[str, Tensor],
-        weights: Mapping[str, Tensor | LazyStack],
+        weights: Mapping[str, Weight],
         symbols: Mapping[str, int],
         wanted: Collection[str] = (),
     ) -> dict[str, Tensor]:

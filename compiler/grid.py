@@ -120,15 +120,14 @@ def round_to_nearest(weight: Tensor, fmt: IntFormat, importance: Tensor | None =
     """
     n, k = weight.shape
     size, groups = fmt.group_size(k), fmt.groups(k)
-    weight = weight.cpu()
-    codes = torch.empty(n, k, dtype=torch.uint8, device="cpu")
-    scale, zero = (torch.empty(n, groups, dtype=kind, device="cpu") for kind in (torch.float16, torch.uint8))
-    rows, pad = max(1, _CHUNK // k), groups * size - k
-    counts = (
-        None
-        if importance is None
-        else torch.nn.functional.pad(positive(importance.cpu()).float(), (0, pad), value=1.0).view(1, groups, size)
-    )
+    codes = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
+    scale = torch.empty(n, groups, dtype=torch.float16, device=weight.device)
+    zero = torch.empty(n, groups, dtype=torch.uint8, device=weight.device)
+    rows, pad = max(1, _CHUNK // k) if weight.is_cpu else n, groups * size - k
+    counts = None
+    if importance is not None:
+        importance = positive(importance.to(weight.device)).float()
+        counts = torch.nn.functional.pad(importance, (0, pad), value=1.0).view(1, groups, size)
 
     def chunk(start: int) -> None:
         # A short last group is filled up with zeros, which every scale represents exactly.
@@ -141,9 +140,12 @@ def round_to_nearest(weight: Tensor, fmt: IntFormat, importance: Tensor | None =
         scale[start:stop] = s.half().view(count, groups)
         zero[start:stop] = z.to(torch.uint8).view(count, groups)
 
-    for _ in workers().map(chunk, range(0, n, rows)):
-        pass
-    return Quantized(codes.numpy(), scale.numpy().astype(np.float16), zero.numpy())
+    if weight.is_cpu:
+        for _ in workers().map(chunk, range(0, n, rows)):
+            pass
+    else:
+        chunk(0)
+    return Quantized(codes.cpu().numpy(), scale.cpu().numpy().astype(np.float16), zero.cpu().numpy())
 
 
 def positive(importance: Tensor) -> Tensor:

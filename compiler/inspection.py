@@ -2,41 +2,92 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moec.compiler.calibration.collect import collect, load_or_collect
+from moec.compiler.calibration.locality import Use, expert_use
+from moec.compiler.calibration.statistics import Statistics, load_statistics
+from moec.compiler.calibration.text import Files, calibration_text
 from moec.compiler.draw import page
 from moec.compiler.errors import MoecError
 from moec.compiler.frontend import huggingface
+from moec.compiler.heatmap import use_section
+from moec.compiler.layers import need_layers
+from moec.compiler.model import Model
 from moec.compiler.plan import make_plan
+from moec.compiler.progress import Progress
 from moec.compiler.recipe import NOTHING
 from moec.compiler.text import print_graph
 from moec.targets import get_target
 
 
+@dataclass(frozen=True)
+class Inspection:
+    """A summary as data, and the use of experts where it was asked for."""
+
+    summary: dict[str, Any]
+    uses: tuple[Use, ...] = ()
+
+
 def inspect_checkpoint(
-    model: str, *, graph: bool = False, stats: bool = False, locality: bool = False, html: str | None = None
-) -> dict[str, Any]:
+    model: str | Path,
+    *,
+    graph: bool = False,
+    stats: bool = False,
+    locality: bool = False,
+    html: str | Path | None = None,
+    calibration: Files | None = None,
+    calibration_tokens: int = 1 << 16,
+    statistics: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Inspection:
     """A summary of a checkpoint, from its configuration and (where there are any) its weights' headers.
 
     Args:
         model: a checkpoint folder or a hub name in the local cache.
         graph: add the graph's text.
-        stats, locality: need calibration.
-        html: a file to draw the graph into.
+        stats: add how the experts are used on calibration text.
+        locality: add how experts repeat from token to token (SRP and SCH); implies `stats`.
+        html: a file to draw the graph, and the use of experts, into.
+        calibration, calibration_tokens, seed: the text, as in `compile_model`.
+        statistics: a file that keeps what was measured; enough without text if it is there.
 
     Raises:
-        MoecError: no such model, or something that needs calibration is asked for.
+        MoecError: no such model or text, statistics of another model, or `stats` without either.
     """
-    for option, wanted in (("--stats", stats), ("--locality", locality)):
-        if wanted:
-            raise MoecError(f"inspect {option} needs calibration, which is not available in this version: leave it out")
-    traced, _ = huggingface.load(model)
-    plan = make_plan(traced, NOTHING, get_target("cpu"), None)
+    folder = huggingface.resolve(model)
+    loaded = Model(*huggingface.load(folder))
+    plan = make_plan(loaded.graph, NOTHING, get_target("cpu"), None)
+    uses, domains = list[Use](), tuple[str, ...]()
+    if stats or locality:
+        file = Path(statistics) if statistics is not None else None
+        measured = _statistics(loaded, folder, calibration, calibration_tokens, seed, file, progress or Progress())
+        uses, domains = expert_use(measured, locality=locality), measured.domains
     if html is not None:
         try:
-            Path(html).write_text(page(traced, plan))
+            Path(html).write_text(page(loaded.graph, plan, use_section(uses, domains) if uses else ""))
         except OSError as error:
             raise MoecError(f"cannot write {html}: {error.strerror}") from error
-    summary = {"model": {"name": traced.name, **traced.meta}, **plan.to_json()}
-    return {**summary, "graph": print_graph(traced)} if graph else summary
+    summary = {"model": {"name": loaded.graph.name, **loaded.graph.meta}, **plan.to_json()}
+    if uses:
+        summary["use"] = {"domains": list(domains), "layers": [use.to_json() for use in uses]}
+    return Inspection({**summary, "graph": print_graph(loaded.graph)} if graph else summary, tuple(uses))
+
+
+def _statistics(
+    model: Model, folder: Path, calibration: Files | None, tokens: int, seed: int, file: Path | None, progress: Progress
+) -> Statistics:
+    layers = need_layers(model.graph, "inspect --stats")
+    if calibration is not None:
+        text = calibration_text(calibration, folder, model, tokens, seed)
+        return collect(model, text, progress) if file is None else load_or_collect(model, text, file, progress)
+    if file is None or not file.is_file():
+        missing = f"there is no {file}" if file is not None else "found neither"
+        raise MoecError(f"inspect --stats needs --calibration FILE, or --statistics of an earlier run ({missing})")
+    found = load_statistics(file)
+    if {x.name: x.count for x in layers} != {name: layer.experts for name, layer in found.layers.items()}:
+        raise MoecError(f"{file}: these statistics are of another model: calibrate {folder} with --calibration FILE")
+    return found

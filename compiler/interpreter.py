@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moec.compiler import aten
 from moec.compiler.ir import Dim, Graph, Node, dim_symbols, dim_value
-from moec.compiler.ops import OPS
+from moec.compiler.ops import OPS, Stacked
 from moec.compiler.text import print_node
 from moec.compiler.weights import WeightSource
 
@@ -34,6 +34,10 @@ class Observer(Protocol):
             The node's results for every batch, if the observer has computed them; None to have them computed.
         """
         ...
+
+
+States = Sequence[Mapping[str, Tensor]]
+"""For every batch the values that later nodes read."""
 
 
 STACKED_INPUTS = {"experts": (3, 4)}
@@ -111,6 +115,8 @@ class Interpreter:
         consume: Callable[[int, tuple[Tensor, ...]], None],
         progress: Callable[[int, int], None] | None = None,
         observer: Observer | None = None,
+        snapshot: Callable[[int, States], None] | None = None,
+        resume: tuple[int, States] | None = None,
     ) -> None:
         """Run many batches, node by node.
 
@@ -119,14 +125,19 @@ class Interpreter:
             consume: called once a batch with its index and the graph's results, which are dropped afterwards.
             progress: called after each node with the number of nodes done and of all nodes.
             observer: shown each node before it runs.
+            snapshot: called after each node but the last ones with its index and the values that are alive.
+            resume: what `snapshot` was called with in an earlier run of the same batches: goes on after that node.
         """
         environments: list[dict[str, Tensor]] = []
         symbols = []
         for batch in batches:
             symbols.append(bind_symbols(self.graph, batch))
             environments.append({v.name: self._cast(batch[v.name]) for v in self.graph.inputs})
+        first = 0
+        if resume is not None:
+            first, environments = resume[0] + 1, [{n: self._cast(v) for n, v in state.items()} for state in resume[1]]
         ready = max((i for i, n in enumerate(self.graph.nodes) if any(o.name in self.graph.outputs for o in n.outputs)), default=-1)
-        for index, node in enumerate(self.graph.nodes):
+        for index, node in enumerate(self.graph.nodes[first:], first):
             given = observer.visit(node, [self._activations(node, e) for e in environments]) if observer else None
             weights = self._weights(node) if given is None else {}
             for batch_index, environment in enumerate(environments):
@@ -143,6 +154,8 @@ class Interpreter:
                 progress(index + 1, len(self.graph.nodes))
             if index == ready:
                 return
+            if snapshot:
+                snapshot(index, environments)
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
@@ -165,7 +178,7 @@ class Interpreter:
     def _step(
         self,
         node: Node,
-        weights: Mapping[str, Tensor | LazyStack],
+        weights: Mapping[str, Tensor | LazyStack | Stacked],
         environment: dict[str, Tensor],
         symbols: Mapping[str, int],
     ) -> None:
@@ -180,7 +193,7 @@ class Interpreter:
 
 def evaluate(
     node: Node,
-    tensors: Sequence[Tensor | LazyStack | None],
+    tensors: Sequence[Tensor | LazyStack | Stacked | None],
     symbols: Mapping[str, int],
     dtype: torch.dtype,
     device: torch.device | str,
@@ -189,7 +202,7 @@ def evaluate(
     if (op := OPS.get(node.op)) is not None:
         result = op(*tensors, **node.attrs)
     else:
-        plain = [t for t in tensors if not isinstance(t, LazyStack)]
+        plain = [t for t in tensors if t is None or isinstance(t, Tensor)]
         result = aten.call(node.op, plain, node.attrs, symbols, dtype, device)
     return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 

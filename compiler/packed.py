@@ -28,7 +28,10 @@ class Quantized:
 
     def values(self, fmt: IntFormat) -> Tensor:
         """What the codes stand for: float32 [N, K]."""
-        return torch.from_numpy(fmt.dequantize(self.codes, self.scale, self.zero))
+        codes, scale, zero = (torch.from_numpy(a).to(torch.get_default_device()) for a in (self.codes, self.scale, self.zero))
+        size = fmt.group_size(codes.shape[-1])
+        spread = [a.float().repeat_interleave(size, -1)[..., : codes.shape[-1]] for a in (zero, scale)]
+        return (codes.float() - spread[0]) * spread[1]
 
 
 Packed = Quantized | NDArray[np.generic]
@@ -52,7 +55,7 @@ def pack_plain(param: Param, value: Tensor, expert: int | None) -> NDArray[np.ge
     fmt = get_format(name)
     assert isinstance(fmt, PlainFormat)
     if name == "bf16" and value.dtype == torch.bfloat16:  # the bits as they are
-        return value.contiguous().view(torch.uint16).numpy()
+        return value.contiguous().view(torch.uint16).cpu().numpy()
     if value.dtype in (torch.int64, torch.int32, torch.bool, torch.uint8):
-        return value.numpy()
-    return fmt.pack(value.float().numpy())["data"]
+        return value.cpu().numpy()
+    return fmt.pack(value.float().cpu().numpy())["data"]

@@ -40,7 +40,7 @@ from moec.targets import Target, get_target
 
 
 def compile_model(
-    model: str | Path | torch.nn.Module,
+    model: str | Path | torch.nn.Module | tuple[Graph, WeightSource],
     output: str | Path | None = None,
     *,
     target: str = "cpu",
@@ -62,7 +62,8 @@ def compile_model(
     """Compile a checkpoint for a target.
 
     Args:
-        model: a checkpoint folder, a hub name in the local cache, or a causal language model of transformers in memory.
+        model: a checkpoint folder, a hub name in the local cache, a causal language model of transformers in memory, or a graph
+            and its weights as `moec.compiler.frontend.model.graph_of` gives them.
         output: the artifact's folder; not needed for a dry run. An older artifact there is replaced when the new one is complete.
         target: a name of `moec.targets` or a file.
         backend: `tvm` or `onnx`.
@@ -88,12 +89,14 @@ def compile_model(
         raise MoecError("--latency needs the budget solver, which this version does not have: use --recipe")
     if output is None and not dry_run:
         raise MoecError("no output given: add -o OUT.moec, or --dry-run to see the plan only")
+    if calibration is None and (max_kl is not None or statistics is not None):
+        raise MoecError(f"{'--max-kl' if max_kl is not None else '--statistics'} needs calibration text: add --calibration FILE")
     progress = progress or Progress()
     chosen = load_recipe(recipe) if recipe is not None else NOTHING
     hardware = get_target(target)
     with progress.step("trace"):
-        checkpoint = None if isinstance(model, torch.nn.Module) else huggingface.resolve(model)
-        source = Model(*(huggingface.load(checkpoint) if checkpoint else graph_of(model)))
+        checkpoint = huggingface.resolve(model) if isinstance(model, str | Path) else None
+        source = Model(*(huggingface.load(checkpoint) if checkpoint else model if isinstance(model, tuple) else graph_of(model)))
     context = Context(
         text=None if calibration is None else calibration_text(calibration, checkpoint, source, calibration_tokens, seed),
         reference=source, target=hardware, max_kl=max_kl, seed=seed,
@@ -177,6 +180,8 @@ def _write(
         writer.write_text("graph.txt", print_graph(model.graph))
         for name, content in tokenizer_files(checkpoint).items() if checkpoint else ():
             writer.write_bytes(name, content)
+        if checkpoint:  # what `moec export` needs to write a checkpoint again
+            writer.write_bytes("checkpoint/config.json", (checkpoint / "config.json").read_bytes())
         writer.commit(_manifest(model.graph, history, target, backend, executor, shards, plan, time.time() - started))
     except MoecError:
         shutil.rmtree(writer.folder, ignore_errors=True)  # what failed once would fail again: only a killed run is resumed

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moec.compiler.allocation import Problem, Unit
 from moec.compiler.calibration.collect import batches_of
-from moec.compiler.gradients import Tape, compute_device
+from moec.compiler.gradients import Tape
 from moec.compiler.interpreter import Interpreter
 from moec.compiler.ir import Node
 from moec.compiler.layers import MoeLayer, moe_layers
@@ -58,11 +58,9 @@ def probe(problem: Problem, score: Score, gradients: Mapping[str, Tensor] | None
     Args:
         gradients: by node, [S, N, D] for all N tokens of the text.
     """
-    observer = _Probe(problem, score, gradients)
+    observer = Prober(problem, score, gradients)
     with problem.context.progress.counter("probe") as count:
-        Interpreter(problem.model.graph, problem.model.weights, compute_device()).run(
-            batches_of(problem.text), lambda *_: None, count, observer
-        )
+        Interpreter(problem.model.graph, problem.model.weights).run(batches_of(problem.text), lambda *_: None, count, observer)
     return observer.result
 
 
@@ -74,7 +72,7 @@ def output_gradients(problem: Problem, samples: int, labels: str) -> dict[str, T
         labels: `sampled` from the model itself, which makes the mean of squares the Fisher information, or the `text`'s own next tokens
             (S = 1; the empirical Fisher).
     """
-    batches, device = batches_of(problem.text), compute_device()
+    batches, device = batches_of(problem.text), torch.get_default_device()
     wanted = {unit.node for unit in problem.units}
     tape = Tape(problem.model.graph, problem.model.weights)
     rows = [b["ids"].numel() for b in batches]
@@ -102,7 +100,7 @@ def output_gradients(problem: Problem, samples: int, labels: str) -> dict[str, T
 
 
 @dataclass
-class _Probe:
+class Prober:
     """The observer that puts units into formats."""
 
     problem: Problem
@@ -117,7 +115,7 @@ class _Probe:
         for index, unit in enumerate(self.problem.units):
             self._units.setdefault((unit.node, unit.expert), []).append(index)
         windows, tokens = self.problem.text.ids.shape
-        self._window = torch.arange(windows, device=compute_device()).repeat_interleave(tokens)
+        self._window = torch.arange(windows, device=torch.get_default_device()).repeat_interleave(tokens)
 
     def visit(self, node: Node, inputs: Sequence[Sequence[Tensor | None]]) -> Sequence[tuple[Tensor, ...]] | None:
         """See `Observer`."""
@@ -132,7 +130,7 @@ class _Probe:
         token = torch.arange(len(x), device=x.device)
         for index in self._units[node.name, None]:
             for at, fmt in enumerate(self.problem.formats):
-                error = self._quantized(weight, fmt, moment) - weight
+                error = self.quantized(weight, fmt, moment) - weight
                 self._note(index, at, token, x @ error.T, lambda e=error: [(e, moment)], torch.ones_like(x[:, 0]))
 
     def _experts(self, layer: MoeLayer, inputs: Sequence[Sequence[Tensor | None]]) -> list[tuple[Tensor, ...]]:
@@ -141,12 +139,12 @@ class _Probe:
         for expert in range(layer.count):
             token, slot = torch.where(ids == expert)
             if len(token):
-                result.index_add_(0, token, self._expert(layer, expert, x[token], routing[token, slot], token))
+                result.index_add_(0, token, self.expert(layer, expert, x[token], routing[token, slot], token))
         sizes = [len(_rows(batch[0])) for batch in inputs]
         shapes = [batch[0].shape for batch in inputs if batch[0] is not None]
         return [(part.view(shape),) for part, shape in zip(result.split(sizes), shapes, strict=True)]
 
-    def _expert(self, layer: MoeLayer, expert: int, x: Tensor, g: Tensor, token: Tensor) -> Tensor:
+    def expert(self, layer: MoeLayer, expert: int, x: Tensor, g: Tensor, token: Tensor) -> Tensor:
         """The weighted outputs [n, D] of an expert, after its units were tried."""
         model, attrs = self.problem.model, layer.experts.attrs
         activation = {k: v for k, v in attrs.items() if k in ("activation", "gated", "limit")}
@@ -160,7 +158,7 @@ class _Probe:
         base = F.linear(h, plain[layer.down], biases[1])
         moments = {layer.up: _moment(x, g), layer.down: _moment(h, g)}
         for at, fmt in enumerate(self.problem.formats):
-            tried = {name: self._quantized(weight, fmt, moments[name]) for name, weight in plain.items()}
+            tried = {name: self.quantized(weight, fmt, moments[name]) for name, weight in plain.items()}
             changed = hidden(tried[layer.up])
             for index in self._units[layer.name, expert]:
                 members = self.problem.units[index].members
@@ -170,12 +168,13 @@ class _Probe:
                 self._note(index, at, token, delta, lambda e=errors: e, g)
         return base * g[:, None]
 
-    def _quantized(self, weight: Tensor, fmt: str, moment: Tensor) -> Tensor:
+    def quantized(self, weight: Tensor, fmt: str, moment: Tensor | None) -> Tensor:
+        """What a weight becomes in a format."""
         chosen, quantizer = get_format(fmt), self.problem.quantizer
         if not isinstance(chosen, IntFormat):
             return weight.to(torch.bfloat16 if fmt == "bf16" else torch.float16 if fmt == "f16" else weight.dtype).to(weight.dtype)
-        read = None if quantizer.needs == "none" else moment.diagonal() if quantizer.needs == "diagonal" else moment
-        made = quantizer.quantize(weight.cpu(), chosen, None if read is None else read.cpu())
+        read = None if moment is None or quantizer.needs == "none" else moment.diagonal() if quantizer.needs == "diagonal" else moment
+        made = quantizer.quantize(weight, chosen, read)
         return made.values(chosen).to(weight.device)
 
     def _note(

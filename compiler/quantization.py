@@ -59,7 +59,7 @@ class QuantizedWeights:
             return found
         if (fmt := integer_format(self.graph.params[name], expert)) is None:
             return None
-        weight = self.base.load(name, expert).float()
+        weight = self.base.load(name, expert).to(torch.get_default_device()).float()
         made = self.quantizers[name].quantize(weight.reshape(-1, weight.shape[-1]), fmt, self.moments and self.moments(name, expert))
         if self.keep:
             self.codes[name, expert] = made
@@ -145,7 +145,7 @@ class _InOrder:
         quantizer = self.weights.quantizers.get(name)
         if quantizer is None or (fmt := integer_format(self.model.graph.params[name], expert)) is None:
             return
-        weight = self.weights.base.load(name, expert).float()
+        weight = self.weights.base.load(name, expert).to(torch.get_default_device()).float()
         full = moment() if quantizer.needs != "none" else None
         needed = full.diagonal() if full is not None and quantizer.needs == "diagonal" else full
         self.weights.codes[name, expert] = quantizer.quantize(weight.reshape(-1, weight.shape[-1]), fmt, needed)
@@ -161,7 +161,8 @@ class _InOrder:
         experts, most = range(layer.count), 2 * physical_cores()  # outputs of so many experts are in memory
         for some in (experts[at : at + most] for at in range(0, layer.count, most)):
             work = partial(self._expert, layer, parts, sample, common, biases)
-            for chosen, added in zip((_chosen(parts, e) for e in some), self.pool.map(work, some), strict=True):
+            made = self.pool.map(work, some) if sample.is_cpu else map(work, some)
+            for chosen, added in zip((_chosen(parts, e) for e in some), made, strict=True):
                 for result, (token, _), part in zip(results, chosen, added, strict=True):
                     result.index_add_(0, token, part)
         shapes = [batch[0].shape for batch in inputs if batch[0] is not None]

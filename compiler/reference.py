@@ -111,7 +111,7 @@ class Reference:
             kept = np.memmap(part, np.float32, "w+", shape=shape)
 
             def keep(at: int, logits: Tensor) -> None:
-                kept[at : at + len(logits)] = logits.float().log_softmax(-1).numpy()
+                kept[at : at + len(logits)] = logits.float().log_softmax(-1).cpu().numpy()
 
             each_logits(model, ids, keep, progress, name)
             kept.flush()
@@ -125,8 +125,10 @@ class Reference:
         sums = torch.zeros(4, dtype=torch.float64)
 
         def score(at: int, logits: Tensor) -> None:
-            truth = torch.from_numpy(np.array(self._truth[at : at + len(logits)]))  # a copy: the file is mapped for reading only
-            wanted = self.targets[at : at + len(logits), None]
+            truth = torch.from_numpy(np.array(self._truth[at : at + len(logits)])).to(
+                logits.device
+            )  # a copy: the file is mapped for reading only
+            wanted = self.targets[at : at + len(logits), None].to(logits.device)
             logp = logits.float().log_softmax(-1)
             kl = (truth.exp() * (truth - logp)).sum(-1)
             parts = (-logp.gather(-1, wanted), kl, truth.argmax(-1) == logp.argmax(-1), -truth.gather(-1, wanted))

@@ -88,7 +88,11 @@ def _masked(model: Model, layer: MoeLayer, table: Tensor) -> tuple[Model, Node]:
     bias = torch.zeros(len(table)) if not old else model.load(old).clone()
     bias[table < 0] = -torch.inf
     name = old or model.graph.fresh(f"{layer.name}.mask")
-    model = model.with_params([replace(model.graph.params[old], format="f32")], {old: constant(bias)}) if old else add_constant(model, name, bias)
+    model = (
+        model.with_params([replace(model.graph.params[old], format="f32")], {old: constant(bias)})
+        if old
+        else add_constant(model, name, bias)
+    )
     return model, replace(layer.router, inputs=(layer.router.inputs[0], name))
 
 
@@ -143,7 +147,10 @@ def with_top_k(graph: Graph, layer: MoeLayer, top_k: int, what: str) -> Graph:
         MoecError: something stands between the router and the experts that counts on the old number.
     """
     lookups = (layer.table,) if layer.table else ()
-    between = {node.name for output in layer.router.outputs for node in graph.users[output.name]} - {layer.name, *(n.name for n in lookups if n)}
+    between = {node.name for output in layer.router.outputs for node in graph.users[output.name]} - {
+        layer.name,
+        *(n.name for n in lookups if n),
+    }
     if between:
         raise MoecError(f"{what}: top_k of %{layer.name} cannot change behind %{', %'.join(sorted(between))}; put {what} before that pass")
     changed = {layer.router.name: replace(layer.router, attrs={**layer.router.attrs, "top_k": top_k}), **{n.name: n for n in lookups if n}}

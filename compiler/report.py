@@ -205,8 +205,7 @@ def canvas(file: str | Path) -> tuple[Any, Any]:
     except ModuleNotFoundError as error:
         raise MoecError(f"a plot needs the package {error.name}: pip install 'moec[report]', or leave --plot out") from error
     figure = Figure(figsize=(12, 5.5), layout="constrained")
-    kinds = sorted(figure.canvas.get_supported_filetypes()) if figure.canvas else []
-    if Path(file).suffix.removeprefix(".") not in kinds:
+    if Path(file).suffix.removeprefix(".") not in figure.canvas.get_supported_filetypes():
         raise MoecError(f"--plot {file}: expected a name that ends in .svg, .png or .pdf")
     return figure.subplots(1, 2), figure
 

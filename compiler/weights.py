@@ -91,15 +91,15 @@ def select(base: WeightSource, name: str, keep: Sequence[int]) -> Edit:
 
 def combine(base: WeightSource, name: str, matrix: Tensor) -> Edit:
     """An edit that makes each new expert a weighted sum of old ones: matrix [E', E], new[j] = sum over i of matrix[j, i] old[i]."""
-    matrix = matrix.detach().to("cpu", torch.float32)
+    matrix = matrix.detach().float()
 
     def row(index: int) -> Tensor:
         members = matrix[index].nonzero()[:, 0].tolist()
         if len(members) == 1 and matrix[index, members[0]] == 1:
             return base.load(name, members[0])
-        total = torch.zeros_like(base.load(name, 0), dtype=torch.float32)
+        total = torch.zeros_like(base.load(name, 0), dtype=torch.float32, device=matrix.device)
         for member in members:
-            total += matrix[index, member] * base.load(name, member).float()
+            total += matrix[index, member] * base.load(name, member).to(matrix.device).float()
         return total
 
     return lambda expert: torch.stack([row(i) for i in range(len(matrix))]) if expert is None else row(expert)

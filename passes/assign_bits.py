@@ -22,6 +22,7 @@ from moec.compiler.context import Context
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Param
 from moec.compiler.model import Model
+from moec.compiler.neurons import neuron_orders, split_neurons
 from moec.compiler.packed import integer_format
 from moec.compiler.plan import parse_size
 from moec.compiler.quantizers import get_quantizer
@@ -41,6 +42,8 @@ class AssignBits:
         budget: average bits of a weight, scales and zero points counted (2.5), or the bytes of all that is included (`12MiB`).
         formats: what may be chosen.
         units: `expert` or `projection` (gate and up together, and down, each have a format).
+        neurons: cut experts into parts of so many neurons, the most salient first, which are units of their own
+            (`compiler/neurons.py`); 0 leaves them whole.
         include: which weights the budget is for: `experts`, `linear` (attention, shared experts, dense layers).
         objective: what damage is, a file of `compiler/sensitivity`.
         objective_options: options of the objective.
@@ -52,6 +55,7 @@ class AssignBits:
     budget: float | str | None = None
     formats: Sequence[str] = ("int2_g64", "int3_g64", "int4_g64")
     units: str = "projection"
+    neurons: int = 0
     include: Sequence[str] = ("experts",)
     objective: str = "gauss_newton"
     objective_options: Mapping[str, Any] = field(default_factory=dict)
@@ -69,6 +73,8 @@ class AssignBits:
             raise unknown("scope of assign_bits", self.scope, ["model", "layer"])
         if self.units not in ("expert", "projection"):
             raise unknown("units of assign_bits", self.units, ["expert", "projection"])
+        if self.neurons < 0:
+            raise MoecError(f"assign_bits: neurons={self.neurons}: expected the width of an expert's parts, or 0")
         for kind in self.include:
             if kind not in KINDS:
                 raise unknown("part for assign_bits to include", kind, KINDS)
@@ -84,6 +90,9 @@ class AssignBits:
     def run(self, model: Model, context: Context) -> Model:
         if self.budget is None:
             return model
+        if self.neurons:
+            whole = Problem(model, context, tuple(make_units(model, "expert", ["experts"])), tuple(self.formats), get_quantizer(self.probe))
+            model = split_neurons(model, neuron_orders(whole), self.neurons, "assign_bits")
         units = make_units(model, self.units, self.include)
         problem = Problem(model, context, tuple(units), tuple(self.formats), get_quantizer(self.probe))
         budget = self._budget(problem)
@@ -123,7 +132,7 @@ class AssignBits:
             share = budget if self.scope == "model" else int(budget * problem.weights[members].sum() / problem.weights.sum())
             conditions = objective.conditions(problem, members) if self.scope == "layer" else []
             try:
-                found = choose(damages.numpy()[members], problem.sizes[members], share, conditions)
+                found = choose(damages.cpu().numpy()[members], problem.sizes[members], share, conditions)
             except MoecError as error:
                 raise MoecError(f"assign_bits, {problem.units[members[0]].node}: {error}") from error
             solutions.append(found)

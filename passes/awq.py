@@ -136,7 +136,8 @@ class _Search:
         for one in experts:
             weight, moment = self.model.load(name, one), self.moments(name, one)
             if moment is not None:
-                yield weight[:: -(-len(weight) // _SAMPLE_ROWS)], moment, self.formats[name]
+                device = torch.get_default_device()
+                yield weight[:: -(-len(weight) // _SAMPLE_ROWS)].to(device), moment.to(device), self.formats[name]
 
     @staticmethod
     def _error(weight: Tensor, moment: Tensor, fmt: IntFormat, scale: Tensor) -> float:
@@ -155,7 +156,7 @@ def _folds(graph: Graph) -> Iterator[_Fold]:
             def apply(model: Model, scale: Tensor, norm: str = norm, offset: float = offset, members: tuple[str, ...] = members) -> Model:
                 base = model.weights
                 edits: dict[str, Edit] = {name: times(base, name, right=scale) for name in members}
-                edits[norm] = lambda _: (base.load(norm).double() + offset) / scale - offset
+                edits[norm] = lambda _: (base.load(norm).double().cpu() + offset) / scale.cpu() - offset
                 return _exact(model.edited(model.graph, edits), [norm, *members])
 
             yield _Fold(node.name, members, apply)

@@ -6,17 +6,17 @@
     %sw, %si = skip(%w, %i, %c)
     %y = experts(%x, %si, %sw, @up, @down)
 
-First each layer's mask router is fitted to the layer's own result on calibration text, with one layer in memory at a time; then, unless
-`joint_steps` is 0, all are trained together by Gumbel-softmax against the model's next-token distribution plus a price on the expected
-number of experts, which also shares the target out among the layers. Last, one shift of the logits makes arg max hit the target.
+Each layer's mask router starts as the rule `top_p` and is fitted to the layer's own result on calibration text, with one layer in memory
+at a time; the layers' parts of the target follow from the damage that each does alone. Then, with `joint_steps`, all are trained
+together by Gumbel-softmax against the model's next-token distribution plus a price on the expected number of experts. A step of this
+that does not lessen the damage is undone. Last, a shift of the logits makes arg max hit the target.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from moec.compiler.context import Context
@@ -41,8 +41,8 @@ class MaskRouterPass:
 
     Args:
         target: the fraction of all expert activations to drop; None changes nothing.
-        joint_steps: steps of the joint training; 0 keeps what was fitted layer by layer, with the target shared out by measured damage.
-        local_steps: steps of each layer's own fit.
+        joint_steps: steps of the joint training, which holds all weights in float32; 0 for none.
+        local_steps: steps of each layer's own fit; 0 keeps the rule.
         windows: windows of calibration text that layers are fitted on, at most.
         normalize: scale the weights that are left, so that their sum stays what it was.
     """
@@ -51,67 +51,102 @@ class MaskRouterPass:
     joint_steps: int = 300
     local_steps: int = 300
     windows: int = 64
-    normalize: bool = True
+    normalize: bool = False
 
     def __post_init__(self) -> None:
         if self.target is not None and not 0 < self.target < 1:
             raise MoecError(f"mask_router: target={self.target} must be a fraction of the activations, between 0 and 1")
         for name in ("joint_steps", "local_steps", "windows"):
-            if int(getattr(self, name)) < (0 if name == "joint_steps" else 1):
+            if int(getattr(self, name)) < (1 if name == "windows" else 0):
                 raise MoecError(f"mask_router: {name}={getattr(self, name)} is too small")
 
     def run(self, model: Model, context: Context) -> Model:
         if self.target is None:
             return model
-        text = context.need_text("mask_router")
+        context.need_text("mask_router")
         layers = [layer for layer in need_layers(model.graph, "mask_router") if layer.top_k > 1]
         if not layers or self.target > min((layer.top_k - 1) / layer.top_k for layer in layers):
             raise MoecError(f"mask_router: target={self.target} leaves some layer less than one expert a token")
-        routers: dict[str, MaskRouter] = {}
-        logits: dict[str, Tensor] = {}
-
-        def fit(block: Block) -> None:
-            if block.layer.top_k > 1:
-                errors = keep_errors(block, normalize=self.normalize)
-                found = fit_locally(block, errors, float(self.target or 0), steps=self.local_steps, seed=context.seed + block.layer.index)
-                routers[block.layer.name] = found
-                logits[block.layer.name] = found.logits(block.x, block.weights)
-
-        each_block(model, text.first(self.windows), fit, context.progress, "fit mask routers")
+        local = _fit_layers(self, model, layers, self.target, context)
+        build: Callable[[float], Model] = local.build
         if self.joint_steps:
-            routers = tune(model, routers, self.target, context, steps=self.joint_steps, normalize=self.normalize)
-            ids = text.first(_SHIFT_WINDOWS).ids
-            rough = shift_for(mask_logits(model, routers, ids, normalize=self.normalize), self.target)
-            found = dict(zip(routers, mask_logits(model, routers, ids, normalize=self.normalize, shift=rough), strict=True))
-
-            def build(target: float) -> Model:
-                shift = shift_for(list(found.values()), target)
-                return self._rewritten(model, layers, routers, dict.fromkeys(routers, shift))
-        else:
-
-            def rewrite(fractions: Mapping[str, float]) -> Model:
-                shifts = {name: shift_for([logits[name]], f) for name, f in fractions.items() if f > 0}
-                return self._rewritten(model, layers, routers, shifts)
-
-            shape = allocate(model, layers, self.target, rewrite, context, "mask_router")
-
-            def build(target: float) -> Model:
-                return rewrite({name: f * target / float(self.target or 1) for name, f in shape.items()})
-
+            joint = _train_together(self, model, layers, local.at(self.target), context)
+            damage = [context.damage(made(self.target), "mask_router").kl_divergence for made in (local.build, joint)]
+            context.note("mask_router: joint training", damage_before=damage[0], damage_after=damage[1])
+            build = joint if damage[1] < damage[0] else local.build
         result, reached = within_limit(build, self.target, context, "mask_router")
-        context.note("mask_router", target=self.target, reached=reached, joint_steps=self.joint_steps)
+        context.note("mask_router", target=self.target, reached=reached, errors=local.errors)
         return result
 
-    def _rewritten(
-        self, model: Model, layers: list[MoeLayer], routers: Mapping[str, MaskRouter], shifts: Mapping[str, float]
-    ) -> Model:
-        """The model with the mask routers of the layers in `shifts`, whose logits are shifted so."""
-        for layer in layers:
-            if layer.name in shifts:
-                router = routers[layer.name]
-                weight, bias = router.folded()
-                model = insert_mask_router(model, layer, weight, bias + shifts[layer.name] * torch.arange(len(bias)), normalize=self.normalize)
-        return model
+
+@dataclass(frozen=True)
+class _Local:
+    """What was fitted layer by layer: routers, their logits [N, K] on calibration text, each layer's part of the target."""
+
+    options: MaskRouterPass
+    model: Model
+    layers: list[MoeLayer]
+    routers: dict[str, MaskRouter]
+    logits: dict[str, Tensor]
+    errors: dict[str, dict[str, float]]
+    shape: dict[str, float]
+
+    def rewrite(self, fractions: Mapping[str, float]) -> Model:
+        """The model in which these layers drop these fractions."""
+        return _rewritten(self.model, self.layers, self.shifted(fractions), normalize=self.options.normalize)
+
+    def shifted(self, fractions: Mapping[str, float]) -> dict[str, MaskRouter]:
+        return {n: self.routers[n].shifted(shift_for([self.logits[n]], f)) for n, f in fractions.items() if f > 0}
+
+    def at(self, target: float) -> dict[str, MaskRouter]:
+        """The routers that drop `target` of all together."""
+        whole = float(self.options.target or 1)
+        return self.shifted({n: min(f * target / whole, 1.0) for n, f in self.shape.items()})
+
+    def build(self, target: float) -> Model:
+        return _rewritten(self.model, self.layers, self.at(target), normalize=self.options.normalize)
+
+
+def _fit_layers(options: MaskRouterPass, model: Model, layers: list[MoeLayer], target: float, context: Context) -> _Local:
+    text = context.need_text("mask_router")
+    local = _Local(options, model, layers, {}, {}, {}, {})
+
+    def fit(block: Block) -> None:
+        name = block.layer.name
+        if block.layer.top_k > 1:
+            errors = keep_errors(block, normalize=options.normalize)
+            seed = context.seed + block.layer.index
+            local.routers[name], local.errors[name] = fit_locally(block, errors, target, steps=options.local_steps, seed=seed)
+            local.logits[name] = local.routers[name].logits(block.x, block.weights)
+
+    each_block(model, text.first(options.windows), fit, context.progress, "fit mask routers")
+    local.shape.update(allocate(model, layers, target, local.rewrite, context, "mask_router"))
+    return local
+
+
+def _train_together(
+    options: MaskRouterPass, model: Model, layers: list[MoeLayer], start: dict[str, MaskRouter], context: Context
+) -> Callable[[float], Model]:
+    """Joint training: a function from a target to the model."""
+    target, normalize = float(options.target or 0), options.normalize
+    routers = tune(model, start, target, context, steps=options.joint_steps, normalize=normalize)
+    ids = context.need_text("mask_router").first(_SHIFT_WINDOWS).ids
+    rough = shift_for(mask_logits(model, routers, ids, normalize=normalize), target)
+    logits = mask_logits(model, routers, ids, normalize=normalize, shift=rough)
+
+    def build(target: float) -> Model:
+        shift = shift_for(logits, target)
+        return _rewritten(model, layers, {name: router.shifted(shift) for name, router in routers.items()}, normalize=normalize)
+
+    return build
+
+
+def _rewritten(model: Model, layers: list[MoeLayer], routers: Mapping[str, MaskRouter], *, normalize: bool) -> Model:
+    """The model with these mask routers."""
+    for layer in layers:
+        if layer.name in routers:
+            model = insert_mask_router(model, layer, *routers[layer.name].folded(), normalize=normalize)
+    return model
 
 
 def insert_mask_router(model: Model, layer: MoeLayer, weight: Tensor, bias: Tensor, *, normalize: bool) -> Model:

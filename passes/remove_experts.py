@@ -13,13 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moec.compiler.calibration.capture import capture
 from moec.compiler.context import Context
 from moec.compiler.errors import MoecError
 from moec.compiler.layers import MoeLayer, keep_experts, need_layers
 from moec.compiler.model import Model
 from moec.compiler.regroup import mask_experts
-from moec.passes.criteria import View, get_criterion
+from moec.passes.criteria import get_criterion, views
 from moec.passes.removal.budgets import (
     BUDGETS,
     at_step,
@@ -62,7 +61,7 @@ class RemoveExperts:
     router: str = "auto"
     steps: int | str | None = None
     max_kl: float | None = None
-    tokens: int = 1024
+    tokens: int = 2048
 
     def __post_init__(self) -> None:
         check_keep(self.keep, WHAT)
@@ -71,7 +70,9 @@ class RemoveExperts:
             if value not in choices:
                 raise unknown(f"{WHAT} {kind}", str(value), choices)
         if self.budget == "global" and found.score is None:
-            raise MoecError(f"{WHAT}: budget=global ranks single experts, and {self.criterion} chooses them together; use per_layer or moe_i2")
+            raise MoecError(
+                f"{WHAT}: budget=global ranks single experts, and {self.criterion} chooses them together; use per_layer or moe_i2"
+            )
         if self.steps is not None and self.steps != "layer" and not (isinstance(self.steps, int) and self.steps >= 1):
             raise MoecError(f"{WHAT}: steps is {self.steps!r}; expected a number of steps from 1, or `layer`")
         if (self.max_kl is not None and self.max_kl <= 0) or self.tokens < 1:
@@ -85,26 +86,17 @@ class RemoveExperts:
         final = [kept_count(layer, self.keep, WHAT) for layer in layers]
         if all(count == layer.count for count, layer in zip(final, layers, strict=True)):
             return model
-        views = self._views(model, layers, context)
         criterion = get_criterion(self.criterion, self.options)
+        looks = views(model, layers, criterion.needs, context, f"{WHAT} with the criterion {self.criterion}", self.tokens)
         if self.budget == "global":
-            final = global_counts([criterion.scores(view) for view in views], layers, final)
+            final = global_counts([criterion.scores(view) for view in looks], layers, final)
         elif self.budget == "moe_i2":
             final = counts_by_importance(importance(model, context.need_text(WHAT), context.progress), layers, final)
 
         def shrink(counts: Sequence[int]) -> tuple[Model, dict[str, list[int]]]:
-            return self._shrunk(model, {view.layer.name: criterion.keep(view, n) for view, n in zip(views, counts, strict=True)})
+            return self._shrunk(model, {view.layer.name: criterion.keep(view, n) for view, n in zip(looks, counts, strict=True)})
 
         return self._stepwise(model, layers, final, shrink, context)
-
-    def _views(self, model: Model, layers: Sequence[MoeLayer], context: Context) -> list[View]:
-        needs = get_criterion(self.criterion).needs
-        what = f"{WHAT} with the criterion {self.criterion}"
-        statistics = context.statistics(model, what) if "statistics" in needs else None
-        inputs = capture(model, context.need_text(what), self.tokens, context.progress) if "inputs" in needs else {}
-        return [
-            View(model, layer, context.seed, statistics.layer(layer.name) if statistics else None, inputs.get(layer.name)) for layer in layers
-        ]
 
     def _shrunk(self, model: Model, keep: Mapping[str, Sequence[int]]) -> tuple[Model, dict[str, list[int]]]:
         """The model with these experts, and which they are where some are removed."""

@@ -73,12 +73,12 @@ class Rotate:
         edits: dict[str, Edit] = {name: times(model.weights, name, right=q) for name in stream.tables}
         for name in stream.norms:
             offset = float(next(n for n in graph.users[name]).attrs.get("offset", 0.0))
-            edits[name] = lambda _, offset=offset: torch.full((stream.size,), 1.0 - offset, dtype=torch.float64)  # type: ignore[misc]
+            edits[name] = lambda _, offset=offset: torch.full((stream.size,), 1.0 - offset, dtype=torch.float64, device="cpu")  # type: ignore[misc]
         for name in {*stream.read, *stream.written}:
             right = None
             if name in stream.read:
                 norm, offset = stream.read[name]
-                weight = model.load(norm).double() + offset if norm else torch.ones(stream.size, dtype=torch.float64)
+                weight = model.load(norm).double() + offset if norm else torch.ones(stream.size, dtype=torch.float64, device="cpu")
                 right = weight[:, None] * q
             edits[name] = times(model.weights, name, left=q.T if name in stream.written else None, right=right)
         for name in stream.biases:
@@ -108,15 +108,15 @@ class Rotate:
 
 def rotation(size: int, seed: int) -> Tensor:
     """An orthogonal matrix [size, size], float64, whose columns spread every channel over many."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     odd = size // (size & -size)
-    h = torch.ones(1, 1, dtype=torch.float64)
+    h = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     while len(h) * odd < size:
         h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1))) / 2**0.5
     if odd > 1:
-        mix = torch.linalg.qr(torch.randn(odd, odd, generator=generator, dtype=torch.float64))[0]
+        mix = torch.linalg.qr(torch.randn(odd, odd, generator=generator, dtype=torch.float64, device="cpu"))[0]
         h = torch.kron(mix.contiguous(), h)
-    signs = torch.randint(0, 2, (size,), generator=generator, dtype=torch.float64) * 2 - 1
+    signs = torch.randint(0, 2, (size,), generator=generator, dtype=torch.float64, device="cpu") * 2 - 1
     return signs[:, None] * h
 
 

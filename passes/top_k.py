@@ -1,6 +1,6 @@
 """Another number of experts a token, the same for all tokens.
 
-    %w: f32[B, T, 4], %i: i64[B, T, 4] = router(%l) {top_k=4}     ->     %w: f32[B, T, 2], %i: i64[B, T, 2] = router(%l) {top_k=2}
+%w: f32[B, T, 4], %i: i64[B, T, 4] = router(%l) {top_k=4}     ->     %w: f32[B, T, 2], %i: i64[B, T, 2] = router(%l) {top_k=2}
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -18,6 +19,8 @@ _FIRST_CAPACITY = 256
 """Tokens for which a cache has room at first; it doubles when it is full."""
 
 _ALIGNMENT = 64
+
+_ONE_ROW = np.zeros(1, np.int32)
 
 
 def _aligned(shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -46,6 +49,19 @@ class Cache(Protocol):
         """Append to the sequences in `slots`, which are neighbours, and return logits [B, R, V]. `lengths` include the new tokens."""
         ...
 
+    def step(self, slot: int, length: int, token: int) -> NDArray[np.float32]:
+        """Append one token to a sequence of `length` tokens and return logits [1, V]."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a step of one token of one sequence reads and writes, bound once."""
+
+    binding: IOBinding
+    feeds: dict[str, NDArray[Any]]
+    logits: NDArray[np.float32]
+
 
 class SharedCache:
     """For GroupQueryAttention: one buffer a layer, past and present at once."""
@@ -56,7 +72,9 @@ class SharedCache:
         self.session, self.layers, self.vocab_size, self.context, self.most_slots = session, layers, vocab_size, context, slots
         self.capacity, self.slots = 0, 0
         self.arrays: dict[str, NDArray[np.float32]] = {}
+        self._inputs = {i.name for i in session.get_inputs()}
         self._bindings: dict[tuple[int, int], IOBinding] = {}
+        self._steps: dict[int, _Step] = {}
 
     def reserve(self, slot: int, length: int) -> None:
         capacity = self.capacity
@@ -75,27 +93,50 @@ class SharedCache:
                 self.arrays[name] = array
         self.slots, self.capacity = slots, capacity
         self._bindings.clear()
+        self._steps.clear()
 
     def truncate(self, slot: int, length: int) -> None:
         """Nothing to do: what lies beyond a sequence's length is not read."""
         del slot, length
 
+    def _bind_cache(self, first: int, count: int) -> IOBinding:
+        binding = self.session.io_binding()
+        for name, array in self.arrays.items():
+            part = array[first : first + count]
+            binding.bind_input(f"past_{name}", "cpu", 0, np.float32, part.shape, part.ctypes.data)
+            binding.bind_output(f"present_{name}", "cpu", 0, np.float32, part.shape, part.ctypes.data)
+        return binding
+
     def _binding(self, first: int, count: int) -> IOBinding:
         if (first, count) not in self._bindings:
-            binding = self.session.io_binding()
-            for name, array in self.arrays.items():
-                part = array[first : first + count]
-                binding.bind_input(f"past_{name}", "cpu", 0, np.float32, part.shape, part.ctypes.data)
-                binding.bind_output(f"present_{name}", "cpu", 0, np.float32, part.shape, part.ctypes.data)
-            self._bindings[first, count] = binding
+            self._bindings[first, count] = self._bind_cache(first, count)
         return self._bindings[first, count]
+
+    def _bind_step(self, slot: int) -> _Step:
+        kinds = {"seqlens_k": (np.int32, (1,)), "total_sequence_length": (np.int32, ())}
+        feeds: dict[str, NDArray[Any]] = {"ids": np.zeros((1, 1), np.int64), "positions": np.zeros((1, 1), np.int64), "rows": _ONE_ROW}
+        feeds |= {name: np.zeros(shape, kind) for name, (kind, shape) in kinds.items()}
+        step = _Step(self._bind_cache(slot, 1), feeds, np.zeros((1, 1, self.vocab_size), np.float32))
+        for name in feeds.keys() & self._inputs:
+            step.binding.bind_input(name, "cpu", 0, feeds[name].dtype, feeds[name].shape, feeds[name].ctypes.data)
+        step.binding.bind_output("logits", "cpu", 0, np.float32, step.logits.shape, step.logits.ctypes.data)
+        return step
+
+    def step(self, slot: int, length: int, token: int) -> NDArray[np.float32]:
+        if (step := self._steps.get(slot)) is None:
+            step = self._steps[slot] = self._bind_step(slot)
+        feeds = step.feeds
+        feeds["ids"][0, 0], feeds["positions"][0, 0] = token, length
+        feeds["seqlens_k"][0], feeds["total_sequence_length"][()] = length, length + 1
+        self.session.run_with_iobinding(step.binding)
+        logits: NDArray[np.float32] = step.logits[0].copy()
+        return logits
 
     def run(self, slots: Sequence[int], lengths: Sequence[int], feeds: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
         binding = self._binding(slots[0], len(slots))
-        if self.layers:
-            feeds["seqlens_k"] = np.array(lengths, np.int32) - np.int32(1)
-            feeds["total_sequence_length"] = np.array(max(lengths), np.int32)
-        for name, array in feeds.items():
+        feeds |= {"seqlens_k": np.array(lengths, np.int32) - np.int32(1), "total_sequence_length": np.array(max(lengths), np.int32)}
+        for name in feeds.keys() & self._inputs:
+            array = feeds[name]
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         logits = np.empty((len(slots), len(feeds["rows"]), self.vocab_size), np.float32)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
@@ -110,6 +151,7 @@ class CopiedCache:
 
     def __init__(self, session: InferenceSession, layers: Layers) -> None:
         self.session = session
+        self._inputs = {i.name for i in session.get_inputs()}
         self.shapes = {
             f"{kind}.{layer}": (1, heads, 0, size)
             for layer, (heads, *sizes) in enumerate(layers)
@@ -127,9 +169,15 @@ class CopiedCache:
             self.arrays[slot] = {name: np.empty(shape, np.float32) for name, shape in self.shapes.items()}
         self.arrays[slot] = {name: array[:, :, :length] for name, array in self.arrays[slot].items()}
 
+    def step(self, slot: int, length: int, token: int) -> NDArray[np.float32]:
+        feeds: dict[str, NDArray[Any]] = {"ids": np.array([[token]]), "positions": np.array([[length]]), "rows": _ONE_ROW}
+        logits: NDArray[np.float32] = self.run([slot], [length + 1], feeds)[0]
+        return logits
+
     def run(self, slots: Sequence[int], lengths: Sequence[int], feeds: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
         (slot,) = slots
         del lengths  # the arrays know
+        feeds = {name: array for name, array in feeds.items() if name in self._inputs}
         past = {f"past_{name}": np.ascontiguousarray(array) for name, array in self.arrays[slot].items()}
         logits, *present = self.session.run(["logits", *(f"present_{name}" for name in self.shapes)], {**feeds, **past})
         self.arrays[slot] = dict(zip(self.shapes, present, strict=True))

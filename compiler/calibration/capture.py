@@ -28,14 +28,13 @@ class LayerInputs:
 
 
 def capture(model: Model, text: Text, tokens: int, progress: Progress | None = None) -> dict[str, LayerInputs]:
-    """The inputs of every MoE layer on about `tokens` tokens, taken evenly from all windows, by the name of the `experts` node.
+    """The inputs of every MoE layer on about `tokens` tokens, from windows all over the text, by the name of the `experts` node.
 
     About 4 N (D + E) bytes a layer are held.
     """
-    part = text.first(max(1, tokens // text.ids.shape[1])) if tokens >= text.ids.shape[1] else text.first(1)
     observer = _Capture(moe_layers(model.graph))
     with (progress or Progress(quiet=True)).counter("inputs of experts") as count:
-        Interpreter(model.graph, model.weights).run(batches_of(part), lambda *_: None, count, observer)
+        Interpreter(model.graph, model.weights).run(batches_of(text.sample(tokens)), lambda *_: None, count, observer)
     return observer.found
 
 

@@ -7,6 +7,7 @@ outputs are computed once, for the statistics and for the model.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moec.compiler.calibration.statistics import LayerStatistics, Statistics, load_statistics
+from moec.compiler.calibration.statistics import LayerStatistics, Statistics, load_statistics, load_unfinished
 from moec.compiler.calibration.text import Text
 from moec.compiler.damage import BATCH_TOKENS
 from moec.compiler.errors import MoecError
-from moec.compiler.interpreter import Interpreter
+from moec.compiler.interpreter import Interpreter, States
 from moec.compiler.ir import Node
 from moec.compiler.layers import MoeLayer, moe_layers
 from moec.compiler.model import Model
@@ -36,19 +37,26 @@ def fingerprint(model: Model, text: Text) -> str:
     """What statistics are of: the graph, a sample of the weights, and the text."""
     digest = hashlib.sha256((model.digest() + text.fingerprint()).encode())
     for layer in moe_layers(model.graph):
-        digest.update(model.load(layer.down, 0).numpy().tobytes())
+        digest.update(model.load(layer.down, 0).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+SNAPSHOT_EVERY_S = 20.0
+"""A run that keeps its state writes it after a layer if so many seconds have passed: it is as large as the states of all windows."""
 
 
 def load_or_collect(model: Model, text: Text, file: Path, progress: Progress) -> Statistics:
     """Statistics from a file if there is one, else measured and written there.
 
+    A run that was cut off goes on after the last layer that it had written to the file's neighbour `FILE.unfinished`.
+
     Raises:
         MoecError: the file's statistics are of another model or text.
     """
     if not file.exists():
-        measured = collect(model, text, progress)
+        measured = collect(model, text, progress, unfinished := file.with_name(file.name + ".unfinished"))
         measured.save(file)
+        unfinished.unlink(missing_ok=True)
         return measured
     found = load_statistics(file)
     if found.fingerprint != fingerprint(model, text):
@@ -56,12 +64,31 @@ def load_or_collect(model: Model, text: Text, file: Path, progress: Progress) ->
     return found
 
 
-def collect(model: Model, text: Text, progress: Progress | None = None) -> Statistics:
-    """Measure what the experts of a model do on calibration text."""
-    observer = _Collector(model, text)
+def collect(model: Model, text: Text, progress: Progress | None = None, unfinished: Path | None = None) -> Statistics:
+    """Measure what the experts of a model do on calibration text.
+
+    Args:
+        unfinished: a file that keeps the latest finished layer's state; an earlier run of the same model and text goes on from it.
+    """
+    observer, resume, mark = _Collector(model, text), None, fingerprint(model, text)
+    last = time.monotonic()
+
+    def made() -> Statistics:
+        return Statistics(observer.layers, observer.linear, text.domains, text.ids.shape[1], mark)
+
+    def keep(index: int, states: States) -> None:
+        nonlocal last
+        if unfinished is not None and model.graph.nodes[index].name in observer.layers and time.monotonic() - last >= SNAPSHOT_EVERY_S:
+            made().save(unfinished, (index, states))
+            last = time.monotonic()
+
+    if unfinished is not None and unfinished.is_file():
+        found, states = load_unfinished(unfinished)
+        if states is not None and found.fingerprint == mark:
+            observer.layers, observer.linear, resume = dict(found.layers), dict(found.linear_square), states
     with (progress or Progress(quiet=True)).counter("calibrate") as count:
-        Interpreter(model.graph, model.weights).run(batches_of(text), lambda *_: None, count, observer)
-    return Statistics(observer.layers, observer.linear, text.domains, text.ids.shape[1], fingerprint(model, text))
+        Interpreter(model.graph, model.weights).run(batches_of(text), lambda *_: None, count, observer, keep, resume)
+    return made()
 
 
 @dataclass
@@ -91,6 +118,8 @@ class _Collector:
             self._scores[name] = router_scores(self._logits[name], "softmax" if score == "softmax_topk" else score)
         elif (layer := self._layers.get(node.name)) is not None:
             return self._experts(layer, inputs)
+        if node.name in self.model.graph.outputs:  # nobody reads the logits, and they are a large part of the work
+            return [(torch.empty(0),)] * len(inputs)
         return None
 
     def _experts(self, layer: MoeLayer, inputs: Sequence[Sequence[Tensor | None]]) -> list[tuple[Tensor, ...]]:

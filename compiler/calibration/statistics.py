@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moec.compiler.errors import MoecError
+from moec.compiler.interpreter import States
 
 VERSION = 1
 
@@ -101,17 +102,24 @@ class Statistics:
             raise MoecError(f"the statistics have no layer %{name}; they are of another model: calibrate again")
         return self.layers[name]
 
-    def save(self, path: Path) -> None:
-        """Write a safetensors file, whole or not at all."""
+    def save(self, path: Path, states: tuple[int, States] | None = None) -> None:
+        """Write a safetensors file, whole or not at all.
+
+        Args:
+            states: of unfinished statistics, the node after which the run stood and the values that were alive.
+        """
         tensors = {f"linear:{n}": t for n, t in self.linear_square.items()}
         for name, layer in self.layers.items():
             tensors |= {f"layer:{name}:{f.name}": getattr(layer, f.name).contiguous() for f in fields(LayerStatistics)}
+        for index, state in enumerate(states[1] if states else ()):
+            tensors |= {f"state:{index}:{n}": t.contiguous().clone() for n, t in state.items()}  # views would be saved as one tensor
         facts = {
             "version": VERSION,
             "domains": self.domains,
             "window": self.window,
             "layers": list(self.layers),
             "fingerprint": self.fingerprint,
+            "states": [states[0], len(states[1])] if states else None,
         }
         part = path.with_name(path.name + ".part")
         try:
@@ -124,6 +132,18 @@ class Statistics:
 
 def load_statistics(path: Path) -> Statistics:
     """Read a file of `Statistics.save`.
+
+    Raises:
+        MoecError: there is no such file, or it is something else.
+    """
+    found, states = load_unfinished(path)
+    if states is not None:
+        raise MoecError(f"{path}: these statistics are unfinished: calibrate again with the same options, which goes on where it stopped")
+    return found
+
+
+def load_unfinished(path: Path) -> tuple[Statistics, tuple[int, States] | None]:
+    """Statistics, and where their run stood if they are unfinished.
 
     Raises:
         MoecError: there is no such file, or it is something else.
@@ -141,4 +161,13 @@ def load_statistics(path: Path) -> Statistics:
     names = [f.name for f in fields(LayerStatistics)]
     layers = {layer: LayerStatistics(**{n: tensors[f"layer:{layer}:{n}"] for n in names}) for layer in facts["layers"]}
     linear = {name.removeprefix("linear:"): t for name, t in tensors.items() if name.startswith("linear:")}
-    return Statistics(layers, linear, tuple(facts["domains"]), int(facts["window"]), str(facts["fingerprint"]))
+    found = Statistics(layers, linear, tuple(facts["domains"]), int(facts["window"]), str(facts["fingerprint"]))
+    if facts.get("states") is None:
+        return found, None
+    node, count = facts["states"]
+    states: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    for name, tensor in tensors.items():
+        if name.startswith("state:"):
+            _, index, value = name.split(":", 2)
+            states[int(index)][value] = tensor
+    return found, (int(node), states)

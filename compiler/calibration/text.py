@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ Files = str | Path | Sequence[str | Path]
 HELDOUT_EVERY = 8
 """One window in so many is not calibrated on: damage is measured there."""
 
+SAMPLE_WINDOW = 128
+"""Tokens of a window of a small sample."""
+
 
 @dataclass(frozen=True)
 class Text:
@@ -31,12 +34,14 @@ class Text:
         domain: the index in `domains` of each window.
         domains: the names of the files.
         heldout: windows [H, T + 1] that statistics do not see, with the token after each.
+        tokenizer: what made them (of the `tokenizers` library), for passes that read other text.
     """
 
     ids: Tensor
     domain: tuple[int, ...]
     domains: tuple[str, ...]
     heldout: Tensor
+    tokenizer: Any = field(default=None, repr=False, compare=False)
 
     @property
     def tokens(self) -> int:
@@ -53,8 +58,14 @@ class Text:
         """The text with so many windows at most, taken evenly from all of it."""
         if windows >= len(self.ids):
             return self
-        at = torch.linspace(0, len(self.ids) - 1, windows).round().long()
+        at = torch.linspace(0, len(self.ids) - 1, windows, device="cpu").round().long()
         return replace(self, ids=self.ids[at], domain=tuple(self.domain[i] for i in at.tolist()))
+
+    def sample(self, tokens: int, window: int = SAMPLE_WINDOW) -> Text:
+        """About so many tokens, in the first `window` of each of evenly chosen windows: little text of all domains."""
+        length = min(window, self.ids.shape[1])
+        part = self.first(max(1, tokens // length))
+        return replace(part, ids=part.ids[:, :length])
 
 
 def read_text(files: Sequence[str | Path], tokenizer: Any, *, context: int = 512, tokens: int = 1 << 16, seed: int = 0) -> Text:
@@ -91,7 +102,7 @@ def read_text(files: Sequence[str | Path], tokenizer: Any, *, context: int = 512
             "give more text or a smaller --context"
         )
     ids, held = (torch.from_numpy(np.stack(rows)) for rows in (fit, heldout))
-    return Text(ids, tuple(domain), tuple(p.stem for p in paths), held)
+    return Text(ids, tuple(domain), tuple(p.stem for p in paths), held, tokenizer)
 
 
 def calibration_text(files: Files, checkpoint: Path | None, model: Model, tokens: int, seed: int) -> Text:

@@ -17,8 +17,17 @@ def command(
     recipe: Annotated[str | None, typer.Option(metavar="FILE", help="What to do to the model: a file, or int4, int8, ...")] = None,
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="The most that weights may take, such as 12GiB.")] = None,
     latency: Annotated[float | None, typer.Option(metavar="MS", help="The longest that decoding a token may take.")] = None,
-    max_kl: Annotated[float | None, typer.Option(metavar="X", help="The most KL divergence, in nats a token.")] = None,
-    calibration: Annotated[str | None, typer.Option(metavar="FILE", help="Text that calibration reads.")] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(metavar="X", min=0, help="The most KL divergence, in nats a token on held-out calibration text.")
+    ] = None,
+    calibration: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Text that passes look at, or a folder of *.txt; repeatable.")
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="About how many tokens of it.")] = 1 << 16,
+    statistics: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Keeps what calibration measured: read if it is there, written if not.")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of everything that is random.")] = 0,
     resume: Annotated[bool, typer.Option(help="Keep what an interrupted run of the same work finished.")] = True,
     portable: Annotated[bool, typer.Option("--portable", help="ONNX backend: standard operators only.")] = False,
     activations: Annotated[str, typer.Option(metavar="float|int8", help="ONNX backend: int8 is faster and about 1 % off.")] = "float",
@@ -40,6 +49,9 @@ def command(
         latency=latency,
         max_kl=max_kl,
         calibration=calibration,
+        calibration_tokens=calibration_tokens,
+        statistics=statistics,
+        seed=seed,
         resume=resume,
         dry_run=dry_run,
         portable=portable,

@@ -14,10 +14,10 @@ import typer
 from moec import __version__
 from moec.runtime.errors import MoecError, unknown
 
-COMMANDS = ("compile", "run", "eval", "compare", "bench", "inspect", "verify", "targets", "doctor")
+COMMANDS = ("compile", "run", "eval", "compare", "bench", "inspect", "export", "verify", "targets", "doctor")
 """The commands that help lists, in this order."""
 
-HIDDEN = ("plan", "export", "serve")
+HIDDEN = ("plan", "serve")
 """Commands that answer that they are not available yet."""
 
 

@@ -28,11 +28,19 @@ def _plain(value: Any) -> Attr:
     return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
+def _get(config: Any, name: str) -> Any:
+    """An attribute of a configuration, or None where it has none, or one for each layer (which transformers refuses to read)."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
+
+
 def _find(configs: list[Any], names: tuple[str, ...]) -> Any:
     """The first of these attributes that a configuration, or a part of one, has."""
     for config in configs:
         for name in names:
-            value = getattr(config, name, None)
+            value = _get(config, name)
             if isinstance(value, (int, float, str)) and not isinstance(value, bool):
                 return value
             if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) for v in value):

@@ -1,16 +1,12 @@
 """Every MoE family that transformers offers, held against the frontend on a tiny random model.
 
-Families are discovered from transformers' registry of causal language models; for each, its default configuration is shrunk by
-rules over field names, every parameter is randomised (so that no norm, bias, sink or correction is an identity), and the logits of
-the graph under the interpreter are compared with transformers' own eager execution.
+The models are those of `moec.compiler.frontend.tiny_models`; the logits of the graph under the interpreter are compared with
+transformers' own eager execution.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -20,177 +16,16 @@ from typing import Any
 import torch
 
 from moec.compiler.core_aten import unknown_ops
-from moec.compiler.errors import MoecError
 from moec.compiler.frontend.model import graph_of
+from moec.compiler.frontend.tiny_models import families, tiny_model
 from moec.compiler.interpreter import Interpreter
+from moec.compiler.ir import Graph
 from moec.compiler.ops import OPS
-from moec.runtime.errors import unknown
+from moec.compiler.weights import WeightSource
 
 TOLERANCE = 1e-4
 SHAPES = ((1, 1), (2, 13), (1, 40))
 """(sequences, tokens) that are compared: beyond the windows and chunks of 8 tokens that tiny configurations have."""
-
-LAYERS = 4
-
-_SIZES: tuple[tuple[str, int], ...] = (
-    (r"vocab_size|vocab_size_per_layer_input", 128),
-    (r"(hidden_size|d_model|n_embd|embed_dim)", 64),
-    (r"(num_hidden_layers|n_layers|num_layers|n_layer)", LAYERS),
-    (r"(num_attention_heads|n_heads|n_head|num_heads|swa_num_attention_heads|num_swa_attention_heads)", 4),
-    (r"(num_key_value_heads|kv_n_heads|swa_num_key_value_heads|num_swa_key_value_heads|num_global_key_value_heads)", 2),
-    (r"(head_dim|kv_channels|attention_head_dim|swa_head_dim|global_head_dim|v_head_dim|qk_nope_head_dim|swa_v_head_dim)", 16),
-    (r"qk_rope_head_dim", 8),
-    (r"qk_head_dim", 24),
-    (r"q_lora_rank", 24),
-    (r"(kv_lora_rank|o_lora_rank)", 16),
-    (r".*(intermediate_size|ffn_hidden|ffn_hidden_size|ffn_dim|intermediate_size_mlp|intermediate_dim|moe_ffn_size)", 48),
-    (r"(num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_routed_experts)", 8),
-    (r"(num_experts_per_tok|num_experts_per_token|moe_top_k|moe_topk|moe_k|top_k_experts|num_selected_experts)", 2),
-    (r"n_group|num_expert_group", 4),
-    (r"topk_group", 2),
-    (r"(sliding_window|attention_chunk_size|sliding_window_size|window_size|swa_window_size|attn_window_size)", 8),
-    (r"(max_position_embeddings|max_seq_len|n_positions|seq_length)", 128),
-    (r"(first_k_dense_replace|num_dense_layers|moe_layer_start_index|first_k_dense|n_dense_layers)", 1),
-    (r"(linear_num_value_heads|linear_num_key_heads|mamba_n_heads|mamba_num_heads|lin_num_heads)", 4),
-    (r"(linear_key_head_dim|linear_value_head_dim|mamba_d_head|mamba_head_dim|mamba_d_state|ssm_state_size)", 16),
-    (r"(index_head_dim|indexer_head_dim)", 16), (r"(index_n_heads|index_num_heads)", 2), (r"index_topk", 8),
-    (r"(bos_token_id|eos_token_id|pad_token_id)", 0),
-    (r"floor_scale", 8),
-)  # fmt: skip
-"""Field name -> value in a tiny configuration."""
-
-
-_REQUIRED = r"(n_routed_experts|num_experts_per_tok|n_group|topk_group|head_dim|moe_topk|n_shared_experts)"
-"""Fields that a model needs although their default is None."""
-
-
-def _tiny_value(name: str, value: Any) -> Any:
-    if value is None and re.fullmatch(_REQUIRED, name):
-        value = 2
-    if name == "clip_qkv":
-        return 0.8
-    if isinstance(value, int) and not isinstance(value, bool):
-        for pattern, size in _SIZES:
-            if re.fullmatch(pattern, name):
-                return 1 if value == 1 and name in ("n_group", "topk_group") else size
-    if isinstance(value, list) and value and re.search(r"token_id", name):
-        return [0]
-    return value
-
-
-def _layer_list(values: list[Any]) -> list[Any]:
-    """The shortest cover of a per-layer pattern in LAYERS entries: what is in it, in order of appearance, then its end."""
-    kinds = list(dict.fromkeys(map(str, values)))
-    first = [next(v for v in values if str(v) == k) for k in kinds]
-    return (first * LAYERS)[:LAYERS]
-
-
-def tiny_config(config: Any) -> Any:
-    """A tiny configuration of the same class.
-
-    Args:
-        config: the default configuration.
-    """
-    layers = next((getattr(config, n) for n in ("num_hidden_layers", "n_layers", "num_layers") if hasattr(config, n)), 0)
-    data = {k: v for k, v in config.to_dict().items() if k not in ("transformers_version", "architectures", "dtype")}
-    tiny: dict[str, Any] = {}
-    for name, value in data.items():
-        part = getattr(config, name, None)
-        if hasattr(part, "to_dict"):
-            tiny[name] = tiny_config(part).to_dict()
-        elif isinstance(value, list) and len(value) == layers and layers > 1:
-            tiny[name] = _layer_list(value)
-        else:
-            tiny[name] = _tiny_value(name, value)
-    heads = tiny.get("num_attention_heads")
-    if data.get("num_attention_heads") == data.get("num_key_value_heads") or "kv_lora_rank" in data:
-        if "num_key_value_heads" in tiny:
-            tiny["num_key_value_heads"] = heads
-    if "qk_rope_head_dim" in data and "head_dim" in data:  # latent attention: what is rotated
-        tiny["head_dim"] = tiny["qk_rope_head_dim"]
-    tiny.pop("model_type", None)
-    return type(config).from_dict(tiny)
-
-
-def families() -> dict[str, Any]:
-    """Model type -> configuration class, of every causal language model that has experts."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    found = {}
-    for model_type in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        if model_type in CONFIG_MAPPING_NAMES and f"{model_type}_text" not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            cls = CONFIG_MAPPING[model_type]
-            source = inspect.getsource(sys.modules[cls.__module__])
-            if re.search(r"^\s+\w*experts?\w*\s*:", source, re.MULTILINE) or re.search(r"num_experts|moe_", source):
-                found[model_type] = cls
-    return found
-
-
-def randomise(model: Any, seed: int = 0) -> None:
-    """Give every parameter and saved buffer random values of a sensible size."""
-    generator = torch.Generator().manual_seed(seed)
-    saved = set(model.state_dict())
-    with torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in saved)):
-            if not tensor.is_floating_point():
-                continue
-            noise = torch.randn(tensor.shape, generator=generator)
-            if tensor.dim() >= 2:
-                tensor.copy_(noise * min(tensor.shape[-1], tensor.shape[-2]) ** -0.5)
-            elif name.endswith("bias") or "sink" in name:
-                tensor.copy_(noise * 0.2)
-            elif name.endswith("A_log"):  # decay rates; fast decay makes transformers' own chunked float32 form inexact
-                tensor.copy_(noise * 0.3 - 3)
-            else:
-                tensor.copy_(1 + noise * 0.3)
-
-
-def tiny_model(name: str) -> tuple[Any, Any]:
-    """(configuration, model with random weights) of a family, in float32 on the CPU.
-
-    Raises:
-        MoecError: no family has that name, or no tiny model of it can be made.
-    """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    known = families()
-    if name not in known:
-        raise unknown("model family", name, known)
-    torch.manual_seed(0)
-    try:
-        config = tiny_config(known[name]())
-        cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        model = _build(cls, config)
-    except Exception as error:
-        raise MoecError(f"{name}: no tiny model: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
-    model.set_experts_implementation("eager")
-    randomise(model)
-    return config, model
-
-
-_MISSING = {"rope_theta": 10000.0, "pad_token_id": None}
-"""What some configurations lack although their models read it."""
-
-
-def _build(cls: Any, config: Any) -> Any:
-    """The model; a configuration that lacks something gets it and is tried again."""
-    for _ in range(4):
-        try:
-            return cls._from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
-        except AttributeError as error:
-            if error.name not in _MISSING:
-                raise
-            for part in (config, *(v for v in vars(config).values() if hasattr(v, "to_dict"))):
-                if not hasattr(part, error.name):
-                    setattr(part, error.name, _MISSING[error.name])
-        except TypeError:
-            if getattr(config, "layer_types", ()) is not None:
-                raise
-            source = inspect.getsource(sys.modules[cls.__module__])
-            kinds = [k for k in ("conv", "linear_attention", "sliding_attention", "full_attention") if f'"{k}"' in source]
-            config.layer_types = (kinds * LAYERS)[:LAYERS]
-    raise MoecError("the configuration lacks too much")
 
 
 @dataclass
@@ -228,27 +63,39 @@ def difference(model: Any, graph: Any, weights: Any) -> float:
     return worst
 
 
-def check_family(name: str) -> Row:
+@dataclass
+class Checked:
+    """A family that was tried, with its tiny model and the model's graph, where there are such."""
+
+    row: Row
+    model: Any = None
+    graph: Graph | None = None
+    weights: WeightSource | None = None
+
+
+def check_family(name: str) -> Checked:
     """Try one family."""
     row, started = Row(name), time.perf_counter()
+    checked = Checked(row)
     try:
-        _, model = tiny_model(name)
-        graph, weights = graph_of(model)
+        _, checked.model = tiny_model(name)
+        graph, weights = graph_of(checked.model)
+        checked.graph, checked.weights = graph, weights
         row.traced = row.verified = True
         row.ops = dict(Counter(n.op for n in graph.nodes if n.op in OPS))
         left = list(unknown_ops(graph))
         row.raised = row.ops.get("experts", 0) > 0 and row.ops.get("router", 0) == row.ops.get("experts", 0)
-        row.error = difference(model, graph, weights)
+        row.error = difference(checked.model, graph, weights)
         row.reason = f"not core: {', '.join(left)}" if left else ""
     except Exception as error:  # noqa: BLE001  # whatever went wrong is what the table reports
         message = str(error).strip().splitlines()
         row.traced = row.traced or type(error).__name__ == "VerifyError"
         row.reason = f"{type(error).__name__}: {message[0] if message else ''}"[:220]
     row.seconds = time.perf_counter() - started
-    return row
+    return checked
 
 
 def check_families(names: list[str] | None = None) -> Iterator[Row]:
     """Try the named families, or all of them."""
     for name in names or families():
-        yield check_family(name)
+        yield check_family(name).row

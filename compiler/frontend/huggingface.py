@@ -113,7 +113,11 @@ def load(path: str | Path) -> tuple[Graph, WeightSource]:
     Raises:
         MoecError: what is wrong with the checkpoint, in one line.
     """
-    folder = resolve(path)
+    with torch.device("cpu"):  # constants that tracing makes are weights, wherever the model is run later
+        return _load(resolve(path))
+
+
+def _load(folder: Path) -> tuple[Graph, WeightSource]:
     config = config_of(folder)
     dtype = {torch.bfloat16: "bf16", torch.float16: "f16"}.get(config.dtype, "f32")
     model = model_of(config, str(folder))

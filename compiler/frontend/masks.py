@@ -1,7 +1,8 @@
 """What an attention mask of transformers means, read off the mask function instead of a mask tensor.
 
 Transformers composes masks from small functions of (batch, head, query index, key index) and hands them to a mask interface.
-Ours keeps no tensor: it names the pattern, and the attention implementation of `moec.compiler.frontend.trace` reads it.
+Ours names the pattern, and the attention implementation of `moec.compiler.frontend.trace` reads it. A tensor is made only for a
+model that computes with its mask, such as one whose queries choose their keys.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from moec.compiler.errors import MoecError
 
@@ -24,18 +28,22 @@ class Mask:
     window: int = 0
     chunk: int = 0
 
-    def __getitem__(self, _: Any) -> Mask:
-        return self  # models cut a mask tensor to the key length
-
-    def to(self, *_: Any, **__: Any) -> Mask:
-        return self
-
     def both(self, other: Mask) -> Mask:
         """What both masks allow."""
         window = min(filter(None, (self.window, other.window)), default=0)
         if self.chunk and other.chunk and self.chunk != other.chunk:
             raise MoecError(f"attention mask: chunks of {self.chunk} and of {other.chunk} tokens in one layer are not supported")
         return Mask(self.causal or other.causal, window, self.chunk or other.chunk)
+
+    def tensor(self, queries: Any, keys: Any, device: Any) -> Tensor:
+        """The mask as booleans [queries, keys], true where a query sees a key; both count from the first token."""
+        q, k = torch.arange(queries, device=device)[:, None], torch.arange(keys, device=device)[None, :]
+        seen = q >= k if self.causal else (q >= 0) & (k >= 0)
+        if self.window:
+            seen = seen & (q - k < self.window)
+        if self.chunk:
+            seen = seen & (q // self.chunk == k // self.chunk)
+        return seen
 
 
 def describe(function: Callable[..., Any]) -> Mask:
@@ -65,17 +73,77 @@ def describe(function: Callable[..., Any]) -> Mask:
     return mask
 
 
-def mask_interface(*, mask_function: Callable[..., Any], **_: Any) -> Mask:
+class LazyMask:
+    """What a model gets for its mask: a pattern, and for a model that computes with it a tensor."""
+
+    def __init__(self, mask: Mask, make: Callable[[], Tensor]) -> None:
+        self.mask, self._make = mask, make
+
+    def tensor(self) -> Tensor:
+        return self._make()
+
+    def __getitem__(self, index: Any) -> LazyMask:
+        return LazyMask(self.mask, lambda: self._make()[index])  # models cut a mask to the key length, which changes no pattern
+
+    def to(self, *_: Any, **__: Any) -> LazyMask:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._make(), name)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def plain(value: Any) -> Any:
+            return value._make() if isinstance(value, cls) else value
+
+        return function(*map(plain, args), **{k: plain(v) for k, v in (kwargs or {}).items()})
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    return lambda self, *others: getattr(self.tensor(), name)(*others)
+
+
+for _name in ("and", "rand", "or", "ror", "invert", "add", "radd", "mul", "rmul", "eq", "ne"):
+    setattr(LazyMask, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+def mask_interface(
+    *, batch_size: Any, q_length: Any, kv_length: Any, mask_function: Callable[..., Any], device: Any = None, **_: Any
+) -> LazyMask:
     """The mask implementation that is registered with transformers."""
-    return describe(mask_function)
+    mask = describe(mask_function)
+    return LazyMask(mask, lambda: mask.tensor(q_length, kv_length, device).expand(batch_size, 1, -1, -1))
 
 
-def merged(mask: Any, causal: bool, window: int) -> Mask:
+def merged(mask: LazyMask | None, causal: bool, window: int) -> Mask:
     """The mask of one attention call: what the model passed, and what it told the attention function besides."""
     stated = Mask(causal=causal, window=window)
     if mask is None:
         return stated
-    if isinstance(mask, Mask):
-        # the mask already says whether the layer is causal; a window told twice is one window
-        return replace(mask.both(stated), causal=mask.causal)
-    raise MoecError("attention: the model makes its own mask tensor, which has no place in the graph's attention")
+    # the mask already says whether the layer is causal; a window told twice is one window
+    return replace(mask.mask.both(stated), causal=mask.mask.causal)
+
+
+def attention_under(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, sinks: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """Attention under a mask that the model computes: q [B, H, T, d], k and v [B, HK, T, d], mask [B, H or 1, T, T] -> [B, T, H, dv].
+
+    Args:
+        mask: booleans, true where a query sees a key, or numbers that are added to the logits.
+        bias: [B, H, T, T], added to the logits.
+        sinks: as in `moec.compiler.ops.attention`.
+    """
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) if groups > 1 else x for x in (k, v))
+    logits = torch.matmul(q, k.transpose(2, 3)) * scale  # [B, H, T, T]
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    if bias is not None:
+        logits = logits + bias
+    logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
+    if sinks is not None:
+        logits = torch.cat((logits, sinks.view(1, -1, 1, 1).expand(logits.shape[0], -1, logits.shape[2], 1)), -1)
+    weights = logits.softmax(-1)
+    weights = weights if sinks is None else weights[..., :-1]
+    return torch.matmul(weights, v).transpose(1, 2)

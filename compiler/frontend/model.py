@@ -12,6 +12,7 @@ from moec.compiler.frontend.constants import unsaved_buffers
 from moec.compiler.frontend.convert import convert
 from moec.compiler.frontend.facts import facts
 from moec.compiler.frontend.normalize import Normalized, normalize
+from moec.compiler.frontend.positions import count_by_positions
 from moec.compiler.frontend.source import GraphWeights, ModuleWeights, Stored
 from moec.compiler.frontend.trace import export_language_model
 from moec.compiler.ir import Graph
@@ -49,7 +50,7 @@ def trace(model: Any) -> tuple[Normalized, Graph, dict[str, torch.Tensor]]:
 
     meta = facts(model)
     traced = convert(program, model.config.model_type, _AXES, name, meta)
-    normal = normalize(traced)
+    normal = normalize(traced, count_by_positions)
     graph = replace(normal.graph, meta={**meta, "moe": any(n.op == "experts" for n in normal.graph.nodes)})
     return replace(normal, graph=graph), traced, _constants(program, model)
 

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from moec.compiler.frontend.layout import Computed, Layout
@@ -39,8 +39,13 @@ class Normalized:
     misses: tuple[tuple[str, str], ...]
 
 
-def normalize(graph: Graph) -> Normalized:
-    """Rewrite until nothing changes."""
+def normalize(graph: Graph, *passes: Callable[[Graph], Graph]) -> Normalized:
+    """Rewrite until nothing changes.
+
+    Args:
+        graph: as traced.
+        passes: rewrites of whole graphs in normal form; their results are put in normal form again.
+    """
     layouts: dict[str, Layout | Computed] = {}
     misses: tuple[tuple[str, str], ...] = ()
     for _ in range(8):
@@ -48,13 +53,20 @@ def normalize(graph: Graph) -> Normalized:
         visit.layouts = layouts
         after = visit.run()
         misses = tuple(visit.misses)
-        if len(after.nodes) == len(graph.nodes) and all(
-            a.op == b.op and a.inputs == b.inputs and a.attrs == b.attrs for a, b in zip(after.nodes, graph.nodes, strict=True)
-        ):
-            break
+        if _same(after, graph):
+            for each in passes:
+                after = each(after)
+            if _same(after, graph):
+                break
         graph = after
     kept = {name: layout for name, layout in layouts.items() if name in after.params}
     return Normalized(_named(after), kept, misses)
+
+
+def _same(a: Graph, b: Graph) -> bool:
+    return len(a.nodes) == len(b.nodes) and all(
+        x.op == y.op and x.inputs == y.inputs and x.attrs == y.attrs for x, y in zip(a.nodes, b.nodes, strict=True)
+    )
 
 
 def _stem(graph: Graph, node: Node) -> str:

@@ -1,13 +1,14 @@
 """From a torch module on the meta device to an exported ATen program that already speaks MoE.
 
 Transformers' own extension points carry the meaning across: an experts implementation, an attention implementation and a mask
-implementation of ours are registered under the name `moec`; they emit the custom operators `moec::experts` and
+implementation of ours are registered while a model is traced; they emit the custom operators `moec::experts` and
 `moec::attention`. No model family is named here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from torch import Tensor
 from moec.compiler.errors import MoecError
 from moec.compiler.frontend.activation import Activation, recognise
 from moec.compiler.frontend.layout import Layout
-from moec.compiler.frontend.masks import mask_interface, merged
+from moec.compiler.frontend.masks import attention_under, mask_interface, merged
 from moec.compiler.ops import experts, linear_attention
 
 
@@ -121,45 +122,66 @@ def _experts(module: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tenso
     )  # fmt: skip
 
 
+_NO_PART = ("position_ids", "cache_position")
+"""Tensors that models hand on to attention functions, which do not use them."""
+
+
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, scaling: float | None = None, **kwargs: Any
 ) -> Any:
     """Transformers' attention interface: query, key, value [B, H, T, d] -> ([B, T, H, dv], no weights)."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    causal = kwargs.get("is_causal")
+    causal = kwargs.pop("is_causal", None)
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    seen = merged(attention_mask, bool(causal), int(kwargs.get("sliding_window") or 0))
-    for name in ("position_bias", "rel_bias"):
-        if kwargs.get(name) is not None:
-            raise MoecError(f"{type(module).__name__}: attention with a {name} is not supported")
-    softcap = float(kwargs.get("softcap") or 0.0)
-    out = torch.ops.moec.attention(query, key, value, kwargs.get("s_aux"), scale, seen.causal, seen.window, seen.chunk, softcap)
-    return out, None
+    window, softcap = int(kwargs.pop("sliding_window", None) or 0), float(kwargs.pop("softcap", None) or 0.0)
+    sinks, bias = kwargs.pop("s_aux", None), kwargs.pop("position_bias", None)
+    for name in sorted(n for n, other in kwargs.items() if isinstance(other, Tensor) and n not in _NO_PART):
+        raise MoecError(f"{type(module).__name__}: attention with {name} is not supported")
+    if isinstance(attention_mask, Tensor) or bias is not None:
+        mask = attention_mask
+        if not isinstance(mask, Tensor):
+            mask = merged(mask, bool(causal), window).tensor(query.shape[2], key.shape[2], query.device)
+        return attention_under(query, key, value, mask, bias, sinks, scale, softcap), None
+    seen = merged(attention_mask, bool(causal), window)
+    return torch.ops.moec.attention(query, key, value, sinks, scale, seen.causal, seen.window, seen.chunk, softcap), None
 
 
-def register() -> None:
-    """Make `moec` known to transformers as an experts, attention and mask implementation."""
+@contextlib.contextmanager
+def _registered() -> Iterator[None]:
+    """While this lasts, transformers has our experts as `moec`, and our attention and masks as `sdpa`.
+
+    Some models look at the name: for `sdpa` those whose queries choose their keys say so in the mask.
+    """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register("moec", _experts)
-    ALL_ATTENTION_FUNCTIONS.register("moec", _attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register("moec", mask_interface)
+    before = [
+        (ALL_ATTENTION_FUNCTIONS, ALL_ATTENTION_FUNCTIONS["sdpa"]),
+        (ALL_MASK_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]),
+    ]
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", _attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("sdpa", mask_interface)
+    try:
+        yield
+    finally:
+        for interface, original in before:
+            interface.register("sdpa", original)
 
 
 @contextlib.contextmanager
 def implementations(model: Any) -> Iterator[None]:
     """While this lasts, the model's experts and attention are ours."""
-    register()
     for module in model.modules():
         _recognise(module)
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     before = [(c, getattr(c, "_attn_implementation", None), getattr(c, "_experts_implementation", None)) for c in configs.values()]
     try:
         for config in configs.values():
-            config._attn_implementation, config._experts_implementation = "moec", "moec"
-        yield
+            config._attn_implementation, config._experts_implementation = "sdpa", "moec"
+        with _registered():
+            yield
     finally:
         for config, attention, experts in before:
             config._attn_implementation, config._experts_implementation = attention, experts
@@ -200,10 +222,18 @@ def export(module: torch.nn.Module, examples: tuple[Tensor, ...], shapes: Any) -
     except torch._dynamo.exc.UserError as error:
         if "Constraints violated" not in str(error):
             raise
-        # some conditions are true of all sizes, but torch cannot see it: let it assume them, and try them here
-        program = torch.export.export(
-            module, examples, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
-        )
+        # some conditions are true of all sizes, but torch cannot see it: let it assume them, and try them here; others only
+        # ask whether a size is 1 or 0, which changes no value
+        with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # torch adds it while running
+            try:
+                program = torch.export.export(
+                    module, examples, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
+                )
+            except torch._dynamo.exc.UserError as last:
+                guard = re.search(r"generated guard (.*)", str(last))
+                condition = guard[1].rstrip(".") if guard else str(last).splitlines()[0]
+                condition = re.sub(r"L\['\w+'\]\.size\(\)\[(\d)\]", lambda m: "BT"[int(m[1])], condition)
+                raise MoecError(f"the model computes something else when {condition} does not hold; it cannot be one graph") from last
         _check_assumptions(program)
     decomposed: torch.export.ExportedProgram = program.run_decompositions({})
     return decomposed

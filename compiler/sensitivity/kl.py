@@ -31,7 +31,7 @@ def damages(problem: Problem, *, tokens: int = 2048) -> Tensor:
     run = Tape(problem.model.graph, problem.model.weights, cuts=nodes, keep=True)
     states = run.forward(batches)
     after = {segment.nodes[-1].name: at + 1 for at, segment in enumerate(run.segments)}
-    truth = [logits.log_softmax(-1) for logits in run.rest(batches, states[-1], len(states) - 1)]
+    truth = [logits.double().log_softmax(-1) for logits in run.rest(batches, states[-1], len(states) - 1)]
     rows = [batch["ids"].numel() for batch in batches]
 
     def score(change: Change) -> float:
@@ -43,7 +43,7 @@ def damages(problem: Problem, *, tokens: int = 2048) -> Tensor:
         ]
         total = 0.0
         for logits, expected in zip(run.rest(batches, changed, at), truth, strict=True):
-            total += float((expected.exp() * (expected - logits.log_softmax(-1))).sum())
+            total += float((expected.exp() * (expected - logits.double().log_softmax(-1))).sum())
         return total / sum(rows)
 
     return probe(smaller, score)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.compiler.calibration.capture import LayerInputs
+from moec.compiler.calibration.capture import LayerInputs, capture
 from moec.compiler.calibration.statistics import LayerStatistics
+from moec.compiler.context import Context
 from moec.compiler.errors import MoecError
 from moec.compiler.layers import MoeLayer
 from moec.compiler.model import Model
@@ -57,7 +58,7 @@ class View:
     @property
     def generator(self) -> torch.Generator:
         """Random numbers of this layer's own."""
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + self.layer.index)
+        return torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + self.layer.index)
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,20 @@ class Criterion:
         """The scores [E] float64."""
         assert self.score is not None
         return self.score(view).double()
+
+
+def views(model: Model, layers: Sequence[MoeLayer], needs: Sequence[str], context: Context, what: str, tokens: int = 1024) -> list[View]:
+    """What criteria with these needs look at, a layer each.
+
+    Args:
+        tokens: of the sample of inputs.
+
+    Raises:
+        MoecError: they need calibration text, and there is none.
+    """
+    statistics = context.statistics(model, what) if "statistics" in needs else None
+    inputs = capture(model, context.need_text(what), tokens, context.progress) if "inputs" in needs else {}
+    return [View(model, m, context.seed, statistics.layer(m.name) if statistics else None, inputs.get(m.name)) for m in layers]
 
 
 def best(scores: Tensor, count: int, groups: int = 1) -> list[int]:

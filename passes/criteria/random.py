@@ -12,4 +12,4 @@ NEEDS: tuple[str, ...] = ()
 
 def score(view: View) -> Tensor:
     """Uniform numbers."""
-    return torch.rand(view.layer.count, generator=view.generator)
+    return torch.rand(view.layer.count, generator=view.generator, device="cpu")

@@ -26,5 +26,5 @@ def choose(view: View, keep: int, *, rows: float = 1.0, together: float = 1.0) -
     far = torch.cdist(matrix, matrix).double()
     common = view.statistics.together.double().fill_diagonal_(0)
     distance = rows * far / far.max().clamp_min(1e-30) - together * common / common.max().clamp_min(1)
-    clusters = average_linkage(distance.numpy(), keep)
+    clusters = average_linkage(distance.cpu().numpy(), keep)
     return [min(c, key=lambda e, c=c: float((matrix[e] - matrix[c].mean(0)).norm())) for c in clusters]  # type: ignore[misc]  # a default binds c

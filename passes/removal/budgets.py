@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from moec.compiler.candidates import Candidates, Choice
 from moec.compiler.calibration.text import Text
+from moec.compiler.candidates import Candidates, Choice
 from moec.compiler.errors import MoecError
 from moec.compiler.layers import MoeLayer
 from moec.compiler.model import Model
@@ -73,7 +73,7 @@ def importance(model: Model, text: Text, progress: Progress) -> list[float]:
 
     The first stage of MoE-I2 (https://arxiv.org/abs/2411.01016).
     """
-    windows = text.first(max(1, IMPORTANCE_TOKENS // text.ids.shape[1])).ids
+    windows = text.sample(IMPORTANCE_TOKENS).ids
     candidates = Candidates(model, windows, "the budget moe_i2")
     truth = candidates.logits([None] * len(candidates.layers)).log_softmax(-1)
     found = [0.0] * len(candidates.layers)

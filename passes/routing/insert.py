@@ -1,8 +1,8 @@
 """Nodes between a router and its experts.
 
-    %w, %i = router(%l)                                   %w, %i = router(%l)
-    %y = experts(%x, %i, %w, @up, @down)             ->   %sw, %si = skip(%w, %i[, %counts]) {experts=E, ...}
-                                                          %y = experts(%x, %si, %sw, @up, @down)
+%w, %i = router(%l)                                   %w, %i = router(%l)
+%y = experts(%x, %i, %w, @up, @down)             ->   %sw, %si = skip(%w, %i[, %counts]) {experts=E, ...}
+                                                      %y = experts(%x, %si, %sw, @up, @down)
 """
 
 from __future__ import annotations

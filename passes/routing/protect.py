@@ -1,10 +1,10 @@
 """Tokens that keep all their experts: those whose residual stream has a large norm.
 
-    %sw, %si = skip(%w, %i) {ratio=0.2}               # how many experts the rule would keep
-    %n = sum(aten.lt(%si, E), -1)
-    %t = sum(aten.abs(%h), -1)                        # ||t||_1 of what the norm before the router reads
-    %c = aten.where(%t >= threshold, K, %n)
-    %w', %i' = skip(%w, %i, %c)
+%sw, %si = skip(%w, %i) {ratio=0.2}               # how many experts the rule would keep
+%n = sum(aten.lt(%si, E), -1)
+%t = sum(aten.abs(%h), -1)                        # ||t||_1 of what the norm before the router reads
+%c = aten.where(%t >= threshold, K, %n)
+%w', %i' = skip(%w, %i, %c)
 """
 
 from __future__ import annotations

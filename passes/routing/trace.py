@@ -24,5 +24,5 @@ def kept_fraction(graph: Graph, experts: str, weights: Tensor) -> float:
     if skip is None or skip.op != "skip" or len(skip.inputs) > 2:
         return 1.0
     ids = torch.zeros(weights.shape, dtype=torch.int64)
-    kept, found = ops.skip(weights, ids, **skip.attrs)
+    found = ops.skip(weights, ids, **skip.attrs)[1]
     return float(((found == 0) & (weights > 0)).sum() / max(1, int((weights > 0).sum())))

@@ -17,6 +17,7 @@ from moec.compiler.context import Context
 from moec.compiler.interpreter import bind_symbols, evaluate
 from moec.compiler.layers import moe_layers
 from moec.compiler.model import Model
+from moec.passes.routing.draws import Draws
 from moec.passes.routing.masks import MaskRouter
 
 Change = Callable[[Tensor, Tensor], Tensor]
@@ -64,24 +65,24 @@ def tune(
 ) -> dict[str, MaskRouter]:
     """Mask routers trained together, starting from those of each layer."""
     text = context.need_text("mask_router")
-    run = Differentiable(model)
+    run, windows = Differentiable(model), text.ids.to(torch.get_default_device())
     names = [layer.name for layer in moe_layers(model.graph) if layer.name in routers]
     params = [p for name in names for p in (routers[name].weight, routers[name].bias)]
     for p in params:
         p.requires_grad_()
     optimiser = torch.optim.Adam(params, lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, eta_min=rate / 10)
-    generator = torch.Generator().manual_seed(context.seed)
+    draws = Draws(context.seed)
     price = 0.05
     for step in context.progress.track(range(steps), "train mask routers"):
-        ids = text.ids[torch.randint(len(text.ids), (WINDOWS,), generator=generator)]
+        ids = windows[draws.below(len(windows), WINDOWS)]
         temperature = FIRST_TEMPERATURE * (LAST_TEMPERATURE / FIRST_TEMPERATURE) ** (step / max(1, steps - 1))
         running: list[Tensor] = []
 
         def change(name: str, temperature: float = temperature, running: list[Tensor] = running) -> Change:
             def of(x: Tensor, weights: Tensor) -> Tensor:
                 logits = routers[name].logits(x, weights)
-                noise = -torch.log(-torch.log(torch.rand(logits.shape, generator=generator).clamp(1e-9, 1 - 1e-7)))
+                noise = -torch.log(-torch.log(draws.uniform(logits.shape).clamp(1e-9, 1 - 1e-7)))
                 keep = ((logits + noise) / temperature).softmax(-1)
                 running.append((keep * torch.arange(1, keep.shape[-1] + 1)).sum(-1).mean() / keep.shape[-1])
                 return masked(weights, keep, normalize=normalize)
@@ -115,6 +116,6 @@ def mask_logits(model: Model, routers: Mapping[str, MaskRouter], ids: Tensor, *,
 
         return of
 
-    for part in ids.split(4):
+    for part in ids.to(torch.get_default_device()).split(4):
         run(part, {name: change(name) for name in routers})
     return [torch.cat(parts) for parts in found.values()]

@@ -2,7 +2,7 @@
 
 The cache of a layer is one array [slots, HK, capacity, d] for all sequences, a slot each. GroupQueryAttention reads and extends it in
 place: the same memory is bound as past and as present. Steps of one token of neighbouring slots run as one batch, longer steps
-one after the other. Artifacts of standard operators have a cache a sequence instead, which each step copies.
+one after the other, in parts. Artifacts of standard operators have a cache a sequence instead, which each step copies.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from moec.runtime.onnx_cache import Cache, CopiedCache, SharedCache
 
 if TYPE_CHECKING:
     import onnxruntime as ort
+
+PART = 512
+"""A longer prompt is fed in parts of so many tokens: attention holds the logits of all keys for each token that it is fed."""
 
 
 def _session(artifact: Artifact, threads: int | None) -> ort.InferenceSession:
@@ -52,7 +55,6 @@ class OnnxExecutor:
         self.vocab_size, self.context_length = artifact.manifest.vocab_size, artifact.manifest.context_length
         self.max_sequences = max_sequences
         session, layers = _session(artifact, threads), artifact.executor["cache"]
-        self._inputs = {i.name for i in session.get_inputs()}
         self._cache: Cache = (
             CopiedCache(session, layers)
             if artifact.executor["portable"]
@@ -94,10 +96,26 @@ class OnnxExecutor:
         self._check(steps)
         for handle, tokens in steps:
             self._cache.reserve(self._slots[handle], self._lengths[handle] + len(tokens))
+        if len(steps) == 1 and len(steps[0][1]) == 1:
+            return self._step(*steps[0])
         results: dict[int, NDArray[np.float32]] = {}
         for batch in self._batches(steps):
-            results.update(zip(batch, self._run([steps[i] for i in batch], all_logits), strict=True))
+            if len(batch) == 1:
+                results[batch[0]] = self._in_parts(*steps[batch[0]], all_logits)
+            else:
+                results.update(zip(batch, self._run([steps[i] for i in batch], all_logits), strict=True))
         return np.concatenate([results[i] for i in range(len(steps))])
+
+    def _step(self, handle: int, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """One token of one sequence: logits [1, V]."""
+        logits = self._cache.step(self._slots[handle], self._lengths[handle], int(tokens[0]))
+        self._lengths[handle] += 1
+        return logits
+
+    def _in_parts(self, handle: int, tokens: NDArray[np.int64], all_logits: bool) -> NDArray[np.float32]:
+        """Tokens of one sequence, a part at a time: logits [R, V]."""
+        parts = [next(self._run([(handle, tokens[at : at + PART])], all_logits)) for at in range(0, len(tokens), PART)]
+        return np.concatenate(parts) if all_logits else parts[-1]
 
     def _check(self, steps: Sequence[Step]) -> None:
         if len({handle for handle, _ in steps}) != len(steps):
@@ -132,7 +150,6 @@ class OnnxExecutor:
         rows = np.arange(0 if all_logits else count - 1, count, dtype=np.int32)
         feeds: dict[str, NDArray[Any]] = {"ids": ids, "positions": positions, "rows": rows}
         lengths = [self._lengths[h] + count for h in handles]
-        feeds = {name: array for name, array in feeds.items() if name in self._inputs}
         logits = self._cache.run([self._slots[h] for h in handles], lengths, feeds)
         for handle, length in zip(handles, lengths, strict=True):
             self._lengths[handle] = length

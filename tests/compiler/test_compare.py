@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from moec.compiler import reference
 from moec.compiler.cli.main import main
 from moec.compiler.compare import compare
 from moec.compiler.context import Context
+from moec.compiler.damage import Distance
 from moec.compiler.errors import MoecError
 from moec.compiler.evaluate import evaluate, read_windows
-from moec.compiler.frontend import huggingface
 from moec.compiler.frontend.tokenizer import load_tokenizer
 from moec.compiler.interpreter import Interpreter
 from moec.compiler.model import Model
@@ -31,19 +32,25 @@ from moec.compiler.report import Comparison, Row, Run, kl_divergence, perplexity
 from moec.compiler.stored import as_stored
 from moec.compiler.weights import constant, packed_of
 from moec.passes.quantize import Quantize
-from tests import graphs
+from tests import graphs, tiny
 
-ROOT = Path(__file__).parents[2]
-MODEL, TEXT = ROOT / "examples/models/tiny-moe", ROOT / "examples/data/prose_en.txt"
+MODEL, TEXT = tiny.MODEL, tiny.TEXT
 QUIET = Progress(quiet=True)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def traced_once() -> Iterator[None]:
+    """Every test here wants the same model."""
+    with tiny.traced_once():
+        yield
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
+def found(traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
     folder = tmp_path_factory.mktemp("compared")
     (folder / "other.txt").write_text(TEXT.read_text()[3000:5000])
     out = folder / "out"
-    recipes = ["int4", "none", folder / "missing.yaml"]
+    recipes: list[str | Path] = ["int4", "none", folder / "missing.yaml"]
     return compare(MODEL, recipes, [TEXT, folder / "other.txt"], context=64, max_tokens=256, output=out, progress=QUIET), out
 
 
@@ -63,7 +70,7 @@ def test_rows(found: tuple[Comparison, Path]) -> None:
 
 
 def test_distance_is_that_of_a_plain_loop(found: tuple[Comparison, Path]) -> None:
-    model = Model(*huggingface.load(MODEL))
+    model = tiny.model()
     packed = run_passes(model, load_recipe("int4").passes)
     ids, targets = read_windows(TEXT, load_tokenizer(MODEL), 64, 256)
     inputs = {"ids": ids, "positions": torch.arange(64).expand(len(ids), -1)}
@@ -85,7 +92,7 @@ def test_groups_of_windows_do_not_matter(tmp_path: Path, monkeypatch: pytest.Mon
     parts = reference.Reference(model, ids, targets, tmp_path / "b")(changed)
     assert parts.kl_divergence == pytest.approx(whole.kl_divergence, rel=1e-4)
     assert whole.kl_divergence > 0
-    monkeypatch.setattr(reference.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10})())
     with pytest.raises(MoecError, match="need 11520 bytes and .* has 10: lower --max-tokens"):
         reference.Reference(model, ids, targets, tmp_path / "c")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
@@ -134,7 +141,7 @@ def test_only_what_depends_on_the_seed_is_repeated(monkeypatch: pytest.MonkeyPat
 
 
 def _row(name: str, size: int, kl: float) -> Row:
-    distance = reference.Distance(10, 2 + kl, kl, 0.9, 2.0)
+    distance = Distance(10, 2 + kl, kl, 0.9, 2.0)
     return Row("m", name, runs=(Run(0, False, size, 100, size // 2, 50, 10, 0.1, {"t": distance, "pooled": distance}),))
 
 

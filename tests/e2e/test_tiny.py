@@ -87,6 +87,8 @@ def test_commands_on_an_artifact(compiled: tuple[Path, str], capsys: pytest.Capt
     assert 10 < quality["perplexity"] < 60
     speed = call(capsys, "bench", str(artifact), "-p", "16", "-n", "8")
     assert speed["decode_tokens_per_s"] > 0
+    counts = json.loads((artifact / "manifest.json").read_text())["backend"] == "tvm"
+    assert speed["experts_per_token"] == (2 if counts else None)
     found = call(capsys, "inspect", str(artifact))
     assert found["parameters"] > 3_000_000
 

@@ -1,8 +1,8 @@
 """`experts` in ONNX: QMoE, MoE, or one branch an expert. `placement` chooses.
 
-The routing is the graph's own: QMoE's and MoE's top-k is fed the final weights, scattered to [tokens, E] with zeros for experts that
-were not chosen, so that it selects just those that were chosen. QMoE takes the same array as the weights to mix with. MoE mixes with
-softmax over the chosen logits: with logits log(w) that is w / sum(w), and the result is multiplied by sum(w).
+Where `routing` cannot leave the choice to the operator, QMoE's and MoE's top-k is fed the final weights, scattered to [tokens, E] with
+zeros for experts that were not chosen, so that it selects just those that were chosen. QMoE takes the same array as the weights to mix
+with. MoE mixes with softmax over the chosen logits: with logits log(w) that is w / sum(w), and the result is multiplied by sum(w).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from moec.compiler.backends.onnx.emit import CONTRIB
 from moec.compiler.backends.onnx.layout import IntLayout
 from moec.compiler.backends.onnx.linear import dense, product
 from moec.compiler.backends.onnx.placement import GATED, PLAIN, fixed
+from moec.compiler.backends.onnx.routing import Routing, direct, direct_routing, scattered
 from moec.compiler.ir import Node
 
 if TYPE_CHECKING:
@@ -23,32 +24,35 @@ if TYPE_CHECKING:
 
 def lower_experts(low: Lowering, node: Node) -> str:
     """The `experts` op."""
-    plan = low.weights.placement.experts[node.name]
-    e = low.e
-    rank = len(low.shape(node.inputs[0]))
-    lead = low.shapes.vector(low.shape(node.inputs[0]))
-    width = low.shape(node.inputs[0])[-1]
+    e, mode = low.e, low.weights.placement.experts[node.name].mode
+    shape = low.shape(node.inputs[0])
+    rank, width = len(shape), shape[-1]
     assert isinstance(width, int)
-    x = low.value(node.inputs[0]) if rank == 2 else e.op("Reshape", low.value(node.inputs[0]), e.const([-1, width]))
-    routing = _routing(low, node)
-    run = {"qmoe": _qmoe, "moe": _moe, "unrolled": _unrolled}[plan.mode]
-    result = run(low, node, x, routing)
-    if rank == 2:
+    router = direct(low.graph, node, mode)
+    x = low.value(node.inputs[0])
+    whole = rank <= 3 and (mode == "qmoe" or router is not None)  # QMoE and MoE also take [B, T, D]
+    if not whole and rank != 2:
+        x = e.op("Reshape", x, e.const([-1, width]))
+    if mode == "unrolled":
+        result = _unrolled(low, node, x, scattered(low, node))
+    else:
+        routing = _routing(low, node, mode) if router is None else direct_routing(low, router, mode)
+        result = {"qmoe": _qmoe, "moe": _moe}[mode](low, node, x, routing)
+        result = e.op("Mul", result, routing.factor) if routing.factor else result
+    if whole or rank == 2:
         return result
     if rank == 3:
         return e.op("Reshape", result, e.op("Shape", low.value(node.inputs[0])))
-    return e.op("Reshape", result, lead)
+    return e.op("Reshape", result, low.shapes.vector(shape))
 
 
-def _routing(low: Lowering, node: Node) -> str:
-    """The weights of all experts: [tokens, E], zero for those not chosen. Weights of an expert chosen twice add up."""
-    e, count = low.e, fixed(low.graph.params[node.inputs[3]].type.shape)[0]
-    top_k = low.shape(node.inputs[1])[-1]
-    assert isinstance(top_k, int)
-    ids, weights = (low.cast(node.inputs[1], "i64"), low.value(node.inputs[2]))
-    ids, weights = (e.op("Reshape", v, e.const([-1, top_k])) for v in (ids, weights))
-    zeros = e.op("Expand", low.number(0.0, "f32"), e.op("Concat", e.op("Shape", weights, end=1), e.const([count]), axis=0))
-    return e.op("ScatterElements", zeros, ids, weights, axis=1, reduction="add")
+def _routing(low: Lowering, node: Node, mode: str) -> Routing:
+    """The routing by scattered weights, among which QMoE and MoE choose again."""
+    e, weights = low.e, scattered(low, node)
+    if mode == "qmoe":
+        return Routing(weights, weights, False, "", _top_k(low, node))
+    logits = e.op("Log", e.op("Max", weights, e.const(np.float32(1e-30))))
+    return Routing(logits, "", True, e.op("ReduceSum", weights, e.const([1]), keepdims=1), _top_k(low, node))
 
 
 def _attrs(node: Node, top_k: int) -> dict[str, Any]:
@@ -81,7 +85,7 @@ def _top_k(low: Lowering, node: Node) -> int:
     return min(top_k, fixed(low.graph.params[node.inputs[3]].type.shape)[0])
 
 
-def _qmoe(low: Lowering, node: Node, x: str, routing: str) -> str:
+def _qmoe(low: Lowering, node: Node, x: str, routing: Routing) -> str:
     e, plan = low.e, low.weights.placement.experts[node.name]
     arrays: list[tuple[str, str, str]] = []
     for name in node.inputs[3:5]:
@@ -94,15 +98,15 @@ def _qmoe(low: Lowering, node: Node, x: str, routing: str) -> str:
     (up, up_scale, up_zero), (down, down_scale, down_zero) = arrays
     up_bias, down_bias = _biases(low, node)
     inputs = [
-        x, routing, up, up_scale, up_bias, down, down_scale, down_bias, "", "", "", up_zero, down_zero, "", routing,
+        x, routing.scores, up, up_scale, up_bias, down, down_scale, down_bias, "", "", "", up_zero, down_zero, "", routing.weights,
     ]  # fmt: skip
     return e.multi(
-        "QMoE", inputs, 1, CONTRIB, node.name, **_attrs(node, _top_k(low, node)), expert_weight_bits=plan.bits, block_size=plan.block,
-        normalize_routing_weights=0, accuracy_level=low.accuracy_level, weights_prepacked=0,
+        "QMoE", inputs, 1, CONTRIB, node.name, **_attrs(node, routing.top_k), expert_weight_bits=plan.bits, block_size=plan.block,
+        normalize_routing_weights=int(routing.normalize), accuracy_level=low.accuracy_level, weights_prepacked=0,
     )[0]  # fmt: skip
 
 
-def _moe(low: Lowering, node: Node, x: str, routing: str) -> str:
+def _moe(low: Lowering, node: Node, x: str, routing: Routing) -> str:
     e = low.e
     weights = []
     for name in node.inputs[3:5]:
@@ -110,10 +114,9 @@ def _moe(low: Lowering, node: Node, x: str, routing: str) -> str:
         stored = e.stored(name, "weight", str(param.format), fixed(param.type.shape))
         weights.append(stored if param.format == "f32" else e.op("Cast", stored, to=1))
     up_bias, down_bias = _biases(low, node)
-    logits = e.op("Log", e.op("Max", routing, e.const(np.float32(1e-30))))
-    inputs = [x, logits, weights[0], up_bias, weights[1], down_bias]
-    result = e.multi("MoE", inputs, 1, CONTRIB, node.name, **_attrs(node, _top_k(low, node)), normalize_routing_weights=1)[0]
-    return e.op("Mul", result, e.op("ReduceSum", routing, e.const([1]), keepdims=1))
+    inputs = [x, routing.scores, weights[0], up_bias, weights[1], down_bias]
+    attrs = _attrs(node, routing.top_k)
+    return e.multi("MoE", inputs, 1, CONTRIB, node.name, **attrs, normalize_routing_weights=int(routing.normalize))[0]
 
 
 def _unrolled(low: Lowering, node: Node, x: str, routing: str) -> str:

@@ -6,7 +6,7 @@
 
 The operators know 2, 4 and 8 bits; codes of other widths are stored in the next wider container, symmetric ones moved so that the
 operators' default zero point is theirs: the values are the same to the last bit, at the price of the container's bytes.
-`MatMulNBits` computes quickly in float32 only with 4-bit weights. For float activations 8-bit codes are therefore split
+`MatMulNBits` computes quickly in float32 only with 4-bit weights. For float activations 8-bit codes are therefore mostly split
 into two 4-bit halves that lie one after the other along K, which costs no bytes:
 
     x . (code - zero) * s  =  [x, x] . [(code / 16 - zero / 16) * 16 s,  (code % 16 - zero % 16) * s]

@@ -7,15 +7,16 @@ outputs   logits [B, R, V]; present_key.i, present_value.i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import onnx
 
-from moec.compiler.backends.onnx import aten, aten_shape, semantic
+from moec.compiler.backends.onnx import aten, aten_shape, routing, semantic
 from moec.compiler.backends.onnx.attention import Cache, lower_attention
 from moec.compiler.backends.onnx.emit import ONNX_TYPES, Emitter
 from moec.compiler.backends.onnx.experts import lower_experts
+from moec.compiler.backends.onnx.fusion import Fusion, needed, of_positions, plan_fusion
 from moec.compiler.backends.onnx.linear import lower_linear
 from moec.compiler.backends.onnx.placement import Placement
 from moec.compiler.backends.onnx.shapes import Shapes, symbol_sources
@@ -32,7 +33,8 @@ RULES: dict[str, Callable[[Lowering, Node], str | Sequence[str]]] = {
     "layer_norm": semantic.lower_layer_norm,
     "rope": semantic.lower_rope,
     "attention": lower_attention,
-    "router": semantic.lower_router,
+    "router": routing.lower_router,
+    "skip": routing.lower_skip,
     "experts": lower_experts,
 }
 """How each op is lowered: a function that gives the ONNX name of the result, or of each result; "" if it was set already."""
@@ -71,6 +73,7 @@ class Lowering:
         self.portable, self.accuracy_level = portable, accuracy_level
         self.shapes = Shapes(emitter, symbol_sources(graph))
         self.weights = Weights(emitter, graph.params, placement, portable)
+        self.fusion = Fusion() if portable else plan_fusion(graph, placement)
         self.caches: list[Cache] = []
         self.pending: dict[str, tuple[str, str]] = {}
         """Additions that the norm reading them will do: the names of both operands."""
@@ -80,26 +83,48 @@ class Lowering:
 
     def run(self) -> onnx.ModelProto:
         """The model."""
+        read = needed(self.graph, self.fusion)
         for value in self.graph.inputs:
-            self._values[value.name] = self.e.input(value.name, value.type.dtype, value.type.shape)
-        for node in self.graph.nodes:
-            if semantic.fused_addition(self, node):
-                first, second = node.inputs
-                self.pending[node.name] = self.value(first), self.value(second)
-                continue
-            self._lower(node)
+            if value.name in read or value.name != "positions":
+                self._values[value.name] = self.e.input(value.name, value.type.dtype, value.type.shape)
+        self._lower([node for node in self.graph.nodes if node.name in read])
         kind = self.graph.type_of(self.graph.outputs[0])
         self.e.output(self.value(self.graph.outputs[0]), "logits", kind.dtype, kind.shape)
         for name, shape in self._presents:
             self.e.outputs.append(onnx.helper.make_tensor_value_info(name, ONNX_TYPES["f32"], list(shape)))
         return self.e.model(self.graph.name, "")
 
-    def _lower(self, node: Node) -> None:
-        results = RULES[node.op](self, node)
-        names = (results,) if isinstance(results, str) else results
-        for output, name in zip(node.outputs, names, strict=True):
-            if name:
-                self._values[output.name] = name
+    def _lower(self, nodes: Iterable[Node]) -> None:
+        for node in nodes:
+            if semantic.fused_addition(self, node):
+                first, second = node.inputs
+                self.pending[node.name] = self.value(first), self.value(second)
+                continue
+            results = RULES[node.op](self, node)
+            names = (results,) if isinstance(results, str) else results
+            for output, name in zip(node.outputs, names, strict=True):
+                if name:
+                    self._values[output.name] = name
+
+    @property
+    def context(self) -> int:
+        """The most tokens of a sequence."""
+        context = self.graph.meta["context_length"]
+        assert isinstance(context, int)
+        return context
+
+    def of_context(self, names: tuple[str, ...]) -> list[str]:
+        """What some values [B, T, ...] that depend on positions alone are at the positions of a whole context: [1, context, ...].
+
+        ONNX Runtime computes them when it loads the model.
+        """
+        e = self.e
+        at = e.op("Unsqueeze", e.op("Range", *(self.number(n, "i64") for n in (0, self.context, 1))), e.const([0]))
+        part = Lowering(of_positions(self.graph, names), e, self.weights.placement, self.portable, self.accuracy_level)
+        part.set_value("positions", at)
+        part.shapes = Shapes(e, {"B": (at, 0), "T": (at, 1)})
+        part._lower(part.graph.nodes)
+        return [part.value(name) for name in names]
 
     def value(self, name: str) -> str:
         """The ONNX name of a value or parameter."""

@@ -101,12 +101,13 @@ def int_format(param: Param) -> IntFormat | None:
     return fmt if isinstance(fmt, IntFormat) else None
 
 
-def place(graph: Graph, portable: bool, activations: str) -> Placement:
+def place(graph: Graph, portable: bool, activations: str, terms: bool = False) -> Placement:
     """Choose layouts and operators for a graph.
 
     Args:
         portable: standard operators only.
         activations: `float` or `int8`, what linear layers and experts compute with where there is a choice.
+        terms: with float activations, linear layers with 8-bit weights compute with two int8 terms (see `linear`).
     """
     stacked = {name for node in graph.nodes if node.op == "experts" for name in node.inputs[3:5]}
     floats = sum(4 * prod(fixed(graph.params[n].type.shape)) for n in stacked if int_format(graph.params[n]) is None)
@@ -121,7 +122,8 @@ def place(graph: Graph, portable: bool, activations: str) -> Placement:
                     raise MoecError(f"@{name} is used by two experts nodes that the onnx backend runs differently")
     for param in graph.params.values():
         if param.name not in layouts:
-            layouts[param.name] = _layout(param, fixed(param.type.shape), portable, activations, multiplied=_multiplied(graph, param))
+            multiplied = _multiplied(graph, param)
+            layouts[param.name] = _layout(param, fixed(param.type.shape), portable, activations, multiplied=multiplied, terms=terms)
     return Placement(layouts, frozenset(stacked), experts)
 
 
@@ -166,7 +168,7 @@ def _expert_layouts(graph: Graph, node: Node, plan: Experts, portable: bool, act
     return layouts
 
 
-def _layout(param: Param, shape: tuple[int, ...], portable: bool, activations: str, *, multiplied: bool) -> Layout:
+def _layout(param: Param, shape: tuple[int, ...], portable: bool, activations: str, *, multiplied: bool, terms: bool = False) -> Layout:
     """The layout of a matrix [N, K], or of a plain parameter of any shape."""
     if (fmt := int_format(param)) is None:
         return PlainLayout(str(param.format), shape)
@@ -177,5 +179,5 @@ def _layout(param: Param, shape: tuple[int, ...], portable: bool, activations: s
         return IntLayout(fmt, n, k, max(bits, 4), 0 if size % 2 else size, signed=size % 2 == 0)
     block = common_block(fmt, k)
     if multiplied and activations == "float":
-        return IntLayout(fmt, n, k, max(bits, 4), block, split=bits == 8 and block > 0)
+        return IntLayout(fmt, n, k, max(bits, 4), block, split=bits == 8 and block > 0 and not terms)
     return IntLayout(fmt, n, k, bits, block)

@@ -1,15 +1,15 @@
-"""The remaining semantic ops in ONNX: embedding, norms, rotary position embedding, router."""
+"""The remaining semantic ops in ONNX: embedding, norms, rotary position embedding."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moec.compiler.backends.onnx.emit import CONTRIB
+from moec.compiler.backends.onnx.fusion import equal_halves
 from moec.compiler.backends.onnx.layout import IntLayout
-from moec.compiler.ir import Graph, Node, dim_symbols
+from moec.compiler.ir import Graph, Node
 
 if TYPE_CHECKING:
     from moec.compiler.backends.onnx.lower import Lowering
@@ -47,8 +47,10 @@ def _norm_weight(low: Lowering, node: Node) -> str:
     if len(node.inputs) < 2 or not node.inputs[1]:
         return low.e.const(np.ones(size, np.float32))
     weight = low.value(node.inputs[1])
-    offset = float(node.attrs.get("offset", 0.0))
-    return low.e.op("Add", weight, low.number(offset, "f32")) if offset else weight
+    if offset := float(node.attrs.get("offset", 0.0)):
+        weight = low.e.op("Add", weight, low.number(offset, "f32"))
+    factor = low.fusion.factors.get(node.name)
+    return weight if factor is None else low.e.op("Mul", weight, low.number(factor, "f32"))
 
 
 def fused_addition(low: Lowering, node: Node) -> bool:
@@ -81,12 +83,18 @@ def lower_layer_norm(low: Lowering, node: Node) -> str:
 
 
 def lower_rope(low: Lowering, node: Node) -> str:
-    """The `rope` op: RotaryEmbedding where both halves of a token's angles are known to be equal, else elementwise."""
+    """The `rope` op: RotaryEmbedding where both halves of a token's angles are known to be equal, else elementwise.
+
+    Nothing where attention does it (see `fusion`).
+    """
+    if node.name in low.fusion.turned:
+        low.set_flat(node.name, low.flat(node.inputs[0]))
+        return ""
     e, (x, cos, sin) = low.e, node.inputs
     heads, size = low.shape(x)[2:]
     assert isinstance(heads, int)
     assert isinstance(size, int)
-    if _equal_halves(low.graph, cos) and _equal_halves(low.graph, sin) and low.shape(cos) == (*low.shape(x)[:2], size):
+    if equal_halves(low.graph, cos) and equal_halves(low.graph, sin) and low.shape(cos) == (*low.shape(x)[:2], size):
         half = [e.op("Slice", low.value(c), e.const([0]), e.const([size // 2]), e.const([2])) for c in (cos, sin)]
         low.set_flat(node.name, e.op("RotaryEmbedding", low.flat(x), *half, num_heads=heads))
         return ""
@@ -94,63 +102,3 @@ def lower_rope(low: Lowering, node: Node) -> str:
     turned = e.op("Concat", e.op("Neg", upper), lower, axis=3)
     wide = [e.op("Unsqueeze", low.value(c), e.const([2])) for c in (cos, sin)]
     return e.op("Add", e.op("Mul", low.value(x), wide[0]), e.op("Mul", turned, wide[1]))
-
-
-def _equal_halves(graph: Graph, name: str) -> bool:
-    """Whether a value [B, T, d] repeats its first d/2 numbers, as far as its ops show."""
-    node = graph.producers.get(name)
-    if node is None:
-        return False
-    rank = len(node.outputs[0].type.shape)
-    if node.op == "aten.cat.default":
-        return len(node.inputs) == 2 and node.inputs[0] == node.inputs[1] and node.attrs["dim"] in (-1, rank - 1)
-    unary = ("cos", "sin", "neg", "_to_copy")
-    number = node.op in ("aten.mul.Tensor", "aten.div.Tensor") and "other" in node.attrs
-    if number or node.op in [f"aten.{op}.default" for op in unary]:
-        return _equal_halves(graph, node.inputs[0])
-    return False
-
-
-def lower_router(low: Lowering, node: Node) -> Sequence[str]:
-    """The `router` op."""
-    e, a = low.e, node.attrs
-    logits = low.value(node.inputs[0])
-    score = a.get("score", "softmax")
-    scores = {"softmax": lambda: e.op("Softmax", logits, axis=-1), "sigmoid": lambda: e.op("Sigmoid", logits)}.get(score, lambda: logits)()
-    biased = len(node.inputs) > 1 and bool(node.inputs[1])
-    choice = e.op("Add", scores, low.value(node.inputs[1])) if biased else scores
-    if a.get("groups", 1) > 1:
-        choice = _best_groups(low, node, choice)
-    best, ids = e.multi("TopK", [choice, e.const([a["top_k"]])], 2, axis=-1, stem=node.name)
-    weights = best if choice == scores else e.op("GatherElements", scores, ids, axis=-1)
-    if score == "softmax_topk":
-        weights = e.op("Softmax", weights, axis=-1)
-    if a.get("normalize"):
-        weights = e.op("Div", weights, e.op("ReduceSum", weights, e.const([-1]), keepdims=1))
-    if (scale := a.get("scale", 1.0)) != 1.0:
-        weights = e.op("Mul", weights, low.number(float(scale), "f32"))
-    return weights, ids
-
-
-def _best_groups(low: Lowering, node: Node, choice: str) -> str:
-    """The choice with minus infinity for experts outside of the best groups."""
-    e, a = low.e, node.attrs
-    *lead, experts = low.shape(node.inputs[0])
-    assert isinstance(experts, int)
-    groups = a["groups"]
-    grouped = low.shapes.reshape(choice, (*lead, experts), (*lead, groups, experts // groups))
-    if a.get("group_score", "max") == "max":
-        merit = e.op("ReduceMax", grouped, e.const([-1]), keepdims=0)
-    else:
-        merit = e.op("ReduceSum", e.multi("TopK", [grouped, e.const([2])], 2, axis=-1)[0], e.const([-1]), keepdims=0)
-    _, best = e.multi("TopK", [merit, e.const([a["top_groups"]])], 2, axis=-1)
-    ones = e.op("Expand", low.number(1.0, "f32"), e.op("Shape", best))
-    chosen = e.op("ScatterElements", e.op("Mul", merit, low.number(0.0, "f32")), best, ones, axis=-1)
-    keep = e.op("Unsqueeze", e.op("Greater", chosen, low.number(0.5, "f32")), e.const([-1]))
-    kept = e.op("Where", keep, grouped, low.number(-np.inf, "f32"))
-    return low.shapes.reshape(kept, (*lead, groups, experts // groups), (*lead, experts))
-
-
-def token_axes(graph: Graph, name: str) -> bool:
-    """Whether a value has an axis of tokens."""
-    return any(dim_symbols(d) for d in graph.type_of(name).shape)

@@ -137,7 +137,7 @@ def _index_select(a: Args) -> Expr:
 
 def _index(a: Args) -> Expr:
     if len(a["indices"]) != 1:
-        raise MoecError("aten.index.Tensor with several index tensors has no kernel in the tvm backend")
+        raise MoecError(f"the tvm backend has no lowering for aten.index.Tensor with {len(a['indices'])} index tensors")
     return relax.op.take(a["self"], a["indices"][0], axis=0, mode="wrap")
 
 

@@ -139,7 +139,58 @@ def _where_scalar(b: Rewriter, node: Node) -> Result:
     return b.emit_all("aten.where.self", node.inputs, [node.outputs[0].type], node.attrs)
 
 
+def _log_sigmoid(b: Rewriter, node: Node) -> Result:
+    """log(sigmoid(x)) = -softplus(-x)"""
+    kind = node.outputs[0].type
+    minus = b.emit("aten.neg.default", node.inputs, kind)
+    return b.emit("aten.neg.default", [b.emit("aten.softplus.default", [minus], kind)], kind)
+
+
+def _reduced(b: Rewriter, node: Node, op: str, x: str) -> str:
+    """x reduced over the axes of a node, which stay with size one."""
+    shape = b.shape(x)
+    stated = node.attrs.get("dim")
+    dims = tuple(
+        sorted(d % len(shape) for d in (stated if isinstance(stated, tuple) else range(len(shape)) if stated is None else (stated,)))
+    )
+    kind = TensorType(b.type(x).dtype, tuple(1 if i in dims else d for i, d in enumerate(shape)))
+    return b.emit(op, [x], kind, dim=dims, keepdim=True)
+
+
+def _logsumexp(b: Rewriter, node: Node) -> Result:
+    """log(sum(exp(x - m))) + m with m the greatest x."""
+    x, kind = node.inputs[0], b.type(node.inputs[0])
+    greatest = _reduced(b, node, "aten.amax.default", x)
+    powers = b.emit("aten.exp.default", [b.emit("aten.sub.Tensor", [x, greatest], kind)], kind)
+    total = _reduced(b, node, "aten.sum.dim_IntList", powers)
+    return view(
+        b,
+        b.emit("aten.add.Tensor", [b.emit("aten.log.default", [total], b.type(total)), greatest], b.type(total)),
+        node.outputs[0].type.shape,
+    )
+
+
+def _vector_norm(b: Rewriter, node: Node) -> Result:
+    """The square root of the sum of squares; other norms stay."""
+    if node.attrs.get("ord", 2) != 2 or b.type(node.inputs[0]).dtype != node.outputs[0].type.dtype:
+        return None
+    squares = b.emit("aten.mul.Tensor", [node.inputs[0]] * 2, b.type(node.inputs[0]))
+    total = _reduced(b, node, "aten.sum.dim_IntList", squares)
+    return view(b, b.emit("aten.sqrt.default", [total], b.type(total)), node.outputs[0].type.shape)
+
+
+def _pad(b: Rewriter, node: Node) -> Result:
+    if node.attrs.get("mode", "constant") != "constant":
+        return None
+    value = node.attrs.get("value")
+    return b.emit("aten.constant_pad_nd.default", node.inputs, node.outputs[0].type, pad=node.attrs["pad"], value=value or 0)
+
+
 RULES: dict[str, tuple[Rule, ...]] = {
+    "aten.log_sigmoid.default": (_log_sigmoid,),
+    "aten.logsumexp.default": (_logsumexp,),
+    "aten.linalg_vector_norm.default": (_vector_norm,),
+    "aten.pad.default": (_pad,),
     "aten.masked_fill.Scalar": (_masked_fill,),
     "aten.masked_fill.Tensor": (_masked_fill,),
     "aten.where.ScalarSelf": (_where_scalar,),

@@ -47,7 +47,7 @@ def agree(text: str, *, portable: bool, std: float = 0.3, tolerance: float = 2e-
 def routers(draw: st.DrawFn) -> tuple[str, bool]:
     """Attributes of a router of 8 experts, and whether it has a bias."""
     top_k = draw(st.integers(1, 4))
-    score = draw(st.sampled_from(["softmax", "sigmoid", "softmax_topk"]))
+    score = draw(st.sampled_from(["softmax", "sigmoid", "softmax_topk", "identity"]))
     attrs = [f"top_k={top_k}", f'score="{score}"']
     if draw(st.booleans()):
         attrs.append("normalize=true")

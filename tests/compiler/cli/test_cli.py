@@ -12,14 +12,12 @@ from typing import Any
 
 import pytest
 
-from moec.compiler.cli import bench, run
 from moec.compiler.cli import main as entry
+from moec.compiler.cli import run
 from moec.compiler.cli.common import format_size, import_extra, parse_list
 from moec.compiler.cli.main import COMMANDS, HIDDEN, main
 from moec.compiler.progress import Progress
 from moec.runtime import MoecError, Session
-from moec.runtime.counters import ExpertCount
-from moec.runtime.measure import Sample, measure_speed, peak_memory_bytes, read_bandwidth
 from tests.runtime.fakes import fake_session, random_table, write_artifact
 
 Capture = pytest.CaptureFixture[str]
@@ -36,7 +34,7 @@ def call(arguments: Sequence[str]) -> int:
 
 @pytest.fixture
 def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
-    """A session that `run` and `bench` load whatever path they are given."""
+    """A session that `run` loads whatever path it is given."""
     opened, _ = fake_session(tmp_path / "tiny.moec", random_table(vocab=4096), max_sequences=64)
 
     def load(path: str, **options: Any) -> Session:
@@ -44,7 +42,6 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
         return opened
 
     monkeypatch.setattr(run, "load", load)
-    monkeypatch.setattr(bench, "load", load)
     return opened
 
 
@@ -63,9 +60,11 @@ def test_every_command_has_help(name: str, capsys: Capture) -> None:
 
 def test_the_contract_of_options_is_kept(capsys: Capture) -> None:
     promised = {
-        "compile": "-o --target --backend --recipe --memory --latency --max-kl --calibration --resume --dry-run --json",
+        "compile": "-o --target --backend --recipe --memory --latency --max-kl --calibration --calibration-tokens --statistics --seed "
+        "--resume --dry-run --json",
         "run": "-n --temperature --seed --json",
         "eval": "--data --reference --context --json",
+        "compare": "--recipe --data --calibration --seeds --max-tokens --context --json --plot --markdown -o",
         "bench": "-p -n --batch --json",
         "inspect": "--graph --stats --locality --html --json",
     }
@@ -91,11 +90,15 @@ BAD = {
     ("inspect", "no such"): "no such",
     ("eval", "no such", "--data", "no such"): "no such",
     ("compile", "no such", "-o", "x.moec"): "no such",
+    ("compile", "no such", "-o", "x.moec", "--max-kl", "1"): "--max-kl needs calibration text: add --calibration FILE",
+    ("compare", "no such", "-r", "int4", "--data", "x"): "no such",
+    ("compare", "x", "--data", "y"): "Missing option '--recipe' / '-r'",
     ("targets", "show", "h10"): "unknown target 'h10'",
     ("targets", "measure"): "`moec targets measure` is not available in this version",
     ("plan", "x", "--target", "cpu"): "`moec plan` is not available in this version",
     ("serve", "x"): "`moec serve` is not available in this version",
-    ("export", "x", "--to", "hf"): "`moec export` is not available in this version",
+    ("export", "no such", "-o", "x"): "no such",
+    ("export", "no such", "-o", "x", "--to", "gguf"): "unknown export format 'gguf'",
 }
 
 
@@ -160,75 +163,6 @@ def test_run_reads_the_prompt_from_standard_input(session: Session, capsys: Capt
     assert json.loads(capsys.readouterr().out)["prompt"] == "from a pipe"
 
 
-FIELDS = (
-    "prefill_tokens_per_s", "decode_tokens_per_s", "time_to_first_token_ms", "load_ms", "peak_memory_bytes", "weight_bytes",
-    "bytes_per_token", "experts_per_token", "roofline_fraction",
-)  # fmt: skip
-
-
-@pytest.fixture
-def quick_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "read_bandwidth", lambda _threads: 1e10)
-
-
-@pytest.mark.usefixtures("quick_bandwidth")
-def test_bench_prints_its_figures_as_json(session: Session, capsys: Capture) -> None:
-    assert call(["bench", "tiny.moec", "-p", "8", "-n", "4", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert [name for name in FIELDS if name not in result] == []
-    bytes_per_token = 1000  # says the manifest
-    assert result["roofline_fraction"] == pytest.approx(result["decode_tokens_per_s"] * bytes_per_token / 1e10)
-    assert result["weight_bytes"] == session.artifact.manifest.weight_bytes
-    assert len(result["results"]) == 1
-
-
-@pytest.mark.usefixtures("quick_bandwidth", "session")
-def test_bench_prints_one_markdown_table_of_all_combinations(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Session, "close", lambda _self: None)
-    assert call(["bench", "tiny.moec", "-p", "4,8", "-n", "2", "-b", "1,3", "-t", "1,2", "-r", "2"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
-    assert len({len(row) for row in rows}) == 1
-    assert [row[:4] for row in rows[2:]] == [[t, p, "2", b] for t in "12" for p in "48" for b in "13"]
-    assert all("±" in cell for row in rows[2:] for cell in row[4:7])
-    assert [bool(row[-1]) for row in rows[2:]] == [True, False] * 4  # one sequence only
-    assert "10.0 GB/s (1 threads)" in lines[-1]
-
-
-@pytest.mark.usefixtures("quick_bandwidth")
-def test_bench_counts_experts(session: Session, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    counted = [ExpertCount("up", tokens=10, experts=25, slots=40, expert_bytes=200)]
-    monkeypatch.setattr(session.executor, "counts", lambda **_options: counted)
-    assert call(["bench", "tiny.moec", "-p", "8", "-n", "4", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["experts_per_token"] == 2.5
-    read = 1000 - 1.5 * 200  # what the manifest says, less what was skipped
-    assert result["roofline_fraction"] == pytest.approx(result["decode_tokens_per_s"] * read / 1e10)
-
-
-def test_bench_refuses_what_does_not_fit(session: Session, capsys: Capture) -> None:
-    assert call(["bench", "tiny.moec", "-p", "60", "-n", "10"]) == 2
-    assert "-p 60 -n 10: more than the context of 64 tokens" in capsys.readouterr().err
-
-
-def test_speed_counts_the_tokens_that_ran(tmp_path: Path) -> None:
-    opened, executor = fake_session(tmp_path / "a.moec", random_table(vocab=4096))
-    speed = measure_speed(opened, prompt=5, new=7, batch=3, repetitions=1)
-    assert executor.batches == [3] * 8 * 2  # a prefill and seven steps, one run to warm up and one that counts
-    assert executor.sequences == {}
-    assert speed.prefill_tokens_per_s.mean == pytest.approx(3 * 5 * 1e3 / speed.time_to_first_token_ms.mean)
-
-
-def test_machine_figures_are_plausible() -> None:
-    assert 1e8 < read_bandwidth(1, seconds=0) < 1e13
-    assert 1e6 < peak_memory_bytes() < 1e13
-
-
-def test_samples_print_mean_and_deviation() -> None:
-    assert str(Sample.of([1.0, 2.0, 3.0])) == "2.00 ± 1.00"
-    assert str(Sample.of([1234.5])) == "1234 ± 0"
-
-
 def test_verify_reports_and_exits(tmp_path: Path, capsys: Capture) -> None:
     folder = write_artifact(tmp_path / "a.moec")
     assert call(["verify", str(folder)]) == 0
@@ -247,9 +181,16 @@ def test_verify_reports_and_exits(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_inspect_summarises_an_artifact(tmp_path: Path, capsys: Capture) -> None:
-    folder = write_artifact(tmp_path / "a.moec", recipe=[{"quantize": {"format": "int4_g64"}}], quality={"kl_divergence": 0.01})
+    folder = write_artifact(
+        tmp_path / "a.moec",
+        recipe=[{"quantize": {"format": "int4_g64"}}],
+        quality={"kl_divergence": 0.01},
+        journal=[{"pass": "p", "kept": 3}],
+        calibration={"tokens": 7, "domains": ["a", "b"]},
+    )
     assert call(["inspect", str(folder)]) == 0
     out = capsys.readouterr().out
+    assert "did: pass p, kept 3\ncalibrated on 7 tokens of a, b\nquality: KL divergence 0.0100 nats a token\n" in out
     assert "tiny (markov)" in out
     assert "int4_g64: 1 tensors, 1,024 parameters" in out
     assert call(["inspect", str(folder), "--json"]) == 0
@@ -257,6 +198,16 @@ def test_inspect_summarises_an_artifact(tmp_path: Path, capsys: Capture) -> None
     assert summary["parameters"] == 8 * 128 + 3
     assert summary["formats"] == {"f32": {"tensors": 1, "parameters": 3}, "int4_g64": {"tensors": 1, "parameters": 1024}}
     assert summary["quality"] == {"kl_divergence": 0.01}
+    assert call(["inspect", str(folder), "--stats"]) == 2
+    assert "--stats and --locality look at checkpoints" in capsys.readouterr().err
+
+
+def test_inspect_survives_any_history(tmp_path: Path, capsys: Capture) -> None:
+    folder = write_artifact(tmp_path / "a.moec", quality={"x": [1]}, journal=["a", 3], calibration={"domains": 4})
+    assert call(["inspect", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "calibrated on None tokens of ?" in out
+    assert "quality: x [1]" in out
 
 
 def test_targets_and_doctor_print_json(capsys: Capture) -> None:

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moec.compiler.errors import MoecError
-from moec.compiler.frontend.families_table import difference, tiny_model
+from moec.compiler.frontend.families_table import difference
 from moec.compiler.frontend.huggingface import load
+from moec.compiler.frontend.tiny_models import tiny_model
 
 TINY = Path(__file__).parents[3] / "examples" / "models" / "tiny-moe"
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 import pytest
 
 from moec.compiler.core_aten import CORE_ATEN
-from moec.compiler.frontend.families_table import check_family, families, tiny_model
+from moec.compiler.frontend.families_table import check_family
+from moec.compiler.frontend.tiny_models import families, tiny_model
 from moec.compiler.ops import OPS
 from moec.runtime.errors import MoecError
 
 # one for each mechanism: groups and bias, expert biases and sinks and windows, chunks and input scaling, computed weights,
-# mixture of attention heads, recurrence, short convolution
-SUBSET = ("deepseek_v3", "gpt_oss", "llama4_text", "dbrx", "jetmoe", "qwen3_next", "lfm2_moe", "ernie4_5_moe")
+# mixture of attention heads, recurrence, short convolution, queries that choose their keys, a method that is a loop
+SUBSET = ("deepseek_v3", "gpt_oss", "llama4_text", "dbrx", "jetmoe", "qwen3_next", "lfm2_moe", "ernie4_5_moe", "deepseek_v32", "minimax")
 
 
 @pytest.mark.parametrize("name", SUBSET)
 def test_family_agrees_with_eager_execution(name: str) -> None:
-    row = check_family(name)
+    row = check_family(name).row
     assert row.ok, row.reason or f"differs by {row.error}"
     assert not row.reason  # every op that is not semantic is a core one
     # Llama 4 chooses one expert; a tiny model that chooses two is two calls, the second of which no router describes

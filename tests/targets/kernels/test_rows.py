@@ -22,6 +22,7 @@ ROUTERS = [
     RouterSpec(6, 2),
     RouterSpec(64, 8, "sigmoid", normalize=True, scale=2.5, groups=8, top_groups=4, group_score="top2", bias=True),
     RouterSpec(40, 3, "softmax_topk"),
+    RouterSpec(9, 4, "identity", normalize=True),
     RouterSpec(24, 3, groups=4, top_groups=2),
     RouterSpec(5, 5, "sigmoid"),
 ]

@@ -1,0 +1,43 @@
+"""Ways to merge experts. A file's name is the method's.
+
+A file has `NEEDS` ("statistics", "inputs", as of `moec.passes.criteria`), `align` (whether the neurons of an expert are put in the order
+of those of its group's first member before they are averaged), and `group(view, keep) -> groups`: lists of experts, the leading one first.
+Merged experts are averages by how often each was used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from moec.passes.criteria import View
+from moec.runtime.errors import unknown
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method: its name, what it needs, and its functions."""
+
+    name: str
+    needs: tuple[str, ...]
+    align: bool
+    group: Callable[[View, int], list[list[int]]]
+
+
+def known_methods() -> list[str]:
+    """The names of all methods."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+
+
+def get_method(name: str) -> Method:
+    """The method of this name.
+
+    Raises:
+        MoecError: there is none; the message lists those that exist.
+    """
+    if name not in known_methods():
+        raise unknown("method of merging", name, known_methods())
+    module = importlib.import_module(f"{__name__}.{name}")
+    return Method(name, module.NEEDS, module.ALIGN, module.group)
