@@ -21,7 +21,8 @@ from moec.compiler.errors import MoecError
 from moec.compiler.frontend.activation import Activation, recognise
 from moec.compiler.frontend.layout import Layout
 from moec.compiler.frontend.masks import attention_under, mask_interface, merged
-from moec.compiler.ops import experts, linear_attention
+from moec.compiler.ops import experts
+from moec.compiler.ops_attention import linear_attention
 
 
 @torch.library.custom_op("moec::experts", mutates_args=())
