@@ -31,8 +31,8 @@ SEARCH = {
     "tokens": 1024,
     "initial": 12,
     "groups": 0,
-    "start": ["frequency", "soft_frequency", "ean", "reap", "naee"],
-    "rates": {"row": 0.05},
+    "start": ["weighted_ean", "soft_frequency", "ean", "reap", "naee"],
+    "rates": {"row": 0.02, "element": 0.05, "mutation_points": 0.3},
 }
 
 METHODS: dict[str, list[dict[str, Any]]] = {

@@ -13,4 +13,5 @@ NEEDS: tuple[str, ...] = ()
 def score(view: View) -> Tensor:
     """The Euclidean norm of each row."""
     gate = view.layer.require_gate("the criterion router_norm")
-    return torch.linalg.vector_norm(view.model.load(gate.inputs[1]), dim=1)
+    length: Tensor = torch.linalg.vector_norm(view.model.load(gate.inputs[1]), dim=1)
+    return length

@@ -135,7 +135,7 @@ def rewritten(how: str) -> Model:
     return map_experts(model, layer_of(model), merge, route, "test")
 
 
-@pytest.mark.parametrize("how", ["mask", "map", "one expert a token"])
+@pytest.mark.parametrize("how", ["mask", "one expert a token"])
 def test_both_backends_run_them(how: str, tmp_path: Path) -> None:
     model = rewritten(how)
     verify(model.graph)
@@ -166,7 +166,7 @@ def test_errors() -> None:
         with pytest.raises(MoecError, match="more rows than there are experts"):
             again(masked, layer_of(masked), [0, 1], "test")
     grouped = source(0, 'score="sigmoid", groups=3, top_groups=1')
-    with pytest.raises(MoecError, match="2 experts from 1 of 3 groups, which would have 1 experts"):
+    with pytest.raises(MoecError, match="2 experts from 1 of 3 groups, which would have .1, 2, 2. experts"):
         mask_experts(grouped, layer_of(grouped), [0, 1, 2, 3, 4], "test")
     with pytest.raises(MoecError, match="chooses among groups"):
         map_experts(grouped, layer_of(grouped), torch.eye(E), torch.eye(E), "test")
