@@ -167,7 +167,7 @@ def _constants(model: Model, layer: MoeLayer, fits: Mapping[int, Fit], name: Nam
     result = Value(name("constant"), model.graph.type_of(x))
     nodes += [
         *more,
-        Node("aten.unsqueeze.default", (weights,), (column,), {"dim": -1}),
+        Node("aten.view.default", (weights,), (column,), {"size": column.type.shape}),
         Node("aten.mul.Tensor", (rows, column.name), (shares,)),
         Node("aten.sum.dim_IntList", (shares.name,), (result,), {"dim": (-2,), "keepdim": False}),
     ]
