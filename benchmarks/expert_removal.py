@@ -27,7 +27,13 @@ from moec.compiler.frontend.tokenizer import load_tokenizer
 from moec.compiler.model import Model
 from moec.compiler.passes import make_pass, run_passes
 
-SEARCH = {"tokens": 1024, "initial": 12, "groups": 0, "start": ["frequency", "soft_frequency", "ean", "reap", "naee"], "rates": {"row": 0.05}}
+SEARCH = {
+    "tokens": 1024,
+    "initial": 12,
+    "groups": 0,
+    "start": ["frequency", "soft_frequency", "ean", "reap", "naee"],
+    "rates": {"row": 0.05},
+}
 
 METHODS: dict[str, list[dict[str, Any]]] = {
     "random, seed 0": [{"remove_experts": {"criterion": "random"}, "seed": 0}],

@@ -195,7 +195,8 @@ class Candidates:
         if (found := self._merged.found.get(key)) is not None:
             assert isinstance(found, Tensor)
             return found
-        return self._merged.put(key, (choice.merge @ stack.flatten(1)).unflatten(1, stack.shape[1:]))
+        merged: Tensor = (choice.merge @ stack.flatten(1)).view(-1, *stack.shape[1:])
+        return self._merged.put(key, merged)
 
     def _weight(self, name: str) -> Tensor:
         if (found := self._weights.get(name)) is not None:

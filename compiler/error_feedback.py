@@ -34,21 +34,17 @@ class Rounded:
         return self.codes * self.scale.repeat_interleave(size, 0)[: len(self.codes)]
 
     @classmethod
-    def of(cls, packed: Quantized, fmt: IntFormat) -> Rounded:
+    def of(cls, packed: Quantized, fmt: IntFormat, device: torch.device | str = "cpu") -> Rounded:
         """The same weight in this form."""
-        codes, scale, zero = (
-            torch.from_numpy(a).to(torch.get_default_device()).T.float().contiguous() for a in (packed.codes, packed.scale, packed.zero)
-        )
+        arrays = (packed.codes, packed.scale, packed.zero)
+        codes, scale, zero = (torch.from_numpy(a).T.to(device, torch.float32).contiguous() for a in arrays)
         return cls(codes - zero.repeat_interleave(fmt.group_size(len(codes)), 0)[: len(codes)], scale, zero)
 
     def quantized(self, size: int) -> Quantized:
         """The same weight as codes [N, K], for groups of `size` channels."""
         codes = self.codes + self.zero.repeat_interleave(size, 0)[: len(self.codes)]
-        arrays = (
-            x.T.contiguous().to(kind).cpu().numpy()
-            for x, kind in ((codes, torch.uint8), (self.scale, torch.float16), (self.zero, torch.uint8))
-        )
-        return Quantized(*arrays)
+        kinds = ((codes, torch.uint8), (self.scale, torch.float16), (self.zero, torch.uint8))
+        return Quantized(*(x.T.contiguous().to(kind).cpu().numpy() for x, kind in kinds))
 
 
 def factor(moment: Tensor, damp: float) -> tuple[Tensor, Tensor]:
@@ -98,9 +94,7 @@ def round_with_feedback(
                 else:
                     scale[group], zero[group] = grid[0][group], grid[1][group]
             part = _corrected(w[start:stop], error[:done], r, r32, done)
-            inverse = torch.linalg.solve_triangular(
-                r[done:end, done:end], torch.eye(end - done, dtype=r.dtype, device=r.device), upper=True
-            ).to(w.dtype)
+            inverse = _inverse(r[done:end, done:end], w.dtype)
             s, z = scale[group], zero[group]
             for i in range(end - done):
                 codes[start + i] = q = nearest(part[i], s, z, fmt)
@@ -117,9 +111,13 @@ def _corrected(w: Tensor, error: Tensor, r: Tensor, r32: Tensor, done: int) -> T
         return w.clone()
     end = done + len(w)
     owed = r32[:done, done:end].T @ error
-    unit = torch.linalg.solve_triangular(r[done:end, done:end], torch.eye(len(w), dtype=r.dtype, device=r.device), upper=True).to(w.dtype)
-    corrected: Tensor = unit.T.matmul(owed).add_(w)
+    corrected: Tensor = _inverse(r[done:end, done:end], w.dtype).T.matmul(owed).add_(w)
     return corrected
+
+
+def _inverse(r: Tensor, dtype: torch.dtype) -> Tensor:
+    inverse: Tensor = torch.linalg.solve_triangular(r, torch.eye(len(r), dtype=r.dtype, device=r.device), upper=True)
+    return inverse.to(dtype)
 
 
 def descend(w: Tensor, h: Tensor, fmt: IntFormat, start: Rounded, sweeps: int, scales: bool = True) -> Rounded:
@@ -169,7 +167,7 @@ def best_of(w: Tensor, moment: Tensor, found: Sequence[Rounded], size: int) -> R
     exact = moment.double()
     which = torch.stack([objective(w, one.values(size), exact) for one in found]).argmin(0)  # [N]
     codes, scale, zero = (torch.stack([getattr(one, part) for one in found]) for part in ("codes", "scale", "zero"))
-    rows = torch.arange(w.shape[1])
+    rows = torch.arange(w.shape[1], device=w.device)
     return Rounded(*(part[which, :, rows].T.contiguous() for part in (codes, scale, zero)))
 
 

@@ -124,9 +124,10 @@ def round_to_nearest(weight: Tensor, fmt: IntFormat, importance: Tensor | None =
     scale = torch.empty(n, groups, dtype=torch.float16, device=weight.device)
     zero = torch.empty(n, groups, dtype=torch.uint8, device=weight.device)
     rows, pad = max(1, _CHUNK // k) if weight.is_cpu else n, groups * size - k
-    counts = (
-        None if importance is None else torch.nn.functional.pad(positive(importance).float(), (0, pad), value=1.0).view(1, groups, size)
-    )
+    counts = None
+    if importance is not None:
+        importance = positive(importance.to(weight.device)).float()
+        counts = torch.nn.functional.pad(importance, (0, pad), value=1.0).view(1, groups, size)
 
     def chunk(start: int) -> None:
         # A short last group is filled up with zeros, which every scale represents exactly.

@@ -45,7 +45,7 @@ class Change:
     token: Tensor
     window: Tensor
     gradients: Tensor | None
-    errors: Callable[[], list[tuple[Tensor, Tensor]]]
+    errors: list[tuple[Tensor, Tensor]]
     routed: Tensor
 
 
@@ -131,7 +131,7 @@ class Prober:
         for index in self._units[node.name, None]:
             for at, fmt in enumerate(self.problem.formats):
                 error = self.quantized(weight, fmt, moment) - weight
-                self._note(index, at, token, x @ error.T, lambda e=error: [(e, moment)], torch.ones_like(x[:, 0]))
+                self._note(index, at, token, x @ error.T, [(error, moment)], torch.ones_like(x[:, 0]))
 
     def _experts(self, layer: MoeLayer, inputs: Sequence[Sequence[Tensor | None]]) -> list[tuple[Tensor, ...]]:
         x, ids, routing = (torch.cat([_rows(batch[i]) for batch in inputs]) for i in range(3))  # [N, D], [N, K], [N, K]
@@ -165,7 +165,7 @@ class Prober:
                 down = tried[layer.down] if layer.down in members else plain[layer.down]
                 delta = (F.linear(changed if layer.up in members else h, down, biases[1]) - base) * g[:, None]
                 errors = [(tried[m] - plain[m], moments[m]) for m in members]
-                self._note(index, at, token, delta, lambda e=errors: e, g)
+                self._note(index, at, token, delta, errors, g)
         return base * g[:, None]
 
     def quantized(self, weight: Tensor, fmt: str, moment: Tensor | None) -> Tensor:
@@ -177,9 +177,7 @@ class Prober:
         made = quantizer.quantize(weight, chosen, read)
         return made.values(chosen).to(weight.device)
 
-    def _note(
-        self, index: int, at: int, token: Tensor, delta: Tensor, errors: Callable[[], list[tuple[Tensor, Tensor]]], routed: Tensor
-    ) -> None:
+    def _note(self, index: int, at: int, token: Tensor, delta: Tensor, errors: list[tuple[Tensor, Tensor]], routed: Tensor) -> None:
         unit = self.problem.units[index]
         gradients = None if self.gradients is None else self.gradients[unit.node][:, token]
         self.result[index, at] = self.score(Change(unit, delta, token, self._window[token], gradients, errors, routed))

@@ -1,7 +1,8 @@
 """Objectives of bit assignment: how much damage each unit of weights does in each format. A file's name is the objective's.
 
 Each file has `damages(problem) -> [U, O]`, whose sum over units the solver minimises; options are keyword-only arguments. A file may
-also have `conditions(problem, members) -> list of AtLeast` for what must hold among the units `members` of a layer.
+also have `conditions(problem, members) -> list of AtLeast` for what must hold among the units `members` of a layer, which
+it numbers from 0.
 """
 
 from __future__ import annotations

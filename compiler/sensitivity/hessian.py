@@ -20,6 +20,6 @@ def damages(problem: Problem) -> Tensor:
 
     def score(change: Change) -> float:
         reached = len(change.routed) / tokens
-        return sum(float(((error.double() @ moment) * error).sum()) for error, moment in change.errors()) * reached
+        return sum(float(((error.double() @ moment) * error).sum()) for error, moment in change.errors) * reached
 
     return probe(problem, score)

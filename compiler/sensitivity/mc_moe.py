@@ -38,9 +38,9 @@ def significance(
 
 
 def widest(sizes: ArrayLike, members: Sequence[int]) -> list[AtLeast]:
-    """The conditions that some unit has the widest format, and some unit the second widest."""
+    """The conditions that some unit has the widest format, and some unit the second widest; pairs count from 0 among the members."""
     order = np.argsort(np.asarray(sizes)[members].sum(0), kind="stable")
-    return [AtLeast(tuple((unit, int(option)) for unit in members)) for option in order[:-3:-1]] if len(order) > 2 else []
+    return [AtLeast(tuple((at, int(option)) for at in range(len(members)))) for option in order[:-3:-1]] if len(order) > 2 else []
 
 
 def conditions(problem: Problem, members: Sequence[int]) -> list[AtLeast]:

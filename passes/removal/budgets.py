@@ -20,7 +20,7 @@ IMPORTANCE_TOKENS = 1024
 """Tokens on which the importance of layers is measured."""
 
 
-def check_keep(keep: float | None, what: str) -> None:
+def check_keep(keep: object, what: str) -> None:
     """Check the option `keep`.
 
     Raises:
