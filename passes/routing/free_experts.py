@@ -58,7 +58,8 @@ class Worth:
             for total, part in zip(sums, parts, strict=True):
                 total[expert] = part
         stream = float((block.residual + block.slots.sum(1)).double().square().sum())
-        return cls(*sums, stream=stream)
+        square, output, inner, outputs, inputs, both = sums
+        return cls(square, output, inner, outputs, inputs, both, stream)
 
     def fit(self, expert: int, kind: str) -> Fit:
         """The free expert of a kind that is nearest to an expert, in squares weighted by g^2."""

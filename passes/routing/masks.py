@@ -148,7 +148,7 @@ def descend(features: Tensor, errors: Tensor, start: MaskRouter, target: float, 
         decay = _DECAY * weight[:, :-k].square().sum()
         loss = (chosen * errors[rows]).sum(-1).mean() + price * runs + decay
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimiser.step()
         schedule.step()
         price *= float(torch.exp((runs.detach() - (1 - target)).clamp(-0.2, 0.2)))

@@ -86,6 +86,6 @@ def test_mistakes(tmp_path: Path) -> None:
         ({"save": str(tmp_path / "a/b")}, "does not exist"),
     ):
         with pytest.raises(MoecError, match=message):
-            PreGate(**options)  # type: ignore[arg-type]
+            PreGate(**options)
     with pytest.raises(MoecError, match="one MoE layer"):
         PreGate(mode="predict").run(graphs.model(), graphs.context(graphs.model()))

@@ -8,7 +8,7 @@ import torch
 from moec.compiler.errors import MoecError
 from moec.compiler.interpreter import Interpreter
 from moec.compiler.model import Model
-from moec.compiler.passes import run_passes
+from moec.compiler.passes import Pass, run_passes
 from moec.compiler.verify import verify
 from moec.passes.routing.free_experts import KINDS, Worth
 from moec.passes.routing.observe import Block, each_block
@@ -86,7 +86,7 @@ def test_a_fraction_takes_the_cheapest(per_layer: bool) -> None:
 
 def test_after_skipping() -> None:
     subject = model()
-    steps = [SkipExperts(rule="ratio", threshold=0.5), ZeroExperts(experts={0: [2]}, kind="copy")]
+    steps: list[Pass] = [SkipExperts(rule="ratio", threshold=0.5), ZeroExperts(experts={0: [2]}, kind="copy")]
     changed = run_passes(subject, steps, graphs.context(subject))
     verify(changed.graph)
     skipped = routing(run_passes(subject, steps[:1], graphs.context(subject)), IDS).ids["e"]
@@ -102,7 +102,7 @@ def test_mistakes() -> None:
         ({"fraction": 0.5, "experts": {0: [1]}}, "not both"),
     ):
         with pytest.raises(MoecError, match=message):
-            ZeroExperts(**options)  # type: ignore[arg-type]
+            ZeroExperts(**options)
     for experts, message in (({2: [0]}, "no MoE layer 2"), ({0: [6]}, "0 to 5"), ({0: [0, 1, 2, 3, 4, 5]}, "one must be kept")):
         with pytest.raises(MoecError, match=message):
             ZeroExperts(experts=experts).run(subject, graphs.context(subject))
