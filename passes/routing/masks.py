@@ -119,15 +119,16 @@ def fit_locally(block: Block, errors: Tensor, target: float, *, steps: int, seed
     """
     errors = errors / errors[:, 0].mean().clamp(min=1e-30)
     test = torch.arange(len(errors)) // _RUN % 8 == 7
-    if not test.any():
-        test = ~test
+    train = ~test
+    if not test.any():  # a text of a few tokens
+        test = train
     features = features_of(block.x, block.weights)
-    made = {"rule": start_from_rule(block, target), "regression": regress(features[~test], errors[~test])}
+    made = {"rule": start_from_rule(block, target), "regression": regress(features[train], errors[train])}
     measure = {n: error_at(r.logits(block.x[test], block.weights[test]), errors[test], target) for n, r in made.items()}
     start = made[min(measure, key=lambda n: measure[n])]
     if steps:
         start = start.shifted(shift_for([start.logits(block.x, block.weights)], target))
-        made["descent"] = descend((features[~test] - start.mean) / start.std, errors[~test], start, target, steps=steps, seed=seed)
+        made["descent"] = descend((features[train] - start.mean) / start.std, errors[train], start, target, steps=steps, seed=seed)
         measure["descent"] = error_at(made["descent"].logits(block.x[test], block.weights[test]), errors[test], target)
     return made[min(measure, key=lambda n: measure[n])], measure
 
@@ -147,7 +148,7 @@ def descend(features: Tensor, errors: Tensor, start: MaskRouter, target: float, 
         decay = _DECAY * weight[:, :-k].square().sum()
         loss = (chosen * errors[rows]).sum(-1).mean() + price * runs + decay
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimiser.step()
         schedule.step()
         price *= float(torch.exp((runs.detach() - (1 - target)).clamp(-0.2, 0.2)))

@@ -94,6 +94,6 @@ def test_the_target_is_dropped(joint_steps: int) -> None:
 def test_mistakes() -> None:
     for options in ({"target": 0}, {"target": 0.2, "windows": 0}, {"target": 0.2, "joint_steps": -1}):
         with pytest.raises(MoecError, match="mask_router: "):
-            MaskRouterPass(**options)  # type: ignore[arg-type]
+            MaskRouterPass(**options)
     with pytest.raises(MoecError, match="less than one expert"):
         MaskRouterPass(target=0.7).run(model(), graphs.context(model()))

@@ -105,7 +105,7 @@ def test_mistakes() -> None:
         ({"rule": "ratio", "protect": 1}, "protect"),
     ):
         with pytest.raises(MoecError, match=message):
-            SkipExperts(**options)  # type: ignore[arg-type]
+            SkipExperts(**options)
     subject = model(top_k=1)
     with pytest.raises(MoecError, match="always runs"):
         SkipExperts(rule="ratio", target=0.2).run(subject, graphs.context(subject))
