@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moec.compiler.grid import fit, half, nearest
+from moec.compiler.grid import clamp_codes, fit, half, nearest
 from moec.compiler.packed import Quantized
 from moec.runtime.formats.int import IntFormat
 
@@ -96,10 +96,11 @@ def round_with_feedback(
             part = _corrected(w[start:stop], error[:done], r, r32, done)
             inverse = _inverse(r[done:end, done:end], w.dtype)
             s, z = scale[group], zero[group]
-            for i in range(end - done):
-                codes[start + i] = q = nearest(part[i], s, z, fmt)
-                lost = torch.addcmul(part[i], q, s, value=-1).div_(inverse[i, i])
-                part[i + 1 :].addr_(inverse[i, i + 1 :], lost, alpha=-1)
+            diagonal = inverse.diagonal().tolist()
+            for i, (value, row) in enumerate(zip(part.unbind(), inverse.unbind(), strict=True)):
+                codes[start + i] = q = nearest(value, s, z, fmt)
+                lost = torch.addcmul(value, q, s, value=-1).div_(diagonal[i])
+                part[i + 1 :].addr_(row[i + 1 :], lost, alpha=-1)
             error[done:end] = w[start:stop] - codes[start:stop] * s
             done = end
     return Rounded(codes, scale, zero)
@@ -150,11 +151,11 @@ def descend(w: Tensor, h: Tensor, fmt: IntFormat, start: Rounded, sweeps: int, s
                 step = torch.where(gain > 0, step, s) - s
                 pull -= response * step
                 s = scale[group] = s + step
-            for i in range(last - first):
-                best = nearest((pull[i] / inside[i, i]).addcmul_(q[i], s), s, zero[group], fmt)
-                change = (best - q[i]).mul_(s)
-                pull.addr_(inside[i], change, alpha=-1)
-                q[i] = best
+            steps, inverse = (1 / inside.diagonal()).tolist(), 1 / s
+            for i, (code, wish, column) in enumerate(zip(q.unbind(), pull.unbind(), inside.unbind(), strict=True)):
+                best = clamp_codes(torch.addcmul(code, wish, inverse, value=steps[i]).round_(), zero[group], fmt)
+                pull[i + 1 :].addr_(column[i + 1 :], (best - code).mul_(s), alpha=-1)  # those before are made anew in the next sweep
+                code.copy_(best)
             error[first:last] = w[first:last] - q * s
             moved = moved or not torch.equal(before, error[first:last])
         if not moved:
