@@ -169,7 +169,7 @@ class Candidates:
                 if place < len(given) and (stack := given[place]) is not None:
                     assert isinstance(stack, Tensor)
                     given[place] = self._combined(node.inputs[place], stack, choice)
-        return evaluate(node, given, symbols, torch.float32, self.device)  # type: ignore[arg-type]  # a picked stack is a stack
+        return evaluate(node, given, symbols, torch.float32, self.device)
 
     def _route(self, node: Node, choice: Choice, given: Sequence[object]) -> tuple[Tensor, ...]:
         """The router, with its scores led to the choice's experts."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moec.compiler.errors import MoecError
 from moec.runtime.errors import unknown
@@ -180,7 +181,8 @@ def randomise(model: Any, seed: int = 0) -> None:
     saved = set(model.state_dict())
     table = None if model.config.get_text_config().tie_word_embeddings else model.get_input_embeddings().weight
     with torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in saved)):
+        tensors: list[tuple[str, Tensor]] = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in saved)]
+        for name, tensor in tensors:
             if not tensor.is_floating_point() or re.search(r"slope|decay", name):  # computed from the configuration, not learned
                 continue
             noise = torch.randn(tensor.shape, generator=generator)
