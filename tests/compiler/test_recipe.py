@@ -30,13 +30,6 @@ def test_every_recipe_that_ships_applies(name: str) -> None:
     assert (found is model) == (name == "f32")  # the graph is float32 to begin with
 
 
-def test_every_example_recipe_loads() -> None:
-    """The recipes of methods: each states where its method comes from."""
-    folder = Path(__file__).parents[2] / "examples/recipes"
-    unsaid = {path.name for path in folder.glob("*.yaml") if not (recipe := load_recipe(path)).description or not recipe.source}
-    assert unsaid == set()
-
-
 @pytest.mark.parametrize("name", known_passes())
 def test_every_pass_has_defaults_that_change_nothing(name: str) -> None:
     model = graphs.model()
