@@ -15,7 +15,7 @@ from moec.compiler.context import Context
 from moec.compiler.errors import MoecError
 from moec.compiler.layers import MoeLayer, moe_layers
 from moec.compiler.model import Model
-from moec.compiler.packed import integer_format
+from moec.compiler.packed import is_quantized
 from moec.compiler.quantizers import Quantizer
 from moec.compiler.roles import parameter_roles
 from moec.runtime.formats import get_format
@@ -61,7 +61,7 @@ def make_units(model: Model, grain: str, include: Sequence[str]) -> list[Unit]:
     if not units:
         raise MoecError(f"assign_bits: the model has no weights of the kinds {', '.join(include)}")
     for name in {member for unit in units for member in unit.members}:
-        if integer_format(model.graph.params[name]) is not None:
+        if is_quantized(model.graph.params[name]):
             raise MoecError(f"assign_bits: @{name} is already {model.graph.params[name].format}; put assign_bits before quantize")
     return units
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moec.compiler.ir import Graph, Node
-from moec.compiler.packed import integer_format
+from moec.compiler.packed import is_quantized
 from moec.compiler.weights import Edit, WeightSource
 
 READS = {"linear": 1, "experts": 3}
@@ -27,7 +27,7 @@ def readers(graph: Graph, value: str) -> list[Node] | None:
 def owned(graph: Graph, weight: str) -> bool:
     """Whether a parameter is a plain float one with one use."""
     param = graph.params.get(weight)
-    return param is not None and param.type.dtype == "f32" and integer_format(param) is None and len(graph.users[weight]) == 1
+    return param is not None and param.type.dtype == "f32" and not is_quantized(param) and len(graph.users[weight]) == 1
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph, Node, Param, TensorType, Value
 from moec.compiler.model import Model
-from moec.compiler.packed import integer_format
+from moec.compiler.packed import is_quantized
 from moec.compiler.roles import layer_of
 from moec.compiler.weights import Edit, combine, constant, select
 
@@ -133,7 +133,7 @@ def require_values(model: Model, names: Sequence[str], what: str) -> None:
         MoecError: one is; the message says where the pass has to stand.
     """
     for name in names:
-        if integer_format(model.graph.params[name]) is not None:
+        if is_quantized(model.graph.params[name]):
             raise MoecError(
                 f"{what}: @{name} is already {model.graph.params[name].format}; put {what} before the passes that choose formats"
             )
@@ -220,11 +220,22 @@ def _resized(model: Model, layer: MoeLayer, gate: Node, count: int, edits: Mappi
         params.append(replace(param, type=TensorType(param.type.dtype, (count, *param.type.shape[1:])), format=fmt))
     shape = (*gate.outputs[0].type.shape[:-1], count)
     logits = Value(gate.name, TensorType(gate.outputs[0].type.dtype, shape))
-    nodes = [replace(n, outputs=(logits,)) if n is gate else n for n in graph.nodes]
+    renamed = {gate.name: replace(gate, outputs=(logits,))}
+    renamed |= {skip.name: replace(skip, attrs={**skip.attrs, "experts": count}) for skip in _skips(graph, layer)}
+    nodes = [renamed.get(n.name, n) for n in graph.nodes]
     for node in graph.users[gate.name]:
         if node is not layer.router:
             raise MoecError(f"the router's logits %{gate.name} have another use (%{node.name}); this layer cannot be resized")
     return model.edited(graph.with_params(params).with_nodes(nodes), edits)
+
+
+def _skips(graph: Graph, layer: MoeLayer) -> list[Node]:
+    """The `skip` nodes between a layer's router and its experts, which name a skipped slot by the number of experts."""
+    found, node = list[Node](), graph.producers.get(layer.experts.inputs[1])
+    while node is not None and node is not layer.router:
+        found += [node] if node.op == "skip" else []
+        node = graph.producers.get(node.inputs[1])
+    return found
 
 
 def replace_node(graph: Graph, old: Node, new: Sequence[Node]) -> Graph:

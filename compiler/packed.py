@@ -49,6 +49,12 @@ def integer_format(param: Param, expert: int | None = None) -> IntFormat | None:
     return fmt if isinstance(fmt, IntFormat) else None
 
 
+def is_quantized(param: Param) -> bool:
+    """Whether a parameter, or any expert of it, is in an integer format."""
+    formats = (param.format,) if isinstance(param.format, str) else param.format
+    return any(isinstance(get_format(name), IntFormat) for name in formats)
+
+
 def pack_plain(param: Param, value: Tensor, expert: int | None) -> NDArray[np.generic]:
     """A weight (or one expert of a stacked weight) in a plain format."""
     name = format_name(param, expert)

@@ -23,7 +23,7 @@ from moec.compiler.errors import MoecError
 from moec.compiler.ir import Param
 from moec.compiler.model import Model
 from moec.compiler.neurons import neuron_orders, split_neurons
-from moec.compiler.packed import integer_format
+from moec.compiler.packed import is_quantized
 from moec.compiler.plan import parse_size
 from moec.compiler.quantizers import get_quantizer
 from moec.compiler.roles import parameter_roles
@@ -157,9 +157,7 @@ class AssignBits:
         ]
         model = Model(model.graph.with_params(changed), model.weights)
         roles = parameter_roles(model.graph)
-        integer = [
-            p for p in changed if any(integer_format(p, e) for e in (range(len(p.format)) if not isinstance(p.format, str) else [None]))
-        ]
+        integer = [p for p in changed if is_quantized(p)]
         return apply_quantizer(
             model, {p.name: roles[p.name] for p in integer}, get_quantizer(self.method, self.options), context, weighted=self.weighted
         )

@@ -26,7 +26,7 @@ from moec.compiler.ir import Graph
 from moec.compiler.layers import MoeLayer, moe_layers
 from moec.compiler.model import Model
 from moec.compiler.moments import Moments, diagonal_moments
-from moec.compiler.packed import integer_format
+from moec.compiler.packed import is_quantized
 from moec.compiler.roles import parameter_roles
 from moec.compiler.weights import Edit
 from moec.runtime.formats import get_format
@@ -82,7 +82,7 @@ class Awq:
         for name, role in parameter_roles(graph).items():
             wanted = {"experts": self.experts, "linear": self.linear}.get(role)
             fmt = get_format(wanted) if wanted else None
-            if isinstance(fmt, IntFormat) and integer_format(graph.params[name]) is None:
+            if isinstance(fmt, IntFormat) and not is_quantized(graph.params[name]):
                 formats[name] = fmt
         return formats
 

@@ -20,7 +20,7 @@ from moec.compiler.context import Context
 from moec.compiler.errors import MoecError
 from moec.compiler.model import Model
 from moec.compiler.moments import diagonal_moments
-from moec.compiler.packed import integer_format
+from moec.compiler.packed import is_quantized
 from moec.compiler.quantization import QuantizedWeights, quantize_in_order
 from moec.compiler.quantizers import Quantizer, get_quantizer
 from moec.compiler.roles import Role, parameter_roles
@@ -79,13 +79,13 @@ class Quantize:
             param = model.graph.params[name]
             chosen = next((f for p, f in self.overrides.items() if re.search(p, name)), getattr(self, role))
             if param.type.dtype == "f32" and chosen is not None and chosen != param.format:
-                if integer_format(param) is not None:
+                if is_quantized(param):
                     raise MoecError(f"quantize: @{name} is already {param.format}; a weight can be quantised once")
                 changed.append(replace(param, format=chosen))
         if not changed:
             return model
         model = Model(model.graph.with_params(changed), model.weights)
-        names = {p.name: roles[p.name] for p in changed if integer_format(p) is not None}
+        names = {p.name: roles[p.name] for p in changed if is_quantized(p)}
         chosen_quantizer = get_quantizer(self.method, self.options)
         return apply_quantizer(model, names, chosen_quantizer, context, weighted=self.weighted, sequential=self.sequential)
 
