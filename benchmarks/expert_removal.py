@@ -27,7 +27,13 @@ from moec.compiler.frontend.tokenizer import load_tokenizer
 from moec.compiler.model import Model
 from moec.compiler.passes import make_pass, run_passes
 
-SEARCH = {"tokens": 1024, "initial": 12, "groups": 0, "start": ["frequency", "soft_frequency", "ean", "reap", "naee"], "rates": {"row": 0.05}}
+SEARCH = {
+    "tokens": 4096,
+    "initial": 12,
+    "groups": 0,
+    "start": ["frequency", "soft_frequency", "ean", "reap", "naee"],
+    "rates": {"row": 0.05},
+}
 
 METHODS: dict[str, list[dict[str, Any]]] = {
     "random, seed 0": [{"remove_experts": {"criterion": "random"}, "seed": 0}],
@@ -42,9 +48,9 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "hc_smoe": [{"merge_experts": {"method": "hc_smoe"}}],
     "m_smoe": [{"merge_experts": {"method": "m_smoe"}}],
     "m_smoe, global": [{"merge_experts": {"method": "m_smoe", "budget": "global"}}],
-    "eep prune, 4 groups": [{"eep": {"phase": "prune", "tokens": 1024, "initial": 30, "prune_steps": 100}}],
+    "eep prune, 4 groups": [{"eep": {"phase": "prune", "tokens": 4096, "initial": 30, "prune_steps": 100}}],
     "eep prune": [{"eep": {**SEARCH, "phase": "prune", "prune_steps": 120}}],
-    "eep prune+merge": [{"eep": {**SEARCH, "phase": "both", "prune_steps": 120, "merge_steps": 160}}],
+    "eep prune+merge": [{"eep": {**SEARCH, "phase": "both", "prune_steps": 120, "merge_steps": 300}}],
 }
 """Passes of each method; `seed` is of the compilation."""
 

@@ -63,4 +63,5 @@ def open_artifact(path: str | Path) -> tuple[Graph, ArtifactWeights]:
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in artifact.manifest.target.items()}
     target = Target(**fields)
     activations = str(artifact.executor.get("activations", "float"))
-    return graph, ArtifactWeights(artifact, make_backend(artifact.manifest.backend, graph, target, portable, activations))
+    terms = bool(artifact.executor.get("terms", False))
+    return graph, ArtifactWeights(artifact, make_backend(artifact.manifest.backend, graph, target, portable, activations, terms))

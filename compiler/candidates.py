@@ -169,7 +169,7 @@ class Candidates:
                 if place < len(given) and (stack := given[place]) is not None:
                     assert isinstance(stack, Tensor)
                     given[place] = self._combined(node.inputs[place], stack, choice)
-        return evaluate(node, given, symbols, torch.float32, self.device)  # type: ignore[arg-type]  # a picked stack is a stack
+        return evaluate(node, given, symbols, torch.float32, self.device)
 
     def _route(self, node: Node, choice: Choice, given: Sequence[object]) -> tuple[Tensor, ...]:
         """The router, with its scores led to the choice's experts."""
@@ -195,7 +195,8 @@ class Candidates:
         if (found := self._merged.found.get(key)) is not None:
             assert isinstance(found, Tensor)
             return found
-        return self._merged.put(key, (choice.merge @ stack.flatten(1)).unflatten(1, stack.shape[1:]))
+        merged: Tensor = (choice.merge @ stack.flatten(1)).view(-1, *stack.shape[1:])
+        return self._merged.put(key, merged)
 
     def _weight(self, name: str) -> Tensor:
         if (found := self._weights.get(name)) is not None:

@@ -183,14 +183,14 @@ class _Bench:
         try:
             for seed in range(seeds):
                 if not runs or runs[0].random:
-                    runs.append(self._run(recipe, seed, seeds, f"{title}, seed {seed}" if runs else title))
+                    runs.append(self._run(recipe, seed, f"{title}, seed {seed}" if runs else title))
         except MoecError as error:
             return Row(self.name, recipe.name, recipe.description, recipe.source, error=str(error))
         except Exception as error:  # noqa: BLE001  # a broken method must not cost the others their results
             return Row(self.name, recipe.name, recipe.description, recipe.source, error=f"{type(error).__name__}: {error}")
         return Row(self.name, recipe.name, recipe.description, recipe.source, tuple(runs))
 
-    def _run(self, recipe: Recipe, seed: int, seeds: int, title: str) -> Run:
+    def _run(self, recipe: Recipe, seed: int, title: str) -> Run:
         context = self._surroundings(seed)
         text = context.text.fingerprint() if context.text else None
         data = {name: hashlib.sha256(ids.numpy().tobytes()).hexdigest() for name, (ids, _) in self.windows.items()}
@@ -202,7 +202,7 @@ class _Bench:
             started = time.monotonic()
             context.renewed()
             compiled = run_passes(self.model, recipe.passes, context)
-            random, seconds = seeds > 1 and self._random(context, seed), time.monotonic() - started
+            random, seconds = self._random(context, seed), time.monotonic() - started
             plan = make_plan(compiled.graph, recipe, get_target("cpu"), None)
             stored = as_stored(compiled)
             found = {name: self._reference(name, data[name])(stored, self.progress, f"evaluate on {name}") for name in self.windows}

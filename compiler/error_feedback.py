@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moec.compiler.grid import fit, half, nearest
+from moec.compiler.grid import clamp_codes, fit, half, nearest
 from moec.compiler.packed import Quantized
 from moec.runtime.formats.int import IntFormat
 
@@ -34,21 +34,17 @@ class Rounded:
         return self.codes * self.scale.repeat_interleave(size, 0)[: len(self.codes)]
 
     @classmethod
-    def of(cls, packed: Quantized, fmt: IntFormat) -> Rounded:
+    def of(cls, packed: Quantized, fmt: IntFormat, device: torch.device | str = "cpu") -> Rounded:
         """The same weight in this form."""
-        codes, scale, zero = (
-            torch.from_numpy(a).to(torch.get_default_device()).T.float().contiguous() for a in (packed.codes, packed.scale, packed.zero)
-        )
+        arrays = (packed.codes, packed.scale, packed.zero)
+        codes, scale, zero = (torch.from_numpy(a).T.to(device, torch.float32).contiguous() for a in arrays)
         return cls(codes - zero.repeat_interleave(fmt.group_size(len(codes)), 0)[: len(codes)], scale, zero)
 
     def quantized(self, size: int) -> Quantized:
         """The same weight as codes [N, K], for groups of `size` channels."""
         codes = self.codes + self.zero.repeat_interleave(size, 0)[: len(self.codes)]
-        arrays = (
-            x.T.contiguous().to(kind).cpu().numpy()
-            for x, kind in ((codes, torch.uint8), (self.scale, torch.float16), (self.zero, torch.uint8))
-        )
-        return Quantized(*arrays)
+        kinds = ((codes, torch.uint8), (self.scale, torch.float16), (self.zero, torch.uint8))
+        return Quantized(*(x.T.contiguous().to(kind).cpu().numpy() for x, kind in kinds))
 
 
 def factor(moment: Tensor, damp: float) -> tuple[Tensor, Tensor]:
@@ -98,14 +94,13 @@ def round_with_feedback(
                 else:
                     scale[group], zero[group] = grid[0][group], grid[1][group]
             part = _corrected(w[start:stop], error[:done], r, r32, done)
-            inverse = torch.linalg.solve_triangular(
-                r[done:end, done:end], torch.eye(end - done, dtype=r.dtype, device=r.device), upper=True
-            ).to(w.dtype)
+            inverse = _inverse(r[done:end, done:end], w.dtype)
             s, z = scale[group], zero[group]
-            for i in range(end - done):
-                codes[start + i] = q = nearest(part[i], s, z, fmt)
-                lost = torch.addcmul(part[i], q, s, value=-1).div_(inverse[i, i])
-                part[i + 1 :].addr_(inverse[i, i + 1 :], lost, alpha=-1)
+            diagonal = inverse.diagonal().tolist()
+            for i, (value, row) in enumerate(zip(part.unbind(), inverse.unbind(), strict=True)):
+                codes[start + i] = q = nearest(value, s, z, fmt)
+                lost = torch.addcmul(value, q, s, value=-1).div_(diagonal[i])
+                part[i + 1 :].addr_(row[i + 1 :], lost, alpha=-1)
             error[done:end] = w[start:stop] - codes[start:stop] * s
             done = end
     return Rounded(codes, scale, zero)
@@ -117,9 +112,13 @@ def _corrected(w: Tensor, error: Tensor, r: Tensor, r32: Tensor, done: int) -> T
         return w.clone()
     end = done + len(w)
     owed = r32[:done, done:end].T @ error
-    unit = torch.linalg.solve_triangular(r[done:end, done:end], torch.eye(len(w), dtype=r.dtype, device=r.device), upper=True).to(w.dtype)
-    corrected: Tensor = unit.T.matmul(owed).add_(w)
+    corrected: Tensor = _inverse(r[done:end, done:end], w.dtype).T.matmul(owed).add_(w)
     return corrected
+
+
+def _inverse(r: Tensor, dtype: torch.dtype) -> Tensor:
+    inverse: Tensor = torch.linalg.solve_triangular(r, torch.eye(len(r), dtype=r.dtype, device=r.device), upper=True)
+    return inverse.to(dtype)
 
 
 def descend(w: Tensor, h: Tensor, fmt: IntFormat, start: Rounded, sweeps: int, scales: bool = True) -> Rounded:
@@ -152,11 +151,11 @@ def descend(w: Tensor, h: Tensor, fmt: IntFormat, start: Rounded, sweeps: int, s
                 step = torch.where(gain > 0, step, s) - s
                 pull -= response * step
                 s = scale[group] = s + step
-            for i in range(last - first):
-                best = nearest((pull[i] / inside[i, i]).addcmul_(q[i], s), s, zero[group], fmt)
-                change = (best - q[i]).mul_(s)
-                pull.addr_(inside[i], change, alpha=-1)
-                q[i] = best
+            steps, inverse = (1 / inside.diagonal()).tolist(), 1 / s
+            for i, (code, wish, column) in enumerate(zip(q.unbind(), pull.unbind(), inside.unbind(), strict=True)):
+                best = clamp_codes(torch.addcmul(code, wish, inverse, value=steps[i]).round_(), zero[group], fmt)
+                pull[i + 1 :].addr_(column[i + 1 :], (best - code).mul_(s), alpha=-1)  # those before are made anew in the next sweep
+                code.copy_(best)
             error[first:last] = w[first:last] - q * s
             moved = moved or not torch.equal(before, error[first:last])
         if not moved:
@@ -169,7 +168,7 @@ def best_of(w: Tensor, moment: Tensor, found: Sequence[Rounded], size: int) -> R
     exact = moment.double()
     which = torch.stack([objective(w, one.values(size), exact) for one in found]).argmin(0)  # [N]
     codes, scale, zero = (torch.stack([getattr(one, part) for one in found]) for part in ("codes", "scale", "zero"))
-    rows = torch.arange(w.shape[1])
+    rows = torch.arange(w.shape[1], device=w.device)
     return Rounded(*(part[which, :, rows].T.contiguous() for part in (codes, scale, zero)))
 
 

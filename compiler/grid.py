@@ -55,7 +55,7 @@ def fit(groups: Tensor, fmt: IntFormat, importance: Tensor | None = None) -> tup
     best_scale, best_zero, q = torch.ones_like(best), torch.zeros_like(best), torch.empty_like(groups)
     for inverse, zero in (_symmetric if fmt.symmetric else _asymmetric)(groups, fmt):
         torch.mul(groups, inverse, out=q)
-        _clamp(q.round_(), zero, fmt)
+        clamp_codes(q.round_(), zero, fmt)
         # The scale that fits these codes best is <w, q> / <q, q>, and it leaves the error <w, w> - <w, q>^2 / <q, q>.
         product = torch.linalg.vecdot(weighted, q)[:, None]
         length = torch.linalg.vecdot(q if importance is None else q * importance, q)[:, None].clamp_min_(1e-30)
@@ -100,10 +100,10 @@ def _asymmetric(groups: Tensor, fmt: IntFormat) -> Iterator[_Candidate]:
 
 def nearest(groups: Tensor, scale: Tensor, zero: Tensor, fmt: IntFormat) -> Tensor:
     """The nearest codes, with the zero point taken off: (code - zero), of the groups' type."""
-    return _clamp((groups / scale).round_(), zero, fmt)
+    return clamp_codes((groups / scale).round_(), zero, fmt)
 
 
-def _clamp(codes: Tensor, zero: Tensor, fmt: IntFormat) -> Tensor:
+def clamp_codes(codes: Tensor, zero: Tensor, fmt: IntFormat) -> Tensor:
     """Codes with the zero point taken off, kept (in place) among those that there are."""
     if fmt.symmetric:
         return codes.clamp_(-(fmt.levels // 2), fmt.levels // 2 - 1)
@@ -124,9 +124,10 @@ def round_to_nearest(weight: Tensor, fmt: IntFormat, importance: Tensor | None =
     scale = torch.empty(n, groups, dtype=torch.float16, device=weight.device)
     zero = torch.empty(n, groups, dtype=torch.uint8, device=weight.device)
     rows, pad = max(1, _CHUNK // k) if weight.is_cpu else n, groups * size - k
-    counts = (
-        None if importance is None else torch.nn.functional.pad(positive(importance).float(), (0, pad), value=1.0).view(1, groups, size)
-    )
+    counts = None
+    if importance is not None:
+        importance = positive(importance.to(weight.device)).float()
+        counts = torch.nn.functional.pad(importance, (0, pad), value=1.0).view(1, groups, size)
 
     def chunk(start: int) -> None:
         # A short last group is filled up with zeros, which every scale represents exactly.

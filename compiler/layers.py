@@ -191,8 +191,8 @@ def require_no_table(layer: MoeLayer, what: str) -> None:
     """
     if layer.table is not None:
         raise MoecError(
-            f"{what}: the router of %{layer.name} chooses among more rows than there are experts (they were merged, or removed behind a mask); "
-            f"do it in one pass"
+            f"{what}: the router of %{layer.name} chooses among more rows than there are experts "
+            "(they were merged, or removed behind a mask); do it in one pass"
         )
 
 

@@ -1,32 +1,35 @@
 """Weights with codes: quantised when they are asked for, or layer by layer while calibration text runs through the model.
 
 The second way (`quantize_in_order`) gives each weight the second moment of the inputs that it really gets, after everything before it
-has been quantised (https://arxiv.org/abs/2210.17323), and never holds more than the moment of one weight or expert.
+has been quantised (https://arxiv.org/abs/2210.17323), and never holds more moments than there are threads at work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from moec.compiler.calibration.collect import batches_of
+from moec.compiler.calibration.collect import batches_of, fingerprint
 from moec.compiler.calibration.text import Text
+from moec.compiler.codes import CodesOnDisk
 from moec.compiler.interpreter import Interpreter
 from moec.compiler.ir import Graph, Node
 from moec.compiler.layers import MoeLayer, moe_layers
 from moec.compiler.model import Model
+from moec.compiler.moments import SAMPLE_TOKENS, Moments, blended, moment_of
 from moec.compiler.ops import expert_activation
 from moec.compiler.packed import Quantized, integer_format
 from moec.compiler.progress import Progress
 from moec.compiler.quantizers import Quantizer
 from moec.compiler.weights import WeightSource, packed_of
-
-Moments = Callable[[str, int | None], Tensor | None]
-"""The second moment of a weight's inputs, by parameter and expert: [K] or [K, K], or None where it is not known."""
+from moec.runtime.host import physical_cores
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class QuantizedWeights:
     graph: Graph
     quantizers: Mapping[str, Quantizer]
     moments: Moments | None = None
-    codes: dict[tuple[str, int | None], Quantized] = field(default_factory=dict)
+    codes: MutableMapping[tuple[str, int | None], Quantized] = field(default_factory=dict)
     keep: bool = True
 
     def packed(self, name: str, expert: int | None = None) -> Quantized | None:
@@ -81,18 +84,28 @@ def _stacked(graph: Graph, name: str) -> bool:
     return any(n.op == "experts" and name in n.inputs[3:5] for n in graph.users.get(name, ()))
 
 
-def quantize_in_order(model: Model, quantizers: Mapping[str, Quantizer], text: Text, progress: Progress, weighted: bool = True) -> Model:
-    """Quantise weights while calibration text runs through the model, each with the inputs that it gets from quantised predecessors.
+def quantize_in_order(
+    model: Model, quantizers: Mapping[str, Quantizer], text: Text, progress: Progress, *,
+    weighted: bool = True, sequential: bool = True, work: Path | None = None,
+) -> Model:  # fmt: skip
+    """Quantise weights while calibration text runs through the model.
 
     Args:
         model: its graph says the formats.
         quantizers: by parameter.
         weighted: the moments of an expert count each token with the square of its routing weight, as its output does.
+        sequential: each weight gets the inputs that its quantised predecessors make; otherwise those of the model before.
+        work: a folder for codes: they are read from there when they are needed, and work that was interrupted goes on from there.
     """
-    weights = QuantizedWeights(model.weights, model.graph, quantizers)
-    observer = _InOrder(Model(model.graph, weights), weights, weighted)
-    with progress.counter("quantise") as count:
-        Interpreter(model.graph, weights).run(batches_of(text), lambda *_: None, count, observer)
+    codes: MutableMapping[tuple[str, int | None], Quantized] = {}
+    if work is not None:
+        methods = sorted((name, quantizer.description) for name, quantizer in quantizers.items())
+        facts = f"{fingerprint(model, text)} {methods} {weighted} {sequential}"
+        codes = CodesOnDisk(work, hashlib.sha256(facts.encode()).hexdigest())
+    weights = QuantizedWeights(model.weights, model.graph, quantizers, codes=codes)
+    running = Model(model.graph, weights if sequential else model.weights)
+    with progress.counter("quantise") as count, ThreadPoolExecutor(physical_cores(), "expert", torch.set_num_threads, (1,)) as pool:
+        Interpreter(model.graph, running.weights).run(batches_of(text), lambda *_: None, count, _InOrder(running, weights, weighted, pool))
     return Model(model.graph, weights)
 
 
@@ -103,18 +116,30 @@ class _InOrder:
     model: Model
     weights: QuantizedWeights
     weighted: bool
+    pool: ThreadPoolExecutor
 
     def __post_init__(self) -> None:
         self._layers = {layer.name: layer for layer in moe_layers(self.model.graph)}
 
     def visit(self, node: Node, inputs: Sequence[Sequence[Tensor | None]]) -> Sequence[tuple[Tensor, ...]] | None:
         """See `Observer`."""
-        name = node.inputs[1] if node.op == "linear" else ""
-        if name in self.weights.quantizers and (name, None) not in self.weights.codes:
-            self._quantize(name, None, partial(_moment, [_rows(batch[0]) for batch in inputs], None))
-        if (layer := self._layers.get(node.name)) is not None and not {layer.up, layer.down}.isdisjoint(self.weights.quantizers):
-            return self._experts(layer, inputs)
-        return None
+        codes = self.weights.codes
+        layer, name = self._layers.get(node.name), node.inputs[1] if node.op == "linear" else ""
+        if layer is None and (name not in self.weights.quantizers or (name, None) in codes):
+            return None
+        if layer is not None and {layer.up, layer.down}.isdisjoint(self.weights.quantizers):
+            return None
+        work = node.name if layer is not None else name
+        if isinstance(codes, CodesOnDisk) and codes.resume(work):
+            return None
+        result = None
+        if layer is not None:
+            result = self._experts(layer, inputs)
+        else:
+            self._quantize(name, None, partial(moment_of, [_rows(batch[0]) for batch in inputs]))
+        if isinstance(codes, CodesOnDisk):
+            codes.finish(work)
+        return result
 
     def _quantize(self, name: str, expert: int | None, moment: Callable[[], Tensor]) -> None:
         quantizer = self.weights.quantizers.get(name)
@@ -126,66 +151,53 @@ class _InOrder:
         self.weights.codes[name, expert] = quantizer.quantize(weight.reshape(-1, weight.shape[-1]), fmt, needed)
 
     def _experts(self, layer: MoeLayer, inputs: Sequence[Sequence[Tensor | None]]) -> list[tuple[Tensor, ...]]:
-        x, ids, weights = (torch.cat([_rows(batch[i]) for batch in inputs]) for i in range(3))  # [N, D], [N, K], [N, K]
-        result, attrs = torch.zeros_like(x), layer.experts.attrs
-        common = partial(_moment, [x], None)
-        cached: list[Tensor] = []  # the moment of all tokens, made when an expert needs it
-
-        def of_all() -> Tensor:
-            if not cached:
-                cached.append(common())
-            return cached[0]
-
-        activation = {k: v for k, v in attrs.items() if k in ("activation", "gated", "limit")}
-        biases = [self.model.load(name) if name else None for name in (*layer.experts.inputs[5:7], "", "")[:2]]
-        for expert in range(layer.count):
-            token, slot = torch.where(ids == expert)
-            g = weights[token, slot]
-            scale = g if self.weighted else None
-            bias = [None if b is None else b[expert] for b in biases]
-            self._quantize(layer.up, expert, partial(_blended, x[token], scale, of_all))
-
-            def hidden(rows: Tensor, expert: int = expert, bias: list[Tensor | None] = bias) -> Tensor:
-                up = torch.nn.functional.linear(rows, self.model.load(layer.up, expert), bias[0])
-                return expert_activation(up, **activation)
-
-            h = hidden(x[token])
-            self._quantize(layer.down, expert, partial(_blended, h, scale, partial(_moment_of, hidden, x)))
-            f = torch.nn.functional.linear(h, self.model.load(layer.down, expert), bias[1])
-            result.index_add_(0, token, f * g[:, None])
-        sizes = [len(_rows(batch[0])) for batch in inputs]
+        """Quantise the experts of a layer, several at a time, and run them."""
+        parts = [tuple(map(_rows, batch[:3])) for batch in inputs]  # of each batch x [n, D], ids [n, K] and weights [n, K]
+        results = [torch.zeros_like(x) for x, _, _ in parts]
+        step = max(1, sum(len(x) for x, _, _ in parts) // SAMPLE_TOKENS)
+        sample = torch.cat([x[::step] for x, _, _ in parts])
+        common = moment_of([sample])
+        biases = [self.model.load(name).to(sample.device) if name else None for name in (*layer.experts.inputs[5:7], "", "")[:2]]
+        experts, most = range(layer.count), 2 * physical_cores()  # outputs of so many experts are in memory
+        for some in (experts[at : at + most] for at in range(0, layer.count, most)):
+            work = partial(self._expert, layer, parts, sample, common, biases)
+            made = self.pool.map(work, some) if sample.is_cpu else map(work, some)
+            for chosen, added in zip((_chosen(parts, e) for e in some), made, strict=True):
+                for result, (token, _), part in zip(results, chosen, added, strict=True):
+                    result.index_add_(0, token, part)
         shapes = [batch[0].shape for batch in inputs if batch[0] is not None]
-        return [(part.view(shape),) for part, shape in zip(result.split(sizes), shapes, strict=True)]
+        return [(result.view(shape),) for result, shape in zip(results, shapes, strict=True)]
+
+    @torch.no_grad()
+    def _expert(
+        self, layer: MoeLayer, parts: Sequence[tuple[Tensor, ...]], sample: Tensor, common: Tensor, biases: list[Tensor | None], expert: int
+    ) -> list[Tensor]:
+        """Quantise one expert; what it adds to the outputs of its tokens, by batch."""
+        chosen = _chosen(parts, expert)
+        x = torch.cat([part[0][token] for part, (token, _) in zip(parts, chosen, strict=True)])  # [n, D]
+        g = torch.cat([part[2][token, slot] for part, (token, slot) in zip(parts, chosen, strict=True)])  # [n]
+        scale = g if self.weighted else None
+        activation = {k: v for k, v in layer.experts.attrs.items() if k in ("activation", "gated", "limit")}
+        bias = [None if b is None else b[expert] for b in biases]
+
+        def load(name: str) -> Tensor:
+            return self.model.load(name, expert).to(x.device)
+
+        def hidden(rows: Tensor) -> Tensor:
+            return expert_activation(torch.nn.functional.linear(rows, load(layer.up), bias[0]), **activation)
+
+        self._quantize(layer.up, expert, partial(blended, x, scale, lambda: common))
+        h = hidden(x)
+        self._quantize(layer.down, expert, partial(blended, h, scale, lambda: moment_of([hidden(sample)])))
+        f = torch.nn.functional.linear(h, load(layer.down), bias[1]) * g[:, None]
+        return list(f.split([len(token) for token, _ in chosen]))
+
+
+def _chosen(parts: Sequence[tuple[Tensor, ...]], expert: int) -> list[tuple[Tensor, ...]]:
+    """Of each batch the tokens of an expert and the slots that they have it in."""
+    return [torch.where(ids == expert) for _, ids, _ in parts]
 
 
 def _rows(value: Tensor | None) -> Tensor:
     assert value is not None
     return value.reshape(-1, value.shape[-1])
-
-
-def _moment(parts: Sequence[Tensor], scale: Tensor | None) -> Tensor:
-    """The mean of x x^T over rows, each weighted by scale^2: [K, K] float64."""
-    total = parts[0].new_zeros(parts[0].shape[1], parts[0].shape[1], dtype=torch.float64)
-    rows = 0
-    for part in parts:
-        x = part if scale is None else part * scale[:, None]
-        total += (x.T @ x).double()
-        rows += len(part)
-    return total / max(1, rows)
-
-
-def _moment_of(hidden: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The moment of what an expert would make of a sample of all tokens."""
-    return _moment([hidden(x[:: max(1, len(x) // 2048)])], None)
-
-
-PRIOR_TOKENS = 32
-"""So many tokens of the whole layer are mixed into an expert's moment, which few tokens alone would not determine."""
-
-
-def _blended(x: Tensor, scale: Tensor | None, of_all: Callable[[], Tensor]) -> Tensor:
-    """The moment of an expert's tokens with a little of all tokens' mixed in: an expert that saw few tokens leans on the others."""
-    own, common = _moment([x], scale), of_all()
-    # Routing weights make the expert's moment smaller; the mixture is of shapes, not of sizes.
-    common = common * (own.trace() / common.trace().clamp_min(1e-30)) if len(x) else common
-    return (own * len(x) + common * PRIOR_TOKENS) / (len(x) + PRIOR_TOKENS)

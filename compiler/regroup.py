@@ -124,7 +124,7 @@ def map_experts(model: Model, layer: MoeLayer, merge: Tensor, route: Tensor, wha
         nodes.append(Node(op, (layer.router.inputs[0],), (Value(scores, logits),), extra))
     name, mapped = graph.fresh(f"{layer.name}.map"), graph.fresh(f"{layer.name}.mapped")
     nodes.append(Node("linear", (scores, name), (Value(mapped, TensorType(logits.dtype, (*logits.shape[:-1], count))),)))
-    inputs = (mapped,)
+    inputs: tuple[str, ...] = (mapped,)
     if len(layer.router.inputs) > 1 and (bias := layer.router.inputs[1]):
         edits[bias] = constant(route.float() @ model.load(bias))
         params.append(_resized(graph, bias, count))
@@ -146,17 +146,18 @@ def with_top_k(graph: Graph, layer: MoeLayer, top_k: int, what: str) -> Graph:
     Raises:
         MoecError: something stands between the router and the experts that counts on the old number.
     """
-    lookups = (layer.table,) if layer.table else ()
-    between = {node.name for output in layer.router.outputs for node in graph.users[output.name]} - {
-        layer.name,
-        *(n.name for n in lookups if n),
-    }
+    changed = [layer.router] + ([] if layer.table is None else [layer.table])
+    known = {layer.name, *(node.name for node in changed)}
+    between = {node.name for output in layer.router.outputs for node in graph.users[output.name]} - known
     if between:
         raise MoecError(f"{what}: top_k of %{layer.name} cannot change behind %{', %'.join(sorted(between))}; put {what} before that pass")
-    changed = {layer.router.name: replace(layer.router, attrs={**layer.router.attrs, "top_k": top_k}), **{n.name: n for n in lookups if n}}
     resized = {
-        name: replace(n, outputs=tuple(Value(o.name, TensorType(o.type.dtype, (*o.type.shape[:-1], top_k))) for o in n.outputs))
-        for name, n in changed.items()
+        n.name: replace(
+            n,
+            attrs={**n.attrs, "top_k": top_k} if n is layer.router else n.attrs,
+            outputs=tuple(Value(o.name, TensorType(o.type.dtype, (*o.type.shape[:-1], top_k))) for o in n.outputs),
+        )
+        for n in changed
     }
     return graph.with_nodes(resized.get(n.name, n) for n in graph.nodes)
 

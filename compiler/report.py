@@ -177,7 +177,10 @@ class Comparison:
         for axis in axes:
             axis.set_xlabel("weights, MB")
             axis.set_yscale("log")
+            axis.margins(x=0.12)  # room for the names of the rightmost points
             axis.grid(alpha=0.3, which="both")
+        for ticks in (axes[1].yaxis.set_major_formatter, axes[1].yaxis.set_minor_formatter):
+            ticks("{x:g}")
         axes[1].legend()
         try:
             figure.savefig(file)

@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -102,7 +101,8 @@ class Eep:
         sizes = [(kept_count(g[0], 1.0 if self.keep is None else self.keep, WHAT, least=1), g[0].count) for g in groups]
         start = [self._start(model, groups, sizes, name, context) for name in self.start]
         if all(kept == count for kept, count in sizes):
-            start.insert(0, Candidate(*[tuple(one_hot(range(count), count) for _, count in sizes)] * 2))
+            every = tuple(one_hot(range(count), count) for _, count in sizes)
+            start.insert(0, Candidate(every, every))
         plan = Plan(self.initial, self.prune_steps if self.phase != "merge" else 0, self.merge_steps if self.phase != "prune" else 0)
         search = Search(sizes, worth, plan, Rates(**self.rates), context.seed, start)
         if context.work is not None:

@@ -1,12 +1,12 @@
 """A learned number of experts for each token: OTP of MC# (https://arxiv.org/abs/2510.10962).
 
-    %f = aten.cat(%x, %w)                                          # what the layer reads and its K routing weights
+    %f = aten.cat(%x, aten.log(%w))                                # what the layer reads and its K routing weights
     %m: f32[B, T, K] = linear(%f, @mask.weight, @mask.bias)        # the mask router: logits of keeping the first 1, 2, ... K
     %c: i64[B, T, 1] = aten.argmax(%m) + 1
     %sw, %si = skip(%w, %i, %c)
     %y = experts(%x, %si, %sw, @up, @down)
 
-Each layer's mask router starts as the rule `top_p` and is fitted to the layer's own result on calibration text, with one layer in memory
+Each layer's mask router starts as the rule `ratio` and is fitted to the layer's own result on calibration text, with one layer in memory
 at a time; the layers' parts of the target follow from the damage that each does alone. Then, with `joint_steps`, all are trained
 together by Gumbel-softmax against the model's next-token distribution plus a price on the expected number of experts. A step of this
 that does not lessen the damage is undone. Last, a shift of the logits makes arg max hit the target.
@@ -27,7 +27,7 @@ from moec.compiler.model import Model
 from moec.compiler.weights import constant
 from moec.passes.routing.allocate import allocate, within_limit
 from moec.passes.routing.insert import insert_skip, like, namer
-from moec.passes.routing.masks import MaskRouter, fit_locally, keep_errors, shift_for
+from moec.passes.routing.masks import LEAST_WEIGHT, MaskRouter, fit_locally, keep_errors, shift_for
 from moec.passes.routing.observe import Block, each_block
 from moec.passes.routing.tune import mask_logits, tune
 
@@ -153,20 +153,23 @@ def insert_mask_router(model: Model, layer: MoeLayer, weight: Tensor, bias: Tens
     """A model in which a layer keeps as many experts of a token as its mask router says.
 
     Args:
-        weight: [K, D + K], over what the layer reads and its routing weights.
+        weight: [K, D + K], over what the layer reads and the logarithms of its routing weights.
         bias: [K].
     """
     graph, name = model.graph, namer(model.graph, layer.name)
     x, ids, weights = layer.experts.inputs[:3]
     features = Value(name("mask_features"), like(graph, x, layer.hidden + layer.top_k, "f32"))
     logits = Value(name("mask_logits"), like(graph, x, layer.top_k, "f32"))
+    least, logs = (Value(name(suffix), graph.type_of(weights)) for suffix in ("mask_least", "mask_logs"))
     best, counts = (Value(name(suffix), like(graph, ids, 1, "i64")) for suffix in ("mask_best", "counts"))
     params = [
         Param(name("mask_router.weight"), TensorType("f32", tuple(weight.shape)), "f32"),
         Param(name("mask_router.bias"), TensorType("f32", tuple(bias.shape)), "f32"),
     ]
     nodes = [
-        Node("aten.cat.default", (x, weights), (features,), {"tensors": 2, "dim": -1}),
+        Node("aten.clamp.default", (weights,), (least,), {"min": LEAST_WEIGHT}),
+        Node("aten.log.default", (least.name,), (logs,)),
+        Node("aten.cat.default", (x, logs.name), (features,), {"tensors": 2, "dim": -1}),
         Node("linear", (features.name, params[0].name, params[1].name), (logits,)),
         Node("aten.argmax.default", (logits.name,), (best,), {"dim": -1, "keepdim": True}),
         Node("aten.add.Tensor", (best.name,), (counts,), {"other": 1}),

@@ -147,7 +147,7 @@ def descend(x: Tensor, logits: Tensor, start: tuple[Tensor, Tensor], *, steps: i
         rows = draws.below(len(x), min(len(x), 4096))
         loss = -(truth[rows] * ops.linear(x[rows] / spread, scaled, bias).log_softmax(-1)).sum(-1).mean()
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimiser.step()
     return (scaled / spread).detach(), bias.detach()
 

@@ -19,6 +19,7 @@ from typing import Any
 from moec.compiler.context import Context
 from moec.compiler.errors import MoecError
 from moec.compiler.model import Model
+from moec.compiler.moments import diagonal_moments
 from moec.compiler.packed import integer_format
 from moec.compiler.quantization import QuantizedWeights, quantize_in_order
 from moec.compiler.quantizers import Quantizer, get_quantizer
@@ -43,6 +44,8 @@ class Quantize:
         method: the quantiser, a file of `compiler/quantizers`, of experts and linear layers; others are rounded to nearest.
         options: options of the quantiser.
         weighted: moments of an expert count tokens by the square of their routing weight.
+        sequential: quantise layer by layer, each with the inputs that its quantised predecessors make; otherwise inputs are those of
+            the model before. None: only methods that read whole moments are, the others use the calibration statistics.
     """
 
     experts: str | None = None
@@ -54,6 +57,7 @@ class Quantize:
     method: str = "rtn"
     options: Mapping[str, Any] = field(default_factory=dict)
     weighted: bool = True
+    sequential: bool | None = None
 
     def __post_init__(self) -> None:
         get_quantizer(self.method, self.options)
@@ -82,18 +86,26 @@ class Quantize:
             return model
         model = Model(model.graph.with_params(changed), model.weights)
         names = {p.name: roles[p.name] for p in changed if integer_format(p) is not None}
-        return apply_quantizer(model, names, get_quantizer(self.method, self.options), context, weighted=self.weighted)
+        chosen_quantizer = get_quantizer(self.method, self.options)
+        return apply_quantizer(model, names, chosen_quantizer, context, weighted=self.weighted, sequential=self.sequential)
 
 
-def apply_quantizer(model: Model, names: Mapping[str, Role], chosen: Quantizer, context: Context, *, weighted: bool = True) -> Model:
+def apply_quantizer(
+    model: Model, names: Mapping[str, Role], chosen: Quantizer, context: Context, *, weighted: bool = True, sequential: bool | None = None
+) -> Model:
     """A model whose parameters `names` (with their roles) are quantised in the formats that the graph states."""
     plain = get_quantizer("rtn")
     quantizers = {name: chosen if role in ("experts", "linear") else plain for name, role in names.items()}
-    if chosen.needs == "none" or not any(q is chosen for q in quantizers.values()):
-        size = sum(prod(int(d) for d in p.type.shape) for p in model.graph.params.values())
-        return Model(model.graph, QuantizedWeights(model.weights, model.graph, quantizers, keep=size < KEEP_CODES_BELOW))
-    text = context.need_text(f"quantize with {chosen.name}")
-    return quantize_in_order(model, quantizers, text, context.progress, weighted)
+    moments, what = None, f"quantize with {chosen.name}"
+    if chosen.needs != "none" and chosen in quantizers.values():
+        if chosen.needs == "full" or sequential:
+            return quantize_in_order(
+                model, quantizers, context.need_text(what), context.progress,
+                weighted=weighted, sequential=sequential is not False, work=context.work and context.work / "codes",
+            )  # fmt: skip
+        moments = diagonal_moments(model.graph, context.statistics(model, what), weighted)
+    size = sum(prod(int(d) for d in p.type.shape) for p in model.graph.params.values())
+    return Model(model.graph, QuantizedWeights(model.weights, model.graph, quantizers, moments, keep=size < KEEP_CODES_BELOW))
 
 
 PASS = Quantize

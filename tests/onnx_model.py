@@ -53,9 +53,17 @@ class Built:
         return run(**{k: v for k, v in inputs.items() if k in names})[0][0].numpy()
 
 
-def build(graph: Graph, weights: WeightSource, folder: Path, *, portable: bool = False, activations: Activations = "float") -> Built:
+def build(
+    graph: Graph,
+    weights: WeightSource,
+    folder: Path,
+    *,
+    portable: bool = False,
+    activations: Activations = "float",
+    target: Target = TARGET,
+) -> Built:
     """Write model and weights of a graph."""
-    backend = OnnxBackend(graph, TARGET, portable, activations)
+    backend = OnnxBackend(graph, target, portable, activations)
     values: dict[str, torch.Tensor] = {}
     locations = {}
     (folder / "weights").mkdir(parents=True, exist_ok=True)

@@ -17,11 +17,14 @@ def known_backends() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.ispkg)
 
 
-def make_backend(name: str, graph: Graph, target: Target, portable: bool = False, activations: str = "float") -> Backend:
+def make_backend(
+    name: str, graph: Graph, target: Target, portable: bool = False, activations: str = "float", terms: bool | None = None
+) -> Backend:
     """The backend of this name, made for a graph, which it lowers.
 
     Args:
         portable, activations: options of the ONNX backend: standard operators only; what packed weights are multiplied with.
+        terms: of the ONNX backend, as an artifact states it. None: what the target is best served with.
 
     Raises:
         MoecError: there is no such backend, or it cannot lower the graph.
@@ -34,6 +37,6 @@ def make_backend(name: str, graph: Graph, target: Target, portable: bool = False
         raise unknown("kind of activations", activations, ("float", "int8"))
     if activations != "float" and name != "onnx":
         raise MoecError(f"--activations {activations} is an option of the onnx backend; {name} computes with 16-bit activations or better")
-    options = {"activations": activations} if name == "onnx" else {}
+    options = {"activations": activations, "terms": terms} if name == "onnx" else {}
     backend: Backend = importlib.import_module(f"{__name__}.{name}").make(graph, target, portable, **options)
     return backend

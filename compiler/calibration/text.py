@@ -58,7 +58,7 @@ class Text:
         """The text with so many windows at most, taken evenly from all of it."""
         if windows >= len(self.ids):
             return self
-        at = torch.linspace(0, len(self.ids) - 1, windows).round().long()
+        at = torch.linspace(0, len(self.ids) - 1, windows, device="cpu").round().long()
         return replace(self, ids=self.ids[at], domain=tuple(self.domain[i] for i in at.tolist()))
 
     def sample(self, tokens: int, window: int = SAMPLE_WINDOW) -> Text:

@@ -7,6 +7,7 @@ every parameter is randomised, so that no norm, bias, sink or correction is an i
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import re
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moec.compiler.errors import MoecError
 from moec.runtime.errors import unknown
@@ -106,6 +108,14 @@ def _per_layer(default: Mapping[str, Any], tiny: Mapping[str, Any]) -> dict[int,
     return found
 
 
+def _other_kinds(config: Any) -> list[str]:
+    """Kinds of layers that a family's model knows and its default configuration does not have."""
+    source = inspect.getsource(importlib.import_module(type(config).__module__.replace("configuration", "modeling")))
+    kinds = dict.fromkeys(re.findall(r'(?<!mlp_)layer_types?(?:\[[\w.]+\])? == "(\w+)"', source))
+    windows = getattr(config, "sliding_window", None)
+    return [k for k in kinds if k not in config.layer_types and ("sliding" not in k or windows) and k not in ("sparse", "dense")]
+
+
 _ALLOW = "allow_global_per_layer_attribute_access"
 """Without it transformers refuses to read what differs from layer to layer."""
 
@@ -136,7 +146,7 @@ def tiny_config(config: Any, keep: tuple[str, ...] = ()) -> Any:
         if hasattr(part, "to_dict"):
             tiny[name] = tiny_config(part).to_dict()
         elif isinstance(value, list) and len(value) == layers and layers > 1:
-            tiny[name] = _layer_list(value)
+            tiny[name] = _layer_list([*value, *_other_kinds(config)] if name == "layer_types" else value)
         else:
             tiny[name] = _tiny_value(name, value)
     if "kv_lora_rank" in data and "num_key_value_heads" in tiny:
@@ -169,12 +179,16 @@ def randomise(model: Any, seed: int = 0) -> None:
     """Give every parameter and saved buffer random values of a sensible size."""
     generator = torch.Generator().manual_seed(seed)
     saved = set(model.state_dict())
+    table = None if model.config.get_text_config().tie_word_embeddings else model.get_input_embeddings().weight
     with torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in saved)):
+        tensors: list[tuple[str, Tensor]] = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in saved)]
+        for name, tensor in tensors:
             if not tensor.is_floating_point() or re.search(r"slope|decay", name):  # computed from the configuration, not learned
                 continue
             noise = torch.randn(tensor.shape, generator=generator)
-            if tensor.dim() == 3 and tensor.shape[1] == 1:  # a convolution of each channel
+            if tensor is table:  # rows are looked up, not summed
+                tensor.copy_(noise)
+            elif tensor.dim() == 3 and tensor.shape[1] == 1:  # a convolution of each channel
                 tensor.copy_(noise * tensor.shape[-1] ** -0.5)
             elif tensor.dim() >= 2:
                 tensor.copy_(noise * min(tensor.shape[-1], tensor.shape[-2]) ** -0.5)

@@ -21,7 +21,8 @@ from moec.compiler.errors import MoecError
 from moec.compiler.frontend.activation import Activation, recognise
 from moec.compiler.frontend.layout import Layout
 from moec.compiler.frontend.masks import attention_under, mask_interface, merged
-from moec.compiler.ops import experts, linear_attention
+from moec.compiler.ops import experts
+from moec.compiler.ops_attention import linear_attention
 
 
 @torch.library.custom_op("moec::experts", mutates_args=())
@@ -135,11 +136,13 @@ def _attention(
     causal = getattr(module, "is_causal", True) if causal is None else causal
     window, softcap = int(kwargs.pop("sliding_window", None) or 0), float(kwargs.pop("softcap", None) or 0.0)
     sinks, bias = kwargs.pop("s_aux", None), kwargs.pop("position_bias", None)
-    for name in sorted(n for n, other in kwargs.items() if isinstance(other, Tensor) and n not in _NO_PART):
+    computed = isinstance(attention_mask, Tensor)  # then it says what indices of keys say, too
+    others = {n: o for n, o in kwargs.items() if isinstance(o, Tensor) and n not in _NO_PART}
+    for name in (n for n, other in others.items() if other.is_floating_point() or not computed):
         raise MoecError(f"{type(module).__name__}: attention with {name} is not supported")
-    if isinstance(attention_mask, Tensor) or bias is not None:
+    if computed or bias is not None:
         mask = attention_mask
-        if not isinstance(mask, Tensor):
+        if not computed:
             mask = merged(mask, bool(causal), window).tensor(query.shape[2], key.shape[2], query.device)
         return attention_under(query, key, value, mask, bias, sinks, scale, softcap), None
     seen = merged(attention_mask, bool(causal), window)
@@ -210,6 +213,10 @@ def export_language_model(model: Any) -> torch.export.ExportedProgram:
         return export(_Logits(model), (example, example.clone()), (shape, shape))
 
 
+_DEPENDS = ("Constraints violated", "Cannot create Dim", "Specializations unexpectedly required")
+"""How torch begins to say that a program is not the same for all sizes."""
+
+
 def export(module: torch.nn.Module, examples: tuple[Tensor, ...], shapes: Any) -> torch.export.ExportedProgram:
     """`torch.export`, with every condition on symbolic sizes that it assumed checked to hold for all of them.
 
@@ -219,8 +226,8 @@ def export(module: torch.nn.Module, examples: tuple[Tensor, ...], shapes: Any) -
     program: torch.export.ExportedProgram
     try:
         program = torch.export.export(module, examples, dynamic_shapes=shapes, strict=False)
-    except torch._dynamo.exc.UserError as error:
-        if "Constraints violated" not in str(error):
+    except (torch._dynamo.exc.UserError, AssertionError) as error:
+        if not str(error).startswith(_DEPENDS):
             raise
         # some conditions are true of all sizes, but torch cannot see it: let it assume them, and try them here; others only
         # ask whether a size is 1 or 0, which changes no value
@@ -229,7 +236,9 @@ def export(module: torch.nn.Module, examples: tuple[Tensor, ...], shapes: Any) -
                 program = torch.export.export(
                     module, examples, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
                 )
-            except torch._dynamo.exc.UserError as last:
+            except (torch._dynamo.exc.UserError, AssertionError) as last:
+                if not str(last).startswith(_DEPENDS):
+                    raise
                 guard = re.search(r"generated guard (.*)", str(last))
                 condition = guard[1].rstrip(".") if guard else str(last).splitlines()[0]
                 condition = re.sub(r"L\['\w+'\]\.size\(\)\[(\d)\]", lambda m: "BT"[int(m[1])], condition)

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -39,11 +40,17 @@ class Quantize(Protocol):
 
 @dataclass(frozen=True)
 class Quantizer:
-    """A quantiser: its name, what it needs, and its function."""
+    """A quantiser: its name, what it needs, its function, and its options, which the function has already."""
 
     name: str
     needs: Needs
     quantize: Quantize
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def description(self) -> str:
+        """What tells its results from another's."""
+        return f"{self.name} {json.dumps(dict(self.options), sort_keys=True)}"
 
 
 def known_quantizers() -> list[str]:
@@ -71,4 +78,4 @@ def get_quantizer(name: str, options: Mapping[str, Any] | None = None) -> Quanti
                 if known
                 else MoecError(f"the quantiser {name} has no options, got {option!r}")
             )
-    return Quantizer(name, module.NEEDS, partial(module.quantize, **options) if options else module.quantize)
+    return Quantizer(name, module.NEEDS, partial(module.quantize, **options) if options else module.quantize, options or {})

@@ -44,14 +44,14 @@ def quantize(
     nearest = round_to_nearest(weight, fmt)
     if moment is None or not bool(moment.diagonal().any()):
         return nearest
-    w = weight.float().T.contiguous()  # [K, N]
+    w = weight.to(moment.device, torch.float32).T.contiguous()  # [K, N]
     size, groups = fmt.group_size(len(w)), fmt.groups(len(w))
     order = list(range(groups))
     if act_order:
         order.sort(key=[-float(part.mean()) for part in moment.diagonal().split(size)].__getitem__)
-    channels = torch.cat([torch.arange(g * size, min(g * size + size, len(w))) for g in order])
+    channels = torch.cat([torch.arange(g * size, min(g * size + size, len(w))) for g in order]).to(w.device)
     h, r = factor(moment[channels][:, channels], damp)
     back = channels.argsort()
     h = h[back][:, back]
     found = descend(w, h, fmt, round_with_feedback(w, h, r, fmt, order, block=block), sweeps)
-    return best_of(w, moment, [found, Rounded.of(nearest, fmt)], size).quantized(size)
+    return best_of(w, moment, [found, Rounded.of(nearest, fmt, w.device)], size).quantized(size)

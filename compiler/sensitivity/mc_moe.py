@@ -58,7 +58,8 @@ def damages(problem: Problem, *, alpha: float = 1.0, beta: float = 1.5, gamma: f
         squares.index_add_(0, change.window, change.delta.square().sum(1))
         return float(squares.sqrt().sum())
 
-    loss, result = probe(problem, score).cpu().numpy(), torch.zeros(len(problem.units), len(problem.formats), dtype=torch.float64)
+    loss = probe(problem, score).cpu().numpy()
+    result = torch.zeros(len(problem.units), len(problem.formats), dtype=torch.float64, device="cpu")
     for node in {unit.node for unit in problem.units}:
         members = [i for i, unit in enumerate(problem.units) if unit.node == node]
         frequency, weight = np.array([used.get(problem.units[i].name, (0.0, 0.0)) for i in members]).T

@@ -1,4 +1,4 @@
-"""The largest element of any output of an expert: experts of massive activations ("super experts", https://arxiv.org/abs/2507.23279) stay."""
+"""The largest element of any output of an expert: "super experts" with massive activations stay (https://arxiv.org/abs/2507.23279)."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from moec.passes.criteria import View
@@ -12,4 +13,5 @@ NEEDS: tuple[str, ...] = ()
 def score(view: View) -> Tensor:
     """The Euclidean norm of each row."""
     gate = view.layer.require_gate("the criterion router_norm")
-    return view.model.load(gate.inputs[1]).norm(dim=1)
+    length: Tensor = torch.linalg.vector_norm(view.model.load(gate.inputs[1]), dim=1)
+    return length

@@ -66,10 +66,10 @@ class Questions:
 
 
 def read_questions(path: str | Path, tokenizer: Any, count: int, context: int) -> Questions:
-    """The first questions of a JSONL file that fit into `context` tokens.
+    r"""The first questions of a JSONL file that fit into `context` tokens.
 
-    Each line has `prompt` and `answer`, texts. A `completion`, where there is one, is what follows the prompt: the reasoning up to the answer
-    and the answer. Without one the answer follows at once: after a prompt that ends in "Answer:", or else after "\\nAnswer:".
+    Each line has `prompt` and `answer`, texts. A `completion`, where there is one, is what follows the prompt: the reasoning up to the
+    answer and the answer. Without one the answer follows at once: after a prompt that ends in "Answer:", or else after "\nAnswer:".
 
     Raises:
         MoecError: the file cannot be read, or no line fits.
@@ -77,21 +77,19 @@ def read_questions(path: str | Path, tokenizer: Any, count: int, context: int) -
     rows: list[tuple[list[int], int]] = []
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-        for number, line in enumerate(lines, 1):
-            entry = json.loads(line)
-            prompt, answer = entry["prompt"], entry["answer"]
-            lead = " " if prompt.rstrip().endswith("Answer:") else "\nAnswer: "
-            whole = prompt + str(entry.get("completion") or lead + str(answer))
-            ids = list(tokenizer.encode(whole, add_special_tokens=False).ids)
-            start = len(tokenizer.encode(prompt, add_special_tokens=False).ids)
-            if start < len(ids) <= context:
-                rows.append((ids, start))
-            if len(rows) == count:
-                break
     except (OSError, UnicodeDecodeError) as error:
         raise MoecError(f"cannot read the task {path}: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MoecError(f'the task {path}, line {number}: expected {{"prompt": "...", "answer": "..."}} ({error!r})') from error
+    for number, line in enumerate(lines, 1):
+        try:
+            prompt, whole = _parts(json.loads(line))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MoecError(f'the task {path}, line {number}: expected {{"prompt": "...", "answer": "..."}} ({error!r})') from error
+        ids = list(tokenizer.encode(whole, add_special_tokens=False).ids)
+        start = len(tokenizer.encode(prompt, add_special_tokens=False).ids)
+        if start < len(ids) <= context:
+            rows.append((ids, start))
+        if len(rows) == count:
+            break
     if not rows:
         raise MoecError(f"the task {path}: no question fits into {context} tokens")
     length = max(len(ids) for ids, _ in rows)
@@ -101,6 +99,13 @@ def read_questions(path: str | Path, tokenizer: Any, count: int, context: int) -
         padded[row, : len(ids)] = torch.tensor(ids)
         answer_at[row, start - 1 : len(ids) - 1] = True
     return Questions(padded, answer_at)
+
+
+def _parts(entry: dict[str, Any]) -> tuple[str, str]:
+    """A prompt, and the prompt with what is to follow."""
+    prompt, answer = str(entry["prompt"]), str(entry["answer"])
+    lead = " " if prompt.rstrip().endswith("Answer:") else "\nAnswer: "
+    return prompt, prompt + str(entry.get("completion") or lead + answer)
 
 
 def of_task(questions: Questions) -> Worth:

@@ -26,6 +26,7 @@ class Rates:
         group: a matrix is changed at all.
         element, deviation: an element changes, by a normal number of this deviation.
         renormalize: the rows of a merging matrix are scaled to sum to 1.
+        mutation_points, crossover_points: parents are those that are worth so much less than the best at most.
     """
 
     row: float = 0.15
@@ -35,6 +36,8 @@ class Rates:
     element: float = 0.25
     deviation: float = 0.065
     renormalize: float = 0.1
+    mutation_points: float = 3.0
+    crossover_points: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)

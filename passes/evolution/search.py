@@ -16,8 +16,8 @@ from moec.compiler.errors import MoecError
 from moec.compiler.progress import Progress
 from moec.passes.evolution.genes import Candidate, Rates, cross, mutate, mutate_one_hot, random_candidate
 
-MUTATION_POINTS, CROSSOVER_POINTS, FEWEST_PARENTS = 3.0, 1.0, 6
-"""Parents are within so many points of the best, and for crossover at least so many (the released configuration)."""
+FEWEST_PARENTS = 6
+"""Crossover chooses among at least so many (the released configuration)."""
 
 SAVE_EVERY = 16
 
@@ -79,11 +79,11 @@ class Search:
             return self.start[at] if at < len(self.start) else random_candidate(self.sizes, rng)
         ranked = sorted(found, key=lambda c: -c.fitness)
         if at < plan.initial + plan.prune_steps:
-            return mutate_one_hot(self._parent(ranked, MUTATION_POINTS, 1), self.rates, rng)
+            return mutate_one_hot(self._parent(ranked, self.rates.mutation_points, 1), self.rates, rng)
         if rng.random() < self.rates.crossover:
-            first = self._parent(ranked, CROSSOVER_POINTS, FEWEST_PARENTS)
-            return cross(first, self._parent(ranked, CROSSOVER_POINTS, FEWEST_PARENTS), self.rates, rng)
-        return mutate(self._parent(ranked, MUTATION_POINTS, 1), self.rates, rng)
+            first, second = (self._parent(ranked, self.rates.crossover_points, FEWEST_PARENTS) for _ in range(2))
+            return cross(first, second, self.rates, rng)
+        return mutate(self._parent(ranked, self.rates.mutation_points, 1), self.rates, rng)
 
     def _parent(self, ranked: list[Candidate], points: float, least: int) -> Candidate:
         """One of those near the best."""

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from moec.compiler.candidates import Candidates, Choice
 from moec.compiler.calibration.text import Text
+from moec.compiler.candidates import Candidates, Choice
 from moec.compiler.errors import MoecError
 from moec.compiler.layers import MoeLayer
 from moec.compiler.model import Model
@@ -20,7 +20,7 @@ IMPORTANCE_TOKENS = 1024
 """Tokens on which the importance of layers is measured."""
 
 
-def check_keep(keep: float | None, what: str) -> None:
+def check_keep(keep: object, what: str) -> None:
     """Check the option `keep`.
 
     Raises:

@@ -32,11 +32,11 @@ class Curve:
 
     def __call__(self, fraction: float) -> float:
         """The damage at a fraction."""
-        return self.scale * fraction**self.power
+        return float(self.scale * fraction**self.power)
 
     def at_slope(self, slope: float) -> float:
         """The fraction where the curve's slope is this."""
-        return (slope / (self.scale * self.power)) ** (1 / (self.power - 1))
+        return float((slope / (self.scale * self.power)) ** (1 / (self.power - 1)))
 
 
 def curve_through(first: tuple[float, float], second: tuple[float, float]) -> Curve:

@@ -58,7 +58,8 @@ class Worth:
             for total, part in zip(sums, parts, strict=True):
                 total[expert] = part
         stream = float((block.residual + block.slots.sum(1)).double().square().sum())
-        return cls(*sums, stream=stream)
+        square, output, inner, outputs, inputs, both = sums
+        return cls(square, output, inner, outputs, inputs, both, stream)
 
     def fit(self, expert: int, kind: str) -> Fit:
         """The free expert of a kind that is nearest to an expert, in squares weighted by g^2."""
@@ -167,7 +168,7 @@ def _constants(model: Model, layer: MoeLayer, fits: Mapping[int, Fit], name: Nam
     result = Value(name("constant"), model.graph.type_of(x))
     nodes += [
         *more,
-        Node("aten.unsqueeze.default", (weights,), (column,), {"dim": -1}),
+        Node("aten.view.default", (weights,), (column,), {"size": column.type.shape}),
         Node("aten.mul.Tensor", (rows, column.name), (shares,)),
         Node("aten.sum.dim_IntList", (shares.name,), (result,), {"dim": (-2,), "keepdim": False}),
     ]

@@ -1,10 +1,11 @@
 """Mask routers: from a token to how many of its K experts run, and how one layer's is fitted to the layer's own result.
 
-A mask router reads x [D] and the K routing weights, standardised, and gives K logits; logit r - 1 is for keeping the first r experts.
+A mask router reads x [D] and the logarithms of the K routing weights and gives K logits; logit r - 1 is for keeping the first r experts.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor
 
 from moec.passes.routing.draws import Draws
 from moec.passes.routing.observe import Block
-from moec.passes.rules import top_p
+from moec.passes.rules import ratio
 
-_SHARPNESS = 4.0
-"""The spread of the first logits: how sure a mask router starts."""
+LEAST_WEIGHT = 1e-6
+"""Routing weights below this are taken as this, since their logarithms are read."""
 _DECAY = 1e-5
 """Penalty on the square of what reads x."""
 _RUN = 16
@@ -24,7 +25,7 @@ _RUN = 16
 
 @dataclass
 class MaskRouter:
-    """The parameters of one layer, over standardised features (x, w) [D + K].
+    """The parameters of one layer, over standardised features (x, log w) [D + K].
 
     Args:
         weight: [K, D + K].
@@ -39,7 +40,7 @@ class MaskRouter:
 
     def logits(self, x: Tensor, weights: Tensor) -> Tensor:
         """x [..., D] and weights [..., K] -> [..., K]."""
-        features = (torch.cat((x, weights), -1) - self.mean) / self.std
+        features = (features_of(x, weights) - self.mean) / self.std
         return torch.nn.functional.linear(features, self.weight, self.bias)
 
     def shifted(self, shift: float) -> MaskRouter:
@@ -66,63 +67,92 @@ def keep_errors(block: Block, *, normalize: bool) -> Tensor:
     return (kept - whole[:, None]).square().sum(-1) / scale
 
 
-def start_from_rule(block: Block, target: float) -> MaskRouter:
-    """The mask router that is the rule `top_p`: slot k runs while what came before it is less than a share p of all.
+def features_of(x: Tensor, weights: Tensor) -> Tensor:
+    """What a mask router reads: x [..., D] and weights [..., K] -> [..., D + K]."""
+    return torch.cat((x, weights.clamp(min=LEAST_WEIGHT).log()), -1)
 
-    Logit r - 1 is the sum over the first r slots of how far each is from being skipped, so that arg max keeps just those that run; the
-    rule is linear in the weights. From here on x can say what weights do not.
+
+def from_margins(margin: Tensor, offset: Tensor, features: Tensor) -> MaskRouter:
+    """The mask router whose logit r - 1 is the sum over slots 2 ... r of their margins, so that slots run while margins are positive.
+
+    Args:
+        margin: [K - 1, D + K] and offset [K - 1]: of each slot but the first, over features as they are.
+        features: [N, D + K], for the scale of each.
     """
-    k, width = block.weights.shape[1], block.x.shape[1]
-    features = torch.cat((block.x, block.weights), -1)
     mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
-    share = top_p.fit(block.weights, target).get("top_p", 1.0)
-    margin = torch.full((k, k), share)  # margin[j] @ weights: the share of all less what slots 0 ... j - 1 have
-    margin -= torch.ones(k, k).tril(-1)
-    margin[0] = 0  # the first slot always runs
-    sharpness = _SHARPNESS / (block.weights @ margin.T)[:, 1:].std().clamp(min=1e-6)
-    weight = torch.zeros(k, width + k)
-    weight[:, width:] = margin.cumsum(0) * sharpness
-    return MaskRouter(weight * std, weight @ mean, mean, std)
+    weight = torch.cat((torch.zeros_like(margin[:1]), margin)).cumsum(0)
+    bias = torch.cat((torch.zeros_like(offset[:1]), offset)).cumsum(0)
+    return MaskRouter(weight * std, bias + weight @ mean, mean, std)
+
+
+def start_from_rule(block: Block, target: float) -> MaskRouter:
+    """The mask router that is the rule `ratio`: slot k runs while log w_k > log w_1 + log ratio, which is linear in its features."""
+    k, width = block.weights.shape[1], block.x.shape[1]
+    margin = torch.zeros(k - 1, width + k)
+    margin[:, width:] = torch.eye(k)[1:] - torch.eye(k)[:1]
+    share = max(ratio.fit(block.weights, target).get("ratio", 0.0), LEAST_WEIGHT)
+    return from_margins(margin, torch.full((k - 1,), -math.log(share)), features_of(block.x, block.weights))
+
+
+def regress(features: Tensor, errors: Tensor, penalty: float = 1e-2) -> MaskRouter:
+    """The mask router whose margins are the expected logarithms of what each further expert takes off the error, by ridge regression."""
+    gain = (errors[:, :-1] - errors[:, 1:]).double()
+    gain = gain.clamp(min=float(gain.abs().mean()) * 1e-4).log()
+    wide = features.double()
+    mean, std, level = wide.mean(0), wide.std(0).clamp(min=1e-6), gain.mean(0)
+    wide = (wide - mean) / std
+    moment = wide.T @ wide
+    moment.diagonal().add_(penalty * len(wide))
+    margin = torch.linalg.solve(moment, wide.T @ (gain - level)).T / std
+    return from_margins(margin.float(), (level - margin @ mean).float(), features)
 
 
 def fit_locally(block: Block, errors: Tensor, target: float, *, steps: int, seed: int) -> tuple[MaskRouter, dict[str, float]]:
-    """A mask router whose expected error, sum over r of pi_r error_r, is least while it drops the fraction `target` in expectation.
+    """A mask router for a layer that makes small errors while it drops the fraction `target`.
 
-    The distribution over r is small enough to sum over, so that no sample of it is needed. The price of an expert is a multiplier that
-    rises while too few are dropped. One token in eight is not trained on: there the result is compared with the rule that it started from
-    at equal drop, and the better one is returned.
+    Three are made: the rule `ratio`; a regression of what each expert takes off the error; and, from the better of these, one that descends
+    the expected error, sum over r of pi_r error_r (few enough to sum over: no samples are needed), plus a price on experts that moves
+    until the target is met. One token in eight is kept from training, and the best there at equal drop is returned.
 
     Returns:
-        The router, and the error of the rule and of what was learned there, relative to dropping all but the first expert.
+        The router, and the mean error of each there, relative to dropping all but the first expert.
     """
-    k = errors.shape[1]
-    start = start_from_rule(block, target)
     errors = errors / errors[:, 0].mean().clamp(min=1e-30)
     test = torch.arange(len(errors)) // _RUN % 8 == 7
-    features = ((torch.cat((block.x, block.weights), -1) - start.mean) / start.std)[~test]
-    wanted, draws = errors[~test], Draws(seed)
+    train = ~test
+    if not test.any():  # a text of a few tokens
+        test = train
+    features = features_of(block.x, block.weights)
+    made = {"rule": start_from_rule(block, target), "regression": regress(features[train], errors[train])}
+    measure = {n: error_at(r.logits(block.x[test], block.weights[test]), errors[test], target) for n, r in made.items()}
+    start = made[min(measure, key=lambda n: measure[n])]
+    if steps:
+        start = start.shifted(shift_for([start.logits(block.x, block.weights)], target))
+        made["descent"] = descend((features[train] - start.mean) / start.std, errors[train], start, target, steps=steps, seed=seed)
+        measure["descent"] = error_at(made["descent"].logits(block.x[test], block.weights[test]), errors[test], target)
+    return made[min(measure, key=lambda n: measure[n])], measure
+
+
+def descend(features: Tensor, errors: Tensor, start: MaskRouter, target: float, *, steps: int, seed: int) -> MaskRouter:
+    """A mask router after some steps of Adam; see `fit_locally`. Features are standardised."""
+    k, draws = errors.shape[1], Draws(seed)
     weight, bias = (value.clone().requires_grad_() for value in (start.weight, start.bias))
-    optimiser = torch.optim.Adam([weight, bias], lr=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps), eta_min=1e-4)
+    optimiser = torch.optim.Adam([weight, bias], lr=0.02)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, eta_min=1e-4)
     fractions = torch.arange(1, k + 1) / k  # of activations that run
     price, size = float(errors[:, 0].mean()) / 10, min(len(features), 8192)
     for _ in range(steps):
         rows = draws.below(len(features), size)
         chosen = torch.nn.functional.linear(features[rows], weight, bias).softmax(-1)
         runs = (chosen * fractions).sum(-1).mean()
-        decay = _DECAY * weight[:, : -k or None].square().sum()
-        loss = (chosen * wanted[rows]).sum(-1).mean() + price * runs + decay
+        decay = _DECAY * weight[:, :-k].square().sum()
+        loss = (chosen * errors[rows]).sum(-1).mean() + price * runs + decay
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimiser.step()
         schedule.step()
         price *= float(torch.exp((runs.detach() - (1 - target)).clamp(-0.2, 0.2)))
-    learned = MaskRouter(weight.detach(), bias.detach(), start.mean, start.std)
-    found = {}
-    for name, router in (("rule", start), ("learned", learned)):
-        logits = router.logits(block.x[test], block.weights[test])
-        found[name] = error_at(logits, errors[test], target) if len(logits) else 0.0
-    return (learned if found["learned"] < found["rule"] else start), found
+    return MaskRouter(weight.detach(), bias.detach(), start.mean, start.std)
 
 
 def error_at(logits: Tensor, errors: Tensor, target: float) -> float:

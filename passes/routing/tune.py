@@ -95,7 +95,7 @@ def tune(
         runs = torch.stack(running).mean()
         divergence = (truth.exp() * (truth - found)).sum(-1).mean()
         optimiser.zero_grad()
-        (divergence + price * runs).backward()  # type: ignore[no-untyped-call]
+        (divergence + price * runs).backward()
         optimiser.step()
         schedule.step()
         price *= float(torch.exp(2 * (runs.detach() - (1 - target)).clamp(-0.1, 0.1)))

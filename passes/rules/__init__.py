@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from moec.runtime.errors import unknown
 
-Rule = Callable[[Tensor, float | None], dict[str, float]]
+Rule = Callable[[Tensor, float | None], dict[str, Any]]
 
 
 def known_rules() -> list[str]:

@@ -5,12 +5,14 @@ The paper is for K = 2. With a larger K the same beta holds for all later slots,
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from moec.compiler.errors import MoecError
 
 
-def fit(weights: Tensor, fraction: float | None) -> dict[str, float]:
+def fit(weights: Tensor, fraction: float | None) -> dict[str, Any]:
     """See `moec.passes.rules`."""
     if fraction is not None:
         raise MoecError("skip_experts: the rule naee has a threshold of its own (a median) and takes no target: use the rule ratio")

@@ -6,10 +6,12 @@ w1 / w0 of a layer as the share; here for any K, where all slots but the first a
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 
-def fit(weights: Tensor, fraction: float | None) -> dict[str, float]:
+def fit(weights: Tensor, fraction: float | None) -> dict[str, Any]:
     """See `moec.passes.rules`. Without a fraction the share is the median over all slots but the first."""
     k = weights.shape[1]
     if k < 2:

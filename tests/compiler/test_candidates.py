@@ -58,14 +58,13 @@ def test_candidates_are_the_models_they_stand_for(model: Model) -> None:
     candidates = Candidates(model, IDS)
     first, second = draw(1, mixed=False), draw(2, mixed=True)
     shared = [*first[:2], *second[2:]]  # begins as the first one does
-    for choices in (first, second, shared, first, [None] * 4):
+    unchanged: list[Choice | None] = [None] * 4
+    for choices in (first, second, shared, first, unchanged):
         torch.testing.assert_close(candidates.logits(choices), logits(applied(model, choices)), rtol=1e-4, atol=1e-4)
 
 
 def test_routers_whose_weights_are_not_normalised(model: Model) -> None:
-    nodes = [
-        n if n.op != "router" else type(n)(n.op, n.inputs, n.outputs, {**n.attrs, "normalize": False}) for n in model.graph.nodes
-    ]
+    nodes = [n if n.op != "router" else type(n)(n.op, n.inputs, n.outputs, {**n.attrs, "normalize": False}) for n in model.graph.nodes]
     plain = Model(model.graph.with_nodes(nodes), model.weights)
     candidates = Candidates(plain, IDS)
     for choices in (draw(1, mixed=False), draw(2, mixed=True)):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moec.compiler import ops
+from moec.compiler import ops, ops_attention
 
 
 def silu(x: float) -> float:
@@ -67,7 +67,7 @@ def test_attention_is_sdpa(heads: tuple[int, int], tokens: int, seed: int) -> No
     q, k, v = (torch.randn(2, tokens, h, d).double() for h, d in ((heads[0], 8), (heads[1], 8), (heads[1], 5)))
     k_, v_ = (t.repeat_interleave(heads[0] // heads[1], 2).transpose(1, 2) for t in (k, v))
     expected = F.scaled_dot_product_attention(q.transpose(1, 2), k_, v_, is_causal=True, scale=0.3).transpose(1, 2)
-    assert torch.allclose(ops.attention(q, k, v, scale=0.3), expected)
+    assert torch.allclose(ops_attention.attention(q, k, v, scale=0.3), expected)
 
 
 def test_attention_sees_what_it_may() -> None:
@@ -75,11 +75,11 @@ def test_attention_sees_what_it_may() -> None:
     tokens = 7
     q = k = torch.zeros(1, tokens, 1, 4)
     v = torch.eye(tokens).view(1, tokens, 1, tokens)
-    window = ops.attention(q, k, v, scale=1.0, window=3)[0, :, 0] > 0
+    window = ops_attention.attention(q, k, v, scale=1.0, window=3)[0, :, 0] > 0
     assert window[6].tolist() == [False] * 4 + [True] * 3
-    chunk = ops.attention(q, k, v, scale=1.0, chunk=3)[0, :, 0] > 0
+    chunk = ops_attention.attention(q, k, v, scale=1.0, chunk=3)[0, :, 0] > 0
     assert chunk[4].tolist() == [False] * 3 + [True] * 2 + [False] * 2
-    sinks = ops.attention(q, k, v, torch.tensor([math.log(2.0)]), scale=1.0)[0, :, 0]
+    sinks = ops_attention.attention(q, k, v, torch.tensor([math.log(2.0)]), scale=1.0)[0, :, 0]
     assert sinks[1].tolist() == pytest.approx([0.25, 0.25] + [0.0] * 5)  # 1, 1 and a sink of 2
 
 

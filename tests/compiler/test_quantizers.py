@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moec.compiler.quantizers import get_quantizer
+from moec.compiler.packed import Quantized
+from moec.compiler.quantizers import get_quantizer, known_quantizers
 from moec.compiler.quantizers.rtn import quantize
 from moec.runtime.errors import MoecError
 from moec.runtime.formats.int import IntFormat
@@ -63,6 +64,21 @@ def test_zeros_stay_zero() -> None:
         fmt = IntFormat(3, 32, symmetric)
         packed = quantize(torch.zeros(2, 40), fmt)
         assert not fmt.dequantize(packed.codes, packed.scale, packed.zero).any()
+
+
+@pytest.mark.parametrize("name", known_quantizers())
+@pytest.mark.parametrize("fmt", [IntFormat(1, 32), IntFormat(2, 32, False), IntFormat(3, 64), IntFormat(8, 0), IntFormat(4, 16, False)])
+def test_every_quantizer_makes_what_the_format_can_store(name: str, fmt: IntFormat) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(6, 72, generator=generator), torch.randn(200, 72, generator=generator)
+    quantizer = get_quantizer(name)
+    moment = {"none": None, "diagonal": x.square().mean(0), "full": x.T @ x / 200}[quantizer.needs]
+    found = quantizer.quantize(weight, fmt, moment)
+    assert found.codes.dtype == found.zero.dtype == np.uint8
+    assert found.scale.dtype == np.float16
+    again = Quantized(*fmt.codes(fmt.pack(found.codes, found.scale, found.zero), (6, 72)))
+    assert torch.equal(again.values(fmt), found.values(fmt))
+    assert float((found.values(fmt) - weight).square().mean()) < (0.8 if fmt.bits == 1 else 0.3)
 
 
 def test_unknown_quantizer() -> None:

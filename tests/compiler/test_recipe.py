@@ -10,6 +10,7 @@ import pytest
 
 from moec.compiler.context import Context
 from moec.compiler.errors import MoecError
+from moec.compiler.layers import keep_experts, moe_layers
 from moec.compiler.passes import known_passes, make_pass, run_passes
 from moec.compiler.plan import make_plan, parse_size
 from moec.compiler.recipe import NOTHING, known_recipes, load_recipe, parse_recipe
@@ -27,13 +28,6 @@ def test_every_recipe_that_ships_applies(name: str) -> None:
     verify(found.graph)
     assert recipe.description
     assert (found is model) == (name == "f32")  # the graph is float32 to begin with
-
-
-def test_every_example_recipe_loads() -> None:
-    """The recipes of methods: each states where its method comes from."""
-    folder = Path(__file__).parents[2] / "examples/recipes"
-    unsaid = {path.name for path in folder.glob("*.yaml") if not (recipe := load_recipe(path)).description or not recipe.source}
-    assert unsaid == set()
 
 
 @pytest.mark.parametrize("name", known_passes())
@@ -81,6 +75,14 @@ def test_quantize_by_role_and_by_name() -> None:
 def test_bad_recipes(data: Any, message: str) -> None:
     with pytest.raises(MoecError, match=message.replace("(", r"\(") if message == "(" else message):
         parse_recipe(data, "r", "r.yaml")
+
+
+def test_passes_in_the_wrong_order_are_one_clear_error() -> None:
+    model = run_passes(graphs.model(), [Quantize(experts="int4_g32")])
+    with pytest.raises(MoecError, match="prune: @layers.0.experts.up is already int4_g32; put prune before the passes that choose formats"):
+        keep_experts(model, moe_layers(model.graph)[0], [0, 1, 2], "prune")
+    with pytest.raises(MoecError, match="is already int4_g32; a weight can be quantised once"):
+        run_passes(model, [Quantize(experts="int8_g32")])
 
 
 def test_recipe_files(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from tests.compiler.backends.tvm_model import Compiled
 from tests.onnx_model import build
 
 E = 6
+NORMALIZED = ['score="softmax", normalize=true', 'score="softmax_topk"', 'score="sigmoid"', 'score="identity", normalize=true']
 
 
 def source(seed: int = 0, router: str = 'score="softmax", normalize=true', *, whole: bool = False) -> Model:
@@ -87,8 +88,7 @@ def test_masked_experts_keep_their_shares_of_the_softmax(keep: list[int], seed: 
 
 @settings(max_examples=10, deadline=None)
 @given(
-    keep=subsets, seed=st.integers(0, 99),
-    router=st.sampled_from(['score="softmax", normalize=true', 'score="softmax_topk"', 'score="sigmoid"', 'score="identity", normalize=true']),
+    keep=subsets, seed=st.integers(0, 99), router=st.sampled_from(NORMALIZED),
 )  # fmt: skip
 def test_where_weights_are_normalised_rows_mask_and_matrix_agree(keep: list[int], seed: int, router: str) -> None:
     model = source(seed, router)
@@ -135,17 +135,20 @@ def rewritten(how: str) -> Model:
     return map_experts(model, layer_of(model), merge, route, "test")
 
 
-@pytest.mark.parametrize("how", ["mask", "map", "one expert a token"])
+@pytest.mark.parametrize("how", ["mask", "one expert a token"])
 def test_both_backends_run_them(how: str, tmp_path: Path) -> None:
     model = rewritten(how)
     verify(model.graph)
     assert parse_graph(print_graph(model.graph)) == model.graph
+    (tmp_path / "tvm").mkdir()
     compiled = Compiled(model.graph, model.weights, tmp_path / "tvm")
     built = build(model.graph, model.weights, tmp_path / "onnx")
     executor = built.executor()
     ids = np.random.default_rng(1).integers(0, 40, 30)
-    np.testing.assert_allclose(compiled.logits(ids), compiled.expected(ids), atol=1e-4)
-    np.testing.assert_allclose(executor.forward([(executor.add(), ids)], all_logits=True), built.reference(ids), atol=1e-4)
+    positions = torch.arange(30)[None]
+    expected = Interpreter(model.graph, model.weights)(ids=torch.from_numpy(ids)[None], positions=positions)[0][0].numpy()
+    np.testing.assert_allclose(compiled.logits(ids), expected, atol=1e-4)
+    np.testing.assert_allclose(executor.forward([(executor.add(), ids)], all_logits=True), expected, atol=1e-4)
 
 
 def test_roles_of_a_mapped_router() -> None:
@@ -163,7 +166,7 @@ def test_errors() -> None:
         with pytest.raises(MoecError, match="more rows than there are experts"):
             again(masked, layer_of(masked), [0, 1], "test")
     grouped = source(0, 'score="sigmoid", groups=3, top_groups=1')
-    with pytest.raises(MoecError, match="2 experts from 1 of 3 groups, which would have 1 experts"):
+    with pytest.raises(MoecError, match="2 experts from 1 of 3 groups, which would have .1, 2, 2. experts"):
         mask_experts(grouped, layer_of(grouped), [0, 1, 2, 3, 4], "test")
     with pytest.raises(MoecError, match="chooses among groups"):
         map_experts(grouped, layer_of(grouped), torch.eye(E), torch.eye(E), "test")

@@ -31,7 +31,7 @@ def statistics(**known: Tensor) -> LayerStatistics:
 
 
 def test_scores_by_hand() -> None:
-    # Two tokens: the first to experts 0 and 1 with weights .6 and .4, the second to 0 and 2 with .5 and .5; lengths of outputs 3 and 1, 2, 4.
+    # Two tokens: the first to experts 0 and 1 with weights .6 and .4, the second to 0 and 2 with .5 and .5; lengths 3 and 1, 2, 4.
     known = statistics(
         count=torch.tensor([2, 1, 1, 0]),
         weight=torch.tensor([1.1, 0.4, 0.5, 0.0]),
@@ -60,7 +60,7 @@ def test_each_keeps_as_many_as_it_is_told(name: str) -> None:
 def test_naee_is_the_subset_of_the_least_error() -> None:
     seen = view(3)
     error = _Error(seen)
-    errors = {subset: error(subset) for subset in combinations(range(6), 3)}
+    errors: dict[tuple[int, ...], float] = {subset: error(subset) for subset in combinations(range(6), 3)}
     assert tuple(get_criterion("naee").keep(seen, 3)) == min(errors, key=lambda s: errors[s])
     searched = tuple(get_criterion("naee", {"exhaustive": 0, "beam": 1}).keep(seen, 3))
     assert errors[searched] <= sorted(errors.values())[len(errors) // 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -96,7 +97,7 @@ def test_budgets_by_law(tiny: tuple[Model, Context], matter: list[float], keep: 
     found = counts_by_importance(matter, layers, even)
     assert sum(found) == 4 * keep and all(2 <= n <= 8 for n in found)
     order = sorted(range(4), key=lambda i: matter[i])
-    assert all(found[a] <= found[b] or matter[a] == matter[b] for a, b in zip(order, order[1:], strict=False))
+    assert all(found[a] <= found[b] or matter[a] == matter[b] for a, b in pairwise(order))
     scores = list(torch.rand(4, 8, generator=torch.Generator().manual_seed(seed)).double())
     shared = global_counts(scores, layers, even)
     assert sum(shared) == 4 * keep and all(2 <= n <= 8 for n in shared)

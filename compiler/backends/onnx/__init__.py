@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -38,16 +37,20 @@ class OnnxBackend:
         portable: standard operators only.
         activations: what products with integer weights compute with: `float`, or `int8` with a scale a block, which is faster and costs
             about 1 % of accuracy a product.
+        terms: with float activations, 8-bit linear layers compute with two int8 terms (see `linear`). None: on x86-64.
     """
 
-    def __init__(self, graph: Graph, target: Target, portable: bool = False, activations: Activations = "float") -> None:
+    def __init__(
+        self, graph: Graph, target: Target, portable: bool = False, activations: Activations = "float", terms: bool | None = None
+    ) -> None:
         if target.kind != "cpu":
             raise MoecError(f"target {target.name}: the onnx backend writes models for CPUs; use a CPU target, or --backend tvm")
         self.graph, self.portable, self.activations = graph, portable, activations
         check_tokenwise(graph)
         check_lowerable(graph)
         self._lowered = select_rows(graph)
-        self._placement = place(graph, portable, activations, terms=_is_x86(target))
+        self.terms = not portable and activations == "float" and (_is_x86(target) if terms is None else terms)
+        self._placement = place(graph, portable, activations, self.terms)
 
     def stacked(self, param: Param) -> bool:
         """See `Backend`."""
@@ -76,7 +79,7 @@ class OnnxBackend:
     def activation_quantised(self) -> list[str]:
         """The nodes whose products round activations to int8 (about 1 % a product), with the reason.
 
-        Everything else is computed in float32, but for 8-bit linear layers on x86-64, which add 5e-5 (see `linear`).
+        Everything else is computed in float32, but for 8-bit linear layers with two terms, whose error is about 5e-5 (`terms`).
         """
         found = []
         for node in self.graph.nodes if not self.portable else ():
@@ -108,15 +111,16 @@ class OnnxBackend:
             "onnxruntime": "1.23" if self.portable else "1.31",
             "activations": self.activations,
             "activation_quantised": self.activation_quantised(),
+            "terms": self.terms,
             "inputs": [i.name for i in model.graph.input],
             "cache": [[c.heads, c.key_size, c.value_size] for c in lowering.caches],
         }
 
 
 def _is_x86(target: Target) -> bool:
-    """Whether a CPU target is an x86-64 machine."""
-    triple = json.loads(target.tvm).get("mtriple") or platform.machine()
-    return str(triple).lower().startswith(("x86_64", "amd64"))
+    """Whether a CPU target is an x86-64 machine, by LLVM's names of it."""
+    described = json.loads(target.tvm)
+    return str(described.get("mtriple") or described.get("mcpu")).replace("_", "-").startswith("x86-64")
 
 
 def activation_quantised(graph: Graph, target: Target, activations: Activations = "float") -> list[str]:
@@ -124,6 +128,6 @@ def activation_quantised(graph: Graph, target: Target, activations: Activations 
     return OnnxBackend(graph, target, activations=activations).activation_quantised()
 
 
-def make(graph: Graph, target: Target, portable: bool, activations: Activations = "float") -> OnnxBackend:
+def make(graph: Graph, target: Target, portable: bool, activations: Activations = "float", terms: bool | None = None) -> OnnxBackend:
     """The backend for a graph."""
-    return OnnxBackend(graph, target, portable, activations)
+    return OnnxBackend(graph, target, portable, activations, terms)

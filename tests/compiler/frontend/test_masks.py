@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moec.compiler.frontend.masks import LazyMask, Mask, attention_under, merged
-from moec.compiler.ops import attention
+from moec.compiler.ops_attention import attention
 
 
 @settings(max_examples=20, deadline=None)

@@ -1,4 +1,4 @@
-"""The attention kernel against `moec.compiler.ops.attention` in float64."""
+"""The attention kernel against `moec.compiler.ops_attention.attention` in float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from moec.compiler import ops
+from moec.compiler import ops_attention
 from moec.targets.kernels.cpu.attention import PAGE, AttentionSpec, attention_func
 from tests.targets.kernels.run import ISA, Kernel
 
@@ -101,6 +101,6 @@ def attend(
 def expected(spec: AttentionSpec, sequence: list[NDArray[np.float32]], sinks: NDArray[np.float32]) -> NDArray[np.float64]:
     q, k, v = (torch.from_numpy(x).double()[None] for x in sequence)
     logits = torch.from_numpy(sinks).double() if spec.sinks else None
-    found = ops.attention(q, k, v, logits, scale=spec.scale, window=spec.window, chunk=spec.chunk, softcap=spec.softcap)
+    found = ops_attention.attention(q, k, v, logits, scale=spec.scale, window=spec.window, chunk=spec.chunk, softcap=spec.softcap)
     result: NDArray[np.float64] = found[0].reshape(len(sequence[0]), -1).numpy()
     return result
