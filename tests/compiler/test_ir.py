@@ -115,5 +115,5 @@ def test_verifier_checks_formats() -> None:
     graph = graphs.moe()
     with pytest.raises(MoecError, match=r"int<bits>_g<group>"):
         verify(graph.with_params([replace(graph.params["embed.weight"], format="int9_g64")]))
-    with pytest.raises(VerifyError, match="2 formats for 6 experts"):
+    with pytest.raises(VerifyError, match="2 formats for the 6 experts"):
         verify(graph.with_params([replace(graph.params["layers.0.experts.up"], format=("bf16", "f32"))]))

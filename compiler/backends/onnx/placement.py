@@ -137,7 +137,7 @@ def _experts(graph: Graph, node: Node, portable: bool, activations: str, wide: b
         raise MoecError(f"experts %{node.name}: weights that are computed cannot be lowered; they must be parameters")
     formats = int_format(up), int_format(down)
     known = node.attrs["activation"] in (GATED if node.attrs.get("gated", True) else PLAIN)
-    if portable or not known:
+    if portable or not known or _may_be_negative(graph, node.inputs[2]):
         return Experts("unrolled", wide=wide)
     if formats[0] is None and formats[1] is None:
         return Experts("unrolled", wide=True) if wide else Experts("moe")
@@ -147,6 +147,14 @@ def _experts(graph: Graph, node: Node, portable: bool, activations: str, wide: b
         if min(blocks) and (bits != 8 or activations == "int8"):
             return Experts("qmoe", bits, min(blocks))
     return Experts("unrolled", wide=wide)
+
+
+def _may_be_negative(graph: Graph, weights: str) -> bool:
+    """Whether routing weights may be negative, which QMoE and MoE take for experts that were not chosen: scores that are mapped may be."""
+    node = graph.producers.get(weights)
+    while node is not None and node.op == "skip":
+        node = graph.producers.get(node.inputs[0])
+    return node is not None and node.op == "router" and node.attrs.get("score") == "identity"
 
 
 def _expert_layouts(graph: Graph, node: Node, plan: Experts, portable: bool, activations: str) -> dict[str, Layout]:
