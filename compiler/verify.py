@@ -39,8 +39,8 @@ def verify(graph: Graph) -> None:
         formats = (param.format,) if isinstance(param.format, str) else param.format
         for name in set(formats):
             get_format(name)
-        ok = isinstance(param.format, str) or len(param.format) == param.type.shape[0]
         count = param.type.shape[0] if param.type.shape else 0
+        ok = isinstance(param.format, str) or len(param.format) == count
         _require(ok, graph, None, f"@{param.name}: {len(formats)} formats for the {count} experts of {param.type}")
         _require(all(isinstance(d, int) for d in param.type.shape), graph, None, f"@{param.name} has a symbolic shape")
     for node in graph.nodes:
