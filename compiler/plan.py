@@ -11,7 +11,7 @@ from typing import Any
 
 from moec.compiler.artifact import Shard
 from moec.compiler.errors import MoecError
-from moec.compiler.ir import Graph, Param
+from moec.compiler.ir import Graph, Node, Param
 from moec.compiler.recipe import Recipe
 from moec.compiler.roles import ROLES, parameter_roles
 from moec.runtime.formats import get_format
@@ -125,9 +125,19 @@ def _share(graph: Graph, name: str) -> float:
         if node.op == "experts" and name in node.inputs[3:]:
             chosen = graph.type_of(node.inputs[1]).shape[-1]
             assert isinstance(chosen, int)
-            share = max(share, min(1.0, chosen / rows))
+            share = max(share, min(1.0, chosen / _choices(graph, node, rows)))
         elif node.op == "embedding":
             share = max(share, 1 / rows)
         else:
             share = 1.0
     return share
+
+
+def _choices(graph: Graph, node: Node, experts: int) -> int:
+    """Among how many experts the ids of an `experts` node choose: more than its own where a layer is split into parts."""
+    table = graph.producers.get(node.inputs[1])
+    if table is None or table.op != "aten.index.Tensor" or table.inputs[0] not in graph.params:
+        return experts
+    rows = graph.type_of(table.inputs[0]).shape[0]
+    assert isinstance(rows, int)
+    return max(experts, rows - 1)  # the last entry is that of skipped slots

@@ -5,6 +5,7 @@ A model may skip experts for tokens that need fewer; how many are left decides h
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -57,12 +58,28 @@ class ExpertCounters:
         self._numbers[:] = 0
 
 
+def by_layer(counts: Sequence[ExpertCount]) -> list[ExpertCount]:
+    """The counts with the parts of a layer (its experts of one weight format each) added up.
+
+    A slot whose expert is in another part counts as chosen once, and `expert_bytes` is the mean of the experts that ran.
+    """
+    parts: dict[str, list[ExpertCount]] = {}
+    for count in counts:
+        parts.setdefault(re.sub(r"\.part\d+$", "", count.name), []).append(count)
+    found = []
+    for name, layer in parts.items():
+        experts = sum(part.experts for part in layer)
+        size = sum(part.experts * part.expert_bytes for part in layer) // experts if experts else layer[0].expert_bytes
+        found.append(ExpertCount(name, max(p.tokens for p in layer), experts, max(p.slots for p in layer), size))
+    return found
+
+
 def experts_per_token(counts: Sequence[ExpertCount]) -> float | None:
     """Experts that ran for a token in a layer, on average over the layers; None where nothing was counted."""
-    ratios = [count.experts / count.tokens for count in counts if count.tokens]
+    ratios = [count.experts / count.tokens for count in by_layer(counts) if count.tokens]
     return statistics.fmean(ratios) if ratios else None
 
 
 def skipped_bytes_per_token(counts: Sequence[ExpertCount]) -> float:
     """Weight bytes of the experts that were chosen for a token and skipped, summed over the layers."""
-    return sum((count.slots - count.experts) / count.tokens * count.expert_bytes for count in counts if count.tokens)
+    return sum((count.slots - count.experts) / count.tokens * count.expert_bytes for count in by_layer(counts) if count.tokens)

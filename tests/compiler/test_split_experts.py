@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from moec.compiler.interpreter import Interpreter
 from moec.compiler.model import Model
-from moec.compiler.plan import param_bytes
+from moec.compiler.plan import make_plan, param_bytes
 from moec.compiler.quantization import QuantizedWeights
 from moec.compiler.quantizers import get_quantizer
+from moec.compiler.recipe import NOTHING
 from moec.compiler.split_experts import split_experts, uniform_experts
 from moec.compiler.verify import verify
+from moec.targets import get_target
 from tests import graphs
 from tests.compiler.backends.tvm_model import Compiled
 from tests.onnx_model import build
@@ -87,3 +89,14 @@ def test_both_backends_run_mixed_formats(tmp_path: Path) -> None:
         step = executor.forward([(handle, ids[10:])])
         # int2 experts: ONNX Runtime computes them with activations rounded to 8 bits
         np.testing.assert_allclose(np.concatenate([prefill, step]), wanted, atol=2e-3 if name == "tvm" else 0.2)
+
+
+def test_a_token_reads_as_many_experts_as_before() -> None:
+    model = graphs.model()
+    node = next(n for n in model.graph.nodes if n.op == "experts")
+    whole, split = (
+        make_plan(m.graph, NOTHING, get_target("cpu"), None) for m in (model, split_experts(model, node, [[0, 2, 3], [1, 4, 5]]))
+    )
+    tables = 2 * 8 * 7
+    assert split.bytes_per_token == whole.bytes_per_token + tables
+    assert split.weight_bytes == whole.weight_bytes + tables

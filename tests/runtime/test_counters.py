@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from moec.runtime.counters import ExpertCount, ExpertCounters, experts_per_token, skipped_bytes_per_token
+from moec.runtime.counters import ExpertCount, ExpertCounters, by_layer, experts_per_token, skipped_bytes_per_token
 from moec.runtime.errors import MoecError
 from moec.runtime.executor import Step
 from moec.runtime.measure import measure_speed
@@ -58,3 +58,14 @@ def test_speed_counts_decoded_tokens_alone(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(executor, "forward", counting)
     speed = measure_speed(session, prompt=5, new=6, batch=2, repetitions=2)
     assert (speed.experts_per_token, speed.skipped_bytes_per_token) == (3.0, 100.0)
+
+
+def test_parts_of_a_layer_add_up() -> None:
+    parts = [
+        ExpertCount("layers.0.up.part0", 10, 25, 40, 100),
+        ExpertCount("layers.0.up.part1", 10, 5, 40, 400),
+        ExpertCount("layers.1.up", 10, 40, 40, 200),
+    ]
+    assert by_layer(parts) == [ExpertCount("layers.0.up", 10, 30, 40, 150), ExpertCount("layers.1.up", 10, 40, 40, 200)]
+    assert experts_per_token(parts) == 3.5
+    assert skipped_bytes_per_token(parts) == 150.0

@@ -36,7 +36,7 @@ def lower_experts(low: Lowering, node: Node) -> str:
     if mode == "unrolled":
         result = _unrolled(low, node, x, scattered(low, node))
     else:
-        routing = _routing(low, node, mode) if router is None else direct_routing(low, router, mode)
+        routing = _routing(low, node, mode) if router is None else direct_routing(low, router)
         result = {"qmoe": _qmoe, "moe": _moe}[mode](low, node, x, routing)
         result = e.op("Mul", result, routing.factor) if routing.factor else result
     if whole or rank == 2:

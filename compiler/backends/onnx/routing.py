@@ -53,7 +53,8 @@ def direct(graph: Graph, node: Node, mode: str) -> Node | None:
     biased = len(router.inputs) > 1 and bool(router.inputs[1])
     possible = {
         "qmoe": score != "softmax_topk" or not biased,
-        "moe": score != "sigmoid" and not biased and (groups == 1 or score == "softmax_topk"),
+        # MoE's shares of a softmax over all experts are not what the router's are (ONNX Runtime 1.31.1): it gets normalised weights only.
+        "moe": not biased and (score == "softmax_topk" or (score == "softmax" and groups == 1 and bool(router.attrs.get("normalize")))),
     }
     return router if possible.get(mode) else None
 
@@ -71,13 +72,13 @@ def only_direct(low: Lowering, router: Node) -> bool:
     return not read and all(u.op == "experts" and direct(graph, u, plans[u.name].mode) is router for u in users)
 
 
-def direct_routing(low: Lowering, router: Node, mode: str) -> Routing:
+def direct_routing(low: Lowering, router: Node) -> Routing:
     """The routing of `experts` nodes that choose for themselves."""
     e, a = low.e, router.attrs
     score, top_k = a.get("score", "softmax"), int(a["top_k"])
     factor = low.number(float(scale), "f32") if (scale := a.get("scale", 1.0)) != 1.0 else ""
     plain = a.get("groups", 1) == 1
-    if score == "softmax_topk" or (score == "softmax" and plain and (a.get("normalize") or mode == "moe")):
+    if score == "softmax_topk" or (score == "softmax" and plain and a.get("normalize")):
         logits = low.value(router.inputs[0]) if plain else _best_groups(low, router, low.value(router.inputs[0]))
         of_chosen = score == "softmax_topk" or bool(a.get("normalize"))
         return Routing(_rows(low, router, logits), "", of_chosen, factor, top_k)

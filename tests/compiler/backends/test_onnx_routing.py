@@ -77,7 +77,7 @@ def test_operators_choose_for_themselves(router: str, fmt: str, tmp_path: Path) 
     agree(text, portable=False)
     built = build(graph := parse_graph(text), random_weights(graph), tmp_path)
     ops = Counter(n.op_type for n in onnx.load(built.folder / "model.onnx", load_external_data=False).graph.node)
-    own = fmt == "int4_g32" or "sigmoid" not in router
+    own = fmt == "int4_g32" or router in ('score="softmax", normalize=true', 'score="softmax_topk"')
     assert ops["TopK"] == ops["ScatterElements"] == (0 if own else 1)
     assert ops["Where"] == 0
 
