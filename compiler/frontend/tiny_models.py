@@ -179,7 +179,7 @@ def randomise(model: Any, seed: int = 0) -> None:
     """Give every parameter and saved buffer random values of a sensible size."""
     generator = torch.Generator().manual_seed(seed)
     saved = set(model.state_dict())
-    table = None if model.config.get_text_config().tie_word_embeddings else model.get_input_embeddings().weight
+    table = None if getattr(model.config.get_text_config(), "tie_word_embeddings", False) else model.get_input_embeddings().weight
     with torch.no_grad():
         tensors: list[tuple[str, Tensor]] = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in saved)]
         for name, tensor in tensors:
