@@ -47,15 +47,16 @@ def each_logits(model: Model, ids: Tensor, consume: Callable[[int, Tensor], None
     Args:
         consume: called in order with the index of the first window of a batch and the batch's logits [B, T, V].
     """
-    size = batch_windows(ids.shape[1])
+    parts = batches(ids)
+    size = len(parts[0]["ids"])
+    Interpreter(model.graph, model.weights).run(parts, lambda index, outputs: consume(index * size, outputs[0]))
+
+
+def batches(ids: Tensor) -> list[dict[str, Tensor]]:
+    """Windows [W, T] as inputs of a graph, as many at a time as make products efficient."""
+    tokens = BATCH_TOKENS if torch.get_default_device().type == "cpu" else GPU_BATCH_TOKENS
     positions = torch.arange(ids.shape[1])
-    batches = [{"ids": part, "positions": positions.expand(len(part), -1)} for part in ids.split(size)]
-    Interpreter(model.graph, model.weights).run(batches, lambda index, outputs: consume(index * size, outputs[0]))
-
-
-def batch_windows(tokens: int) -> int:
-    """How many windows of so many tokens are run at once: enough for the products to be efficient."""
-    return max(1, (BATCH_TOKENS if torch.get_default_device().type == "cpu" else GPU_BATCH_TOKENS) // tokens)
+    return [{"ids": part, "positions": positions.expand(len(part), -1)} for part in ids.split(max(1, tokens // ids.shape[1]))]
 
 
 class Damage:

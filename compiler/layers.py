@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,15 @@ class MoeLayer:
     def biases(self) -> tuple[str, ...]:
         """Names of up_bias and down_bias, those that there are."""
         return tuple(name for name in self.experts.inputs[5:7] if name)
+
+    @property
+    def activation(self) -> dict[str, Any]:
+        """What `expert_activation` is told."""
+        return {name: value for name, value in self.experts.attrs.items() if name in ("activation", "gated", "limit")}
+
+    def load_biases(self, model: Model) -> list[Tensor | None]:
+        """The values of up_bias [E, ...] and down_bias [E, D]; None for one that there is not."""
+        return [model.load(name) if name else None for name in (*self.experts.inputs[5:7], "", "")[:2]]
 
     @property
     def gated(self) -> bool:

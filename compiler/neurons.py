@@ -107,12 +107,11 @@ class _Salience(Prober):
     def expert(self, layer: MoeLayer, expert: int, x: Tensor, g: Tensor, token: Tensor) -> Tensor:
         """See `Prober`."""
         assert self.gradients is not None
-        model, attrs = self.problem.model, layer.experts.attrs
-        activation = {k: v for k, v in attrs.items() if k in ("activation", "gated", "limit")}
-        biases = [model.load(name)[expert] if name else None for name in (*layer.experts.inputs[5:7], "", "")[:2]]
+        model = self.problem.model
+        biases = [None if bias is None else bias[expert] for bias in layer.load_biases(model)]
         up, down = model.load(layer.up, expert), model.load(layer.down, expert)
         fmt = self.problem.formats[0]
-        h, changed = (expert_activation(F.linear(x, w, biases[0]), **activation) for w in (up, self.quantized(up, fmt, None)))
+        h, changed = (expert_activation(F.linear(x, w, biases[0]), **layer.activation) for w in (up, self.quantized(up, fmt, None)))
         gradient = self.gradients[layer.name][:, token]  # [S, n, D]
         product = changed * (gradient @ self.quantized(down, fmt, None)) - h * (gradient @ down)  # [S, n, F]
         row = self.found.setdefault(layer.name, torch.zeros(layer.count, layer.width))

@@ -22,6 +22,7 @@ from moec.compiler.gradients import Tape
 from moec.compiler.interpreter import Interpreter
 from moec.compiler.ir import Node
 from moec.compiler.layers import MoeLayer, moe_layers
+from moec.compiler.observed import joined, parted
 from moec.compiler.ops import expert_activation
 from moec.runtime.formats import get_format
 from moec.runtime.formats.int import IntFormat
@@ -120,7 +121,7 @@ class Prober:
     def visit(self, node: Node, inputs: Sequence[Sequence[Tensor | None]]) -> Sequence[tuple[Tensor, ...]] | None:
         """See `Observer`."""
         if (node.name, None) in self._units:
-            self._linear(node, torch.cat([_rows(batch[0]) for batch in inputs]))
+            self._linear(node, joined(inputs, 0))
         layer = self._layers.get(node.name)
         return self._experts(layer, inputs) if layer is not None and (node.name, 0) in self._units else None
 
@@ -134,25 +135,22 @@ class Prober:
                 self._note(index, at, token, x @ error.T, [(error, moment)], torch.ones_like(x[:, 0]))
 
     def _experts(self, layer: MoeLayer, inputs: Sequence[Sequence[Tensor | None]]) -> list[tuple[Tensor, ...]]:
-        x, ids, routing = (torch.cat([_rows(batch[i]) for batch in inputs]) for i in range(3))  # [N, D], [N, K], [N, K]
+        x, ids, routing = (joined(inputs, i) for i in range(3))  # [N, D], [N, K], [N, K]
         result = torch.zeros_like(x)
         for expert in range(layer.count):
             token, slot = torch.where(ids == expert)
             if len(token):
                 result.index_add_(0, token, self.expert(layer, expert, x[token], routing[token, slot], token))
-        sizes = [len(_rows(batch[0])) for batch in inputs]
-        shapes = [batch[0].shape for batch in inputs if batch[0] is not None]
-        return [(part.view(shape),) for part, shape in zip(result.split(sizes), shapes, strict=True)]
+        return parted(result, inputs)
 
     def expert(self, layer: MoeLayer, expert: int, x: Tensor, g: Tensor, token: Tensor) -> Tensor:
         """The weighted outputs [n, D] of an expert, after its units were tried."""
-        model, attrs = self.problem.model, layer.experts.attrs
-        activation = {k: v for k, v in attrs.items() if k in ("activation", "gated", "limit")}
-        biases = [model.load(name).to(x.device)[expert] if name else None for name in (*layer.experts.inputs[5:7], "", "")[:2]]
+        model = self.problem.model
+        biases = [None if bias is None else bias.to(x.device)[expert] for bias in layer.load_biases(model)]
         plain = {name: model.load(name, expert).to(x.device) for name in (layer.up, layer.down)}
 
         def hidden(up: Tensor) -> Tensor:
-            return expert_activation(F.linear(x, up, biases[0]), **activation)
+            return expert_activation(F.linear(x, up, biases[0]), **layer.activation)
 
         h = hidden(plain[layer.up])
         base = F.linear(h, plain[layer.down], biases[1])
@@ -181,11 +179,6 @@ class Prober:
         unit = self.problem.units[index]
         gradients = None if self.gradients is None else self.gradients[unit.node][:, token]
         self.result[index, at] = self.score(Change(unit, delta, token, self._window[token], gradients, errors, routed))
-
-
-def _rows(value: Tensor | None) -> Tensor:
-    assert value is not None
-    return value.reshape(-1, value.shape[-1])
 
 
 def _moment(x: Tensor, scale: Tensor | None) -> Tensor:

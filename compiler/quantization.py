@@ -24,6 +24,7 @@ from moec.compiler.ir import Graph, Node
 from moec.compiler.layers import MoeLayer, moe_layers
 from moec.compiler.model import Model
 from moec.compiler.moments import SAMPLE_TOKENS, Moments, blended, moment_of
+from moec.compiler.observed import rows
 from moec.compiler.ops import expert_activation
 from moec.compiler.packed import Quantized, integer_format
 from moec.compiler.progress import Progress
@@ -136,7 +137,7 @@ class _InOrder:
         if layer is not None:
             result = self._experts(layer, inputs)
         else:
-            self._quantize(name, None, partial(moment_of, [_rows(batch[0]) for batch in inputs]))
+            self._quantize(name, None, partial(moment_of, [rows(batch[0]) for batch in inputs]))
         if isinstance(codes, CodesOnDisk):
             codes.finish(work)
         return result
@@ -152,12 +153,12 @@ class _InOrder:
 
     def _experts(self, layer: MoeLayer, inputs: Sequence[Sequence[Tensor | None]]) -> list[tuple[Tensor, ...]]:
         """Quantise the experts of a layer, several at a time, and run them."""
-        parts = [tuple(map(_rows, batch[:3])) for batch in inputs]  # of each batch x [n, D], ids [n, K] and weights [n, K]
+        parts = [tuple(map(rows, batch[:3])) for batch in inputs]  # of each batch x [n, D], ids [n, K] and weights [n, K]
         results = [torch.zeros_like(x) for x, _, _ in parts]
         step = max(1, sum(len(x) for x, _, _ in parts) // SAMPLE_TOKENS)
         sample = torch.cat([x[::step] for x, _, _ in parts])
         common = moment_of([sample])
-        biases = [self.model.load(name).to(sample.device) if name else None for name in (*layer.experts.inputs[5:7], "", "")[:2]]
+        biases = [None if bias is None else bias.to(sample.device) for bias in layer.load_biases(self.model)]
         experts, most = range(layer.count), 2 * physical_cores()  # outputs of so many experts are in memory
         for some in (experts[at : at + most] for at in range(0, layer.count, most)):
             work = partial(self._expert, layer, parts, sample, common, biases)
@@ -177,14 +178,13 @@ class _InOrder:
         x = torch.cat([part[0][token] for part, (token, _) in zip(parts, chosen, strict=True)])  # [n, D]
         g = torch.cat([part[2][token, slot] for part, (token, slot) in zip(parts, chosen, strict=True)])  # [n]
         scale = g if self.weighted else None
-        activation = {k: v for k, v in layer.experts.attrs.items() if k in ("activation", "gated", "limit")}
         bias = [None if b is None else b[expert] for b in biases]
 
         def load(name: str) -> Tensor:
             return self.model.load(name, expert).to(x.device)
 
-        def hidden(rows: Tensor) -> Tensor:
-            return expert_activation(torch.nn.functional.linear(rows, load(layer.up), bias[0]), **activation)
+        def hidden(tokens: Tensor) -> Tensor:
+            return expert_activation(torch.nn.functional.linear(tokens, load(layer.up), bias[0]), **layer.activation)
 
         self._quantize(layer.up, expert, partial(blended, x, scale, lambda: common))
         h = hidden(x)
@@ -196,8 +196,3 @@ class _InOrder:
 def _chosen(parts: Sequence[tuple[Tensor, ...]], expert: int) -> list[tuple[Tensor, ...]]:
     """Of each batch the tokens of an expert and the slots that they have it in."""
     return [torch.where(ids == expert) for _, ids, _ in parts]
-
-
-def _rows(value: Tensor | None) -> Tensor:
-    assert value is not None
-    return value.reshape(-1, value.shape[-1])

@@ -14,6 +14,7 @@ from moec.compiler.interpreter import Interpreter
 from moec.compiler.ir import Node
 from moec.compiler.layers import MoeLayer, moe_layers
 from moec.compiler.model import Model
+from moec.compiler.observed import joined
 from moec.compiler.progress import Progress
 
 
@@ -49,14 +50,9 @@ class _Capture:
     def visit(self, node: Node, inputs: Sequence[Sequence[Tensor | None]]) -> None:
         """See `Observer`."""
         if (layer := self._routers.get(node.name)) is not None:
-            self._logits[layer.name] = _rows(inputs, 0)
+            self._logits[layer.name] = joined(inputs, 0)
         if (layer := self._experts.get(node.name)) is not None:
-            self.found[node.name] = LayerInputs(_rows(inputs, 0), self._logits.pop(layer.name), _rows(inputs, 2), _rows(inputs, 1))
-
-
-def _rows(inputs: Sequence[Sequence[Tensor | None]], at: int) -> Tensor:
-    values = [batch[at] for batch in inputs]
-    return torch.cat([v.reshape(-1, v.shape[-1]) for v in values if v is not None])
+            self.found[node.name] = LayerInputs(joined(inputs, 0), self._logits.pop(layer.name), joined(inputs, 2), joined(inputs, 1))
 
 
 @torch.no_grad()

@@ -17,20 +17,20 @@ from torch import Tensor
 
 from moec.compiler.calibration.statistics import LayerStatistics, Statistics, load_statistics, load_unfinished
 from moec.compiler.calibration.text import Text
-from moec.compiler.damage import BATCH_TOKENS
+from moec.compiler.damage import batches
 from moec.compiler.errors import MoecError
 from moec.compiler.interpreter import Interpreter, States
 from moec.compiler.ir import Node
 from moec.compiler.layers import MoeLayer, moe_layers
 from moec.compiler.model import Model
+from moec.compiler.observed import joined, parted, rows
 from moec.compiler.ops import expert_activation, router_scores
 from moec.compiler.progress import Progress
 
 
 def batches_of(text: Text) -> list[dict[str, Tensor]]:
     """The windows as inputs of a graph, some at a time."""
-    size, positions = max(1, BATCH_TOKENS // text.ids.shape[1]), torch.arange(text.ids.shape[1])
-    return [{"ids": part, "positions": positions.expand(len(part), -1)} for part in text.ids.split(size)]
+    return batches(text.ids)
 
 
 def fingerprint(model: Model, text: Text) -> str:
@@ -109,11 +109,11 @@ class _Collector:
     def visit(self, node: Node, inputs: Sequence[Sequence[Tensor | None]]) -> Sequence[tuple[Tensor, ...]] | None:
         """See `Observer`."""
         if node.op == "linear" and node.inputs[1] in self.model.graph.params:
-            rows = [_rows(batch[0]) for batch in inputs]
-            self.linear[node.inputs[1]] = torch.stack([r.square().sum(0).double() for r in rows]).sum(0) / sum(map(len, rows))
+            parts = [rows(batch[0]) for batch in inputs]
+            self.linear[node.inputs[1]] = torch.stack([x.square().sum(0).double() for x in parts]).sum(0) / sum(map(len, parts))
         elif node.name in self._routers:
             name = self._routers[node.name].name
-            self._logits[name] = torch.cat([_rows(batch[0]) for batch in inputs]).float()
+            self._logits[name] = joined(inputs, 0).float()
             score = str(node.attrs.get("score", "softmax"))
             self._scores[name] = router_scores(self._logits[name], "softmax" if score == "softmax_topk" else score)
         elif (layer := self._layers.get(node.name)) is not None:
@@ -124,7 +124,7 @@ class _Collector:
 
     def _experts(self, layer: MoeLayer, inputs: Sequence[Sequence[Tensor | None]]) -> list[tuple[Tensor, ...]]:
         """Sum over one `experts` node, and compute it."""
-        x, ids, weights = (torch.cat([_rows(batch[i]) for batch in inputs]) for i in range(3))  # [N, D], [N, K], [N, K]
+        x, ids, weights = (joined(inputs, i) for i in range(3))  # [N, D], [N, K], [N, K]
         sums = _Sums(layer, x.shape[-1])
         result = torch.zeros_like(x)
         for expert in range(layer.count):
@@ -137,22 +137,14 @@ class _Collector:
         window = self.text.ids.shape[1]
         domain = torch.tensor(self.text.domain).repeat_interleave(window)
         self.layers[layer.name] = sums.finish(ids, weights, self._logits.pop(layer.name), self._scores.pop(layer.name), domain, self.text)
-        sizes = [_rows(batch[0]).shape[0] for batch in inputs]
-        shapes = [batch[0].shape for batch in inputs if batch[0] is not None]
-        return [(part.view(shape),) for part, shape in zip(result.split(sizes), shapes, strict=True)]
-
-
-def _rows(value: Tensor | None) -> Tensor:
-    assert value is not None
-    return value.reshape(-1, value.shape[-1])
+        return parted(result, inputs)
 
 
 def expert_outputs(model: Model, layer: MoeLayer, expert: int, x: Tensor) -> tuple[Tensor, Tensor]:
     """One expert on tokens x [n, D]: its outputs [n, D] before the routing weight, and what enters its down projection [n, F]."""
     up, down = (model.load(name, expert).to(x.device) for name in (layer.up, layer.down))
-    biases = [model.load(name).to(x.device)[expert] if name else None for name in (*layer.experts.inputs[5:7], "", "")[:2]]
-    attrs = {k: v for k, v in layer.experts.attrs.items() if k in ("activation", "gated", "limit")}
-    h = expert_activation(torch.nn.functional.linear(x, up, biases[0]), **attrs)
+    biases = [None if bias is None else bias.to(x.device)[expert] for bias in layer.load_biases(model)]
+    h = expert_activation(torch.nn.functional.linear(x, up, biases[0]), **layer.activation)
     return torch.nn.functional.linear(h, down, biases[1]), h
 
 

@@ -11,20 +11,15 @@ Options of a quantiser are keyword-only arguments of its function. Any quantiser
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import json
-import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from moec.compiler.errors import MoecError
 from moec.compiler.packed import Quantized
-from moec.runtime.errors import unknown
+from moec.compiler.plugins import file_names, load_file, with_options
 from moec.runtime.formats.int import IntFormat
 
 Needs = Literal["none", "diagonal", "full"]
@@ -55,7 +50,7 @@ class Quantizer:
 
 def known_quantizers() -> list[str]:
     """The names of all quantisers."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return file_names(__name__)
 
 
 def get_quantizer(name: str, options: Mapping[str, Any] | None = None) -> Quantizer:
@@ -67,15 +62,5 @@ def get_quantizer(name: str, options: Mapping[str, Any] | None = None) -> Quanti
     Raises:
         MoecError: there is none, or it has no such option; the message lists those that exist.
     """
-    if name not in known_quantizers():
-        raise unknown("quantiser", name, known_quantizers())
-    module = importlib.import_module(f"{__name__}.{name}")
-    known = [p.name for p in inspect.signature(module.quantize).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    for option in options or ():
-        if option not in known:
-            raise (
-                unknown(f"option of the quantiser {name}", option, known)
-                if known
-                else MoecError(f"the quantiser {name} has no options, got {option!r}")
-            )
-    return Quantizer(name, module.NEEDS, partial(module.quantize, **options) if options else module.quantize, options or {})
+    module = load_file(__name__, "quantiser", name)
+    return Quantizer(name, module.NEEDS, with_options(module.quantize, options, f"quantiser {name}"), options or {})

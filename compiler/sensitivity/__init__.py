@@ -7,20 +7,15 @@ it numbers from 0.
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from moec.compiler.allocation import Problem
-from moec.compiler.errors import MoecError
+from moec.compiler.plugins import file_names, load_file, with_options
 from moec.compiler.solver import AtLeast
-from moec.runtime.errors import unknown
 
 Conditions = Callable[[Problem, Sequence[int]], list[AtLeast]]
 
@@ -36,7 +31,7 @@ class Objective:
 
 def known_objectives() -> list[str]:
     """The names of all objectives."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return file_names(__name__)
 
 
 def get_objective(name: str, options: Mapping[str, Any] | None = None) -> Objective:
@@ -45,16 +40,6 @@ def get_objective(name: str, options: Mapping[str, Any] | None = None) -> Object
     Raises:
         MoecError: there is none, or it has no such option; the message lists those that exist.
     """
-    if name not in known_objectives():
-        raise unknown("objective", name, known_objectives())
-    module = importlib.import_module(f"{__name__}.{name}")
-    known = [p.name for p in inspect.signature(module.damages).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    for option in options or ():
-        if option not in known:
-            raise (
-                unknown(f"option of the objective {name}", option, known)
-                if known
-                else MoecError(f"the objective {name} has no options, got {option!r}")
-            )
-    damages = partial(module.damages, **options) if options else module.damages
+    module = load_file(__name__, "objective", name)
+    damages = with_options(module.damages, options, f"objective {name}")
     return Objective(name, damages, getattr(module, "conditions", lambda _problem, _members: []))

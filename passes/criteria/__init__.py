@@ -10,12 +10,8 @@ Options of a criterion are keyword-only arguments of its function.
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,10 +20,9 @@ from torch import Tensor
 from moec.compiler.calibration.capture import LayerInputs, capture
 from moec.compiler.calibration.statistics import LayerStatistics
 from moec.compiler.context import Context
-from moec.compiler.errors import MoecError
 from moec.compiler.layers import MoeLayer
 from moec.compiler.model import Model
-from moec.runtime.errors import unknown
+from moec.compiler.plugins import file_names, load_file, with_options
 
 
 @dataclass(frozen=True)
@@ -112,7 +107,7 @@ def best(scores: Tensor, count: int, groups: int = 1) -> list[int]:
 
 def known_criteria() -> list[str]:
     """The names of all criteria."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return file_names(__name__)
 
 
 def get_criterion(name: str, options: Mapping[str, Any] | None = None) -> Criterion:
@@ -124,15 +119,8 @@ def get_criterion(name: str, options: Mapping[str, Any] | None = None) -> Criter
     Raises:
         MoecError: there is none, or it has no such option; the message lists those that exist.
     """
-    if name not in known_criteria():
-        raise unknown("criterion", name, known_criteria())
-    module = importlib.import_module(f"{__name__}.{name}")
-    score, choose = getattr(module, "score", None), getattr(module, "choose", None)
-    known = [p.name for p in inspect.signature(score or choose).parameters.values() if p.kind is p.KEYWORD_ONLY]  # type: ignore[arg-type]  # one is there
-    for option in options or ():
-        if not known:
-            raise MoecError(f"the criterion {name} has no options, got {option!r}")
-        if option not in known:
-            raise unknown(f"option of the criterion {name}", option, known)
-    given = dict(options or {})
-    return Criterion(name, module.NEEDS, score and partial(score, **given), choose and partial(choose, **given))
+    module = load_file(__name__, "criterion", name)
+    made: dict[str, Callable[..., Any]] = {
+        kind: with_options(getattr(module, kind), options, f"criterion {name}") for kind in ("score", "choose") if hasattr(module, kind)
+    }
+    return Criterion(name, module.NEEDS, made.get("score"), made.get("choose"))

@@ -7,13 +7,11 @@ Merged experts are averages by how often each was used.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from moec.compiler.plugins import file_names, load_file
 from moec.passes.criteria import View
-from moec.runtime.errors import unknown
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Method:
 
 def known_methods() -> list[str]:
     """The names of all methods."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return file_names(__name__)
 
 
 def get_method(name: str) -> Method:
@@ -37,7 +35,5 @@ def get_method(name: str) -> Method:
     Raises:
         MoecError: there is none; the message lists those that exist.
     """
-    if name not in known_methods():
-        raise unknown("method of merging", name, known_methods())
-    module = importlib.import_module(f"{__name__}.{name}")
+    module = load_file(__name__, "method of merging", name)
     return Method(name, module.NEEDS, module.ALIGN, module.group)

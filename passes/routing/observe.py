@@ -14,6 +14,7 @@ from moec.compiler.interpreter import Interpreter
 from moec.compiler.ir import Node
 from moec.compiler.layers import MoeLayer, moe_layers
 from moec.compiler.model import Model
+from moec.compiler.observed import joined, parted
 from moec.compiler.progress import Progress
 from moec.passes.routing.protect import residual_of
 
@@ -59,11 +60,11 @@ class _Blocks:
     def visit(self, node: Node, inputs: Sequence[Sequence[Tensor | None]]) -> Sequence[tuple[Tensor, ...]] | None:
         """See `Observer`."""
         if self._norms.get(node.name) in node.inputs[:1]:
-            self._residuals[node.name] = _rows(inputs, 0)
+            self._residuals[node.name] = joined(inputs, 0)
         layer = self._layers.get(node.name)
         if layer is None:
             return None
-        x, ids, weights = (_rows(inputs, i) for i in range(3))
+        x, ids, weights = (joined(inputs, i) for i in range(3))
         slots = torch.zeros(*ids.shape, x.shape[-1])
         for expert in range(layer.count):
             token, slot = torch.where(ids == expert)
@@ -71,12 +72,4 @@ class _Blocks:
                 slots[token, slot] = expert_outputs(self.model, layer, expert, x[token])[0] * weights[token, slot, None]
         with torch.enable_grad():
             self.consume(Block(layer, x, self._residuals.pop(node.inputs[0], x), ids, weights, slots))
-        shapes = [batch[0].shape for batch in inputs if batch[0] is not None]
-        parts = slots.sum(1).split([shape[:-1].numel() for shape in shapes])
-        return [(part.view(shape),) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def _rows(inputs: Sequence[Sequence[Tensor | None]], position: int) -> Tensor:
-    """An input of all batches as rows [N, ...]."""
-    found = [batch[position] for batch in inputs]
-    return torch.cat([value.reshape(-1, value.shape[-1]) for value in found if value is not None])
+        return parted(slots.sum(1), inputs)

@@ -6,21 +6,19 @@ activations to skip (None: what the rule was published with), to attributes of `
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from moec.runtime.errors import unknown
+from moec.compiler.plugins import file_names, load_file
 
 Rule = Callable[[Tensor, float | None], dict[str, Any]]
 
 
 def known_rules() -> list[str]:
     """The names of all rules: the files of this folder."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return file_names(__name__)
 
 
 def get_rule(name: str) -> Rule:
@@ -29,7 +27,5 @@ def get_rule(name: str) -> Rule:
     Raises:
         MoecError: no such rule.
     """
-    if name not in known_rules():
-        raise unknown("rule", name, known_rules())
-    rule: Rule = importlib.import_module(f"{__name__}.{name}").fit
+    rule: Rule = load_file(__name__, "rule", name).fit
     return rule

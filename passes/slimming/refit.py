@@ -14,6 +14,7 @@ from moec.compiler.interpreter import Interpreter
 from moec.compiler.ir import Node
 from moec.compiler.layers import MoeLayer
 from moec.compiler.model import Model
+from moec.compiler.observed import joined, parted
 
 
 def refit(model: Model, kept: Mapping[str, Tensor], layers: Sequence[MoeLayer], ridge: float, context: Context) -> dict[str, list[Tensor]]:
@@ -48,10 +49,9 @@ class _Refit:
         layer = self.layers.get(node.name)
         if layer is None:
             return None
-        rows = [[x.reshape(-1, x.shape[-1]) for x in batch[:3] if x is not None] for batch in inputs]
-        x, ids, weights = (torch.cat(parts) for parts in zip(*rows, strict=True))  # [N, D], [N, K], [N, K]
+        x, ids, weights = (joined(inputs, i) for i in range(3))  # [N, D], [N, K], [N, K]
         result, self.found[layer.name] = torch.zeros_like(x), []
-        bias = self.model.load(layer.experts.inputs[6]).to(x.device) if len(layer.experts.inputs) > 6 and layer.experts.inputs[6] else None
+        _, bias = layer.load_biases(self.model)
         for expert in range(layer.count):
             token, slot = torch.where(ids == expert)
             g = weights[token, slot, None]
@@ -59,9 +59,10 @@ class _Refit:
             kept = self.kept[layer.name][expert].to(x.device)
             down = self._solve(self.model.load(layer.down, expert).to(x.device), (h * g).double(), kept)
             self.found[layer.name].append(down.cpu())
-            result.index_add_(0, token, g * torch.nn.functional.linear(h[:, kept], down, None if bias is None else bias[expert]))
-        outputs = result.split([len(parts[0]) for parts in rows])
-        return [(part.view(batch[0].shape),) for part, batch in zip(outputs, inputs, strict=True) if batch[0] is not None]
+            result.index_add_(
+                0, token, g * torch.nn.functional.linear(h[:, kept], down, None if bias is None else bias.to(x.device)[expert])
+            )
+        return parted(result, inputs)
 
     def _solve(self, down: Tensor, h: Tensor, kept: Tensor) -> Tensor:
         """down [D, F] refitted on weighted neurons h [n, F]: [D, F']."""
