@@ -1,0 +1,371 @@
+"""The experts of a few tokens: two kernels that read each expert's weights once, limited by the bandwidth of memory.
+
+    gate_up   a block computes some tiles of one expert's hidden values for all tokens that are routed to it
+    down      a block computes 16 outputs of all tokens: its warps share out the weights of all experts of the tokens as one stream, and
+              add what the experts give, times the routing weights, so that nothing is written in between and the order is fixed
+
+The columns of a product are tokens. Activations of float32 are split in two terms of bfloat16, a column each.
+Hidden values are kept as pairs in the order in which a lane of `down` reads them: pair 8 s + 4 h + t of 32 values is at 4 t + 2 s + h.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from moec.targets.kernels.cpu.activation_functions import ExpertActivation
+from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, at, const, kernel, local, store, strided, sync, when
+from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
+from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait, load_pair, read_words, term
+from moec.targets.kernels.cuda.layout import BLOCK, ROWS, ceil_div
+from moec.targets.kernels.cuda.stream import Columns, Weights
+
+NONE = -1
+
+PADDING = 16  # words: rows that are neighbours are 64 bytes apart in the banks of shared memory
+
+
+@dataclass(frozen=True)
+class DecodeSpec:
+    """The kernels for some tokens of a layer.
+
+    Args:
+        tokens: T, at most 8.
+        dtype: of x and of the result, `float32` or `bfloat16`.
+        terms: of bfloat16 in which float32 activations are split, 1 or 2.
+        warps, splits: of a block of gate_up, and how many of them share a tile.
+        down_warps: of a block of down.
+        unroll: bytes of weights that a lane has under way.
+    """
+
+    layout: ExpertsLayout
+    activation: ExpertActivation
+    tokens: int
+    top_k: int
+    ids_dtype: str = "int64"
+    biases: bool = False
+    dtype: str = "float32"
+    terms: int = 2
+    warps: int = 8
+    splits: int = 4
+    down_warps: int = 16
+    unroll: int = 128
+    down_unroll: int = 128
+    residency: int = 2
+    """Blocks of gate_up that are to fit on a multiprocessor."""
+
+    @property
+    def columns(self) -> int:
+        """Columns in use."""
+        return self.tokens * self.terms
+
+    @property
+    def fragments(self) -> int:
+        """Fragments of 8 columns."""
+        return ceil_div(self.columns, 8)
+
+    @property
+    def slots(self) -> int:
+        """Pairs of a token and one of its experts."""
+        return self.tokens * self.top_k
+
+    @property
+    def ranks(self) -> int:
+        """The most experts that run."""
+        return self.slots
+
+    @property
+    def hidden_shape(self) -> tuple[int, int, int]:
+        """bfloat16 pairs [slots, terms, F / 2] between the kernels."""
+        return self.slots, self.terms, self.layout.padded_f // 2
+
+
+class _Routing:
+    """Which experts run, and for which slots: of one token they are its slots, of several they are found anew by each block.
+
+    A rank is an expert with the slots that run it, at most one a token; `slot_of(rank, token)` is NONE where a token does not.
+    """
+
+    def __init__(self, spec: DecodeSpec, ids: Buffer, memory: Shared, thread: Expr, threads: int) -> None:
+        self.spec, self._ids = spec, ids
+        self._experts = spec.layout.experts
+        if spec.tokens == 1:
+            return
+        count = spec.slots
+        keys, first = memory.take((count,), "int32"), memory.take((count,), "int32")
+        self._expert, self._slot = memory.take((count,), "int32"), memory.take((count, spec.tokens), "int32")
+        self._count = memory.take((1,), "int32")
+        with strided(thread, count * spec.tokens, threads) as i:
+            store(self._slot, const(NONE, "int32"), i // spec.tokens, i % spec.tokens)
+        with strided(thread, count, threads) as i:  # a token that runs an expert twice has two ranks
+            expert = T.Bind(T.cast(ids[i // spec.top_k, i % spec.top_k], "int64"))
+            again = local(1, "int32")
+            store(again, const(0, "int32"), 0)
+            with T.serial(i % spec.top_k) as j, when(T.cast(ids[i // spec.top_k, j], "int64") == expert):
+                store(again, again[0] + 1, 0)
+            valid = T.And(expert >= 0, expert < self._experts)
+            store(keys, T.Select(valid, T.cast(expert, "int32") * spec.top_k + again[0], const(NONE, "int32")), i)
+        sync()
+        with strided(thread, count, threads) as i:
+            found = local(1, "int32")
+            store(found, i, 0)
+            with T.serial(i) as back, when(keys[i - 1 - back] == keys[i]):
+                store(found, i - 1 - back, 0)
+            store(first, T.Select(keys[i] >= 0, found[0], const(NONE, "int32")), i)
+        sync()
+        with strided(thread, count, threads) as i:
+            rank = local(1, "int32")
+            store(rank, const(0, "int32"), 0)
+            with T.serial(count) as j:
+                with when(T.And(first[j] == j, j < first[i])):
+                    store(rank, rank[0] + 1, 0)
+            with when(first[i] >= 0):
+                store(self._slot, i, rank[0], i // spec.top_k)
+                store(self._expert, keys[i] // spec.top_k, rank[0])
+            with when(i == 0):
+                total = local(1, "int32")
+                store(total, const(0, "int32"), 0)
+                with T.serial(count) as j, when(first[j] == j):
+                    store(total, total[0] + 1, 0)
+                store(self._count, total[0], 0)
+        sync()
+
+    @staticmethod
+    def words(spec: DecodeSpec) -> int:
+        """Words of a block's memory."""
+        return 0 if spec.tokens == 1 else spec.slots * (3 + spec.tokens) + 5 * 4
+
+    @property
+    def count(self) -> Expr:
+        """Ranks (of one token: its slots, of which some may not run)."""
+        return const(self.spec.top_k, "int32") if self.spec.tokens == 1 else self._count[0]
+
+    def expert(self, rank: Expr) -> Expr:
+        """The expert of a rank, NONE where the slot of a single token has none."""
+        if self.spec.tokens > 1:
+            return self._expert[rank]
+        expert = T.Bind(T.cast(self._ids[0, rank], "int64"))  # int32 would take 2^32 for 0
+        return T.Select(T.And(expert >= 0, expert < self._experts), T.cast(expert, "int32"), const(NONE, "int32"))
+
+    def slot_of(self, rank: Expr, token: Expr) -> Expr:
+        """The slot in which a token runs the expert of a rank."""
+        return T.cast(rank, "int32") if self.spec.tokens == 1 else self._slot[rank, token]
+
+
+def gate_up_func(spec: DecodeSpec) -> tirx.PrimFunc:
+    """PrimFunc (x [T, D], ids [T, k], arrays..., [bias], hidden uint32 [slots, terms, F / 2])."""
+    layout, stack = spec.layout, spec.layout.gate_up
+    tiles_here, fragments = spec.warps // spec.splits, spec.fragments
+    threads, blocks = spec.warps * 32, stack.classes[0].blocks
+    stride = blocks * BLOCK // 2 + PADDING
+    words = spec.columns * stride + threads * 4 * fragments + _Routing.words(spec)
+
+    def arguments() -> tuple[Buffer, Buffer, Weights, Buffer | None, Buffer]:
+        x = argument("x", (spec.tokens, layout.d), spec.dtype)
+        ids = argument("ids", (spec.tokens, spec.top_k), spec.ids_dtype)
+        weights = Weights(stack, "gate_up_", spec.unroll)
+        bias = argument("gate_up_bias", (layout.experts, stack.n), "float32") if spec.biases else None
+        return x, ids, weights, bias, argument("hidden", spec.hidden_shape, "uint32")
+
+    def body(
+        operands: tuple[Buffer, Buffer, Weights, Buffer | None, Buffer], memory: Shared, block_x: Expr, rank: Expr, thread: Expr
+    ) -> None:
+        x, ids, weights, bias, hidden = operands
+        warp, lane = T.Bind(thread // 32), T.Bind(thread % 32)
+        staged = memory.take((spec.columns * stride,), "uint32")
+        partial = memory.take((spec.warps, 4 * fragments, 32), "float32")
+        grid_wait()
+        grid_launch()
+        routing = _Routing(spec, ids, memory, thread, threads)
+        with when(rank < routing.count):
+            expert = T.Bind(routing.expert(rank))
+            with when(expert >= 0):
+                _stage(spec, x, staged, stride, routing, rank, thread, threads)
+                sync()
+                tile = T.Bind(block_x * tiles_here + warp // spec.splits)
+                part = T.Bind(warp % spec.splits)
+                columns = Columns(fragments)
+
+                def load(b: Buffer, block: Expr, j: int) -> None:
+                    for n in range(fragments):
+                        column = T.min(n * 8 + lane // 4, spec.columns - 1)  # what the others compute is not used
+                        read_words(at(b, 4 * n), at(staged, column * stride + block * 64 + j * 16 + lane % 4 * 4))
+
+                with when(tile < layout.f_tiles):
+                    start, stop = T.Bind(part * blocks // spec.splits), T.Bind((part + 1) * blocks // spec.splits)
+                    weights.stream(expert, tile, start, stop, lane, load, columns)
+                    for i in range(4 * fragments):
+                        store(partial, columns.sums[i], warp, i, lane)
+                sync()
+                with when(T.And(part == 0, tile < layout.f_tiles)):
+                    _finish(spec, partial, bias, hidden, routing, rank, expert, warp, lane, tile)
+
+    def grid(_: object) -> list[Expr]:
+        return [ceil_div(layout.f_tiles, tiles_here), spec.ranks]
+
+    return kernel("gate_up", threads, arguments, grid, body, words=words, blocks_per_multiprocessor=spec.residency)
+
+
+def _stage(
+    spec: DecodeSpec, x: Buffer, staged: Buffer, stride: int, routing: _Routing, rank: Expr, thread: Expr, threads: int
+) -> None:
+    """The tokens of a rank as terms of bfloat16 pairs in shared memory, in the order in which lanes read them."""
+    d = spec.layout.d
+    for token in range(spec.tokens):
+        with when(routing.slot_of(rank, token) >= 0), strided(thread, stride - PADDING, threads) as pair:
+            inner = T.Bind(pair % 16)
+            place = T.Bind(pair - inner + inner % 4 * 4 + inner // 8 * 2 + inner // 4 % 2)
+            values = local(2, "float32")
+            store(values, const(0.0, "float32"), 0)
+            store(values, const(0.0, "float32"), 1)
+            with when(pair * 2 < d):
+                load_pair(at(values, 0), at(x, token, pair * 2), spec.dtype)
+            for index in range(spec.terms):
+                store(staged, term(values[0], values[1], index), (token * spec.terms + index) * stride + place)
+
+
+def _finish(
+    spec: DecodeSpec, partial: Buffer, bias: Buffer | None, hidden: Buffer, routing: _Routing, rank: Expr, expert: Expr, warp: Expr,
+    lane: Expr, tile: Expr,
+) -> None:  # fmt: skip
+    """Add up what the warps of a tile have, apply the activation function, and write hidden values."""
+    layout, parts = spec.layout, spec.layout.parts
+    sums = local(4 * spec.fragments, "float32")
+    for i in range(4 * spec.fragments):
+        store(sums, partial[warp, i, lane], i)
+        for other in range(1, spec.splits):
+            store(sums, sums[i] + partial[warp + other, i, lane], i)
+    row = T.Bind(lane // 4)
+    for n in range(spec.fragments):
+        for c in range(0, 2, spec.terms):
+            token = (n * 8 + lane % 4 * 2 + c) // spec.terms
+            if n * 8 >= spec.columns:
+                continue
+            with when(token < spec.tokens):
+                slot = T.Bind(routing.slot_of(rank, token))
+                with when(slot >= 0):
+                    both = []
+                    for half in range(2):
+                        value = sums[4 * n + 2 * half + c]
+                        if spec.terms == 2:
+                            value = value + sums[4 * n + 2 * half + 1]
+                        if bias is not None:
+                            value = value + bias[expert, tile * ROWS + half * 8 + row]
+                        both.append(T.Bind(value))
+                    if parts == 2:
+                        _keep(spec, hidden, slot, tile * 8 + row, spec.activation.gated(both[0], both[1], 1))
+                    else:
+                        for half in range(2):
+                            _keep(spec, hidden, slot, tile * ROWS + half * 8 + row, spec.activation.plain(both[half], 1))
+                    with when(T.And(tile == layout.f_tiles - 1, row == 0)):  # what is left of the last block
+                        done = layout.f_tiles * layout.tile_rows
+                        for rest in range(done // 2, layout.padded_f // 2):
+                            for index in range(spec.terms):
+                                store(hidden, const(0, "uint32"), slot, index, _place(rest))
+
+
+def _place(pair: Expr) -> Expr:
+    """Where a pair of hidden values is kept."""
+    inner = pair % 16
+    return pair - inner + inner % 4 * 4 + inner // 8 * 2 + inner // 4 % 2
+
+
+def _keep(spec: DecodeSpec, hidden: Buffer, slot: Expr, f: Expr, value: Expr) -> None:
+    """Write a hidden value: neighbours are in lanes 4 apart, of which the even one writes both."""
+    value = T.Bind(value)
+    other = T.Bind(T.tvm_warp_shuffle_down(tirx.const(0xFFFFFFFF, "uint32"), value, 4, 32, 32))
+    with when(f % 2 == 0):
+        pair = T.Bind(f // 2)
+        for index in range(spec.terms):
+            store(hidden, term(value, other, index), slot, index, _place(pair))
+
+
+def down_func(spec: DecodeSpec) -> tirx.PrimFunc:
+    """PrimFunc (hidden, ids [T, k], routing weights f32 [T, k], arrays..., [bias], out [T, D])."""
+    layout, stack = spec.layout, spec.layout.down
+    fragments, warps = spec.fragments, spec.down_warps
+    threads, blocks = warps * 32, stack.classes[0].blocks
+    words = threads * 4 * fragments + _Routing.words(spec)
+
+    def arguments() -> tuple[Buffer, Buffer, Buffer, Weights, Buffer | None, Buffer]:
+        hidden = argument("hidden", spec.hidden_shape, "uint32")
+        ids = argument("ids", (spec.tokens, spec.top_k), spec.ids_dtype)
+        routing_weights = argument("weights", (spec.tokens, spec.top_k), "float32")
+        weights = Weights(stack, "down_", spec.down_unroll)
+        bias = argument("down_bias", (layout.experts, layout.d), "float32") if spec.biases else None
+        return hidden, ids, routing_weights, weights, bias, argument("out", (spec.tokens, layout.d), spec.dtype)
+
+    def body(
+        operands: tuple[Buffer, Buffer, Buffer, Weights, Buffer | None, Buffer], memory: Shared, tile: Expr, thread: Expr
+    ) -> None:
+        hidden, ids, routing_weights, weights, bias, out = operands
+        warp, lane = T.Bind(thread // 32), T.Bind(thread % 32)
+        partial = memory.take((warps, 4 * fragments, 32), "float32")
+        routing = _Routing(spec, ids, memory, thread, threads)  # written by the kernel before the last one
+        factors = local(2 * fragments, "float32")
+        columns = Columns(fragments, factors)
+        total = T.Bind(routing.count * blocks)
+        begin, end = T.Bind(warp * total // warps), T.Bind((warp + 1) * total // warps)
+        with T.serial((end + blocks - 1) // blocks - begin // blocks) as i:
+            rank = T.Bind(begin // blocks + i)
+            expert = T.Bind(routing.expert(rank))
+            with when(expert >= 0):
+                start, stop = T.Bind(T.max(begin - rank * blocks, 0)), T.Bind(T.min(end - rank * blocks, blocks))
+                slots = local(fragments, "int32")
+                for n in range(fragments):
+                    own = (n * 8 + lane // 4) // spec.terms
+                    store(slots, const(NONE, "int32"), n)
+                    with when(own < spec.tokens):
+                        store(slots, routing.slot_of(rank, own), n)
+                    for c in range(2):
+                        token = (n * 8 + lane % 4 * 2 + c) // spec.terms
+                        store(factors, const(0.0, "float32"), 2 * n + c)
+                        with when(token < spec.tokens):
+                            slot = T.Bind(routing.slot_of(rank, token))
+                            with when(slot >= 0):
+                                store(factors, routing_weights[slot // spec.top_k, slot % spec.top_k], 2 * n + c)
+
+                def load(b: Buffer, block: Expr, j: int) -> None:
+                    for n in range(fragments):
+                        for i in range(4):
+                            store(b, const(0, "uint32"), 4 * n + i)
+                        with when(slots[n] >= 0):
+                            index = (n * 8 + lane // 4) % spec.terms
+                            read_words(at(b, 4 * n), at(hidden, slots[n], index, block * 64 + j * 16 + lane % 4 * 4))
+
+                weights.stream(expert, tile, start, stop, lane, load, columns, grid_wait)
+        for i in range(4 * fragments):
+            store(partial, columns.sums[i], warp, i, lane)
+        grid_wait()
+        grid_launch()
+        sync()
+        with strided(thread, 128 * fragments, threads) as i:
+            _write(spec, partial, routing_weights, bias, out, routing, tile, i)
+
+    return kernel("down", threads, arguments, lambda _: [stack.classes[0].tiles], body, words=words)
+
+
+def _write(
+    spec: DecodeSpec, partial: Buffer, routing_weights: Buffer, bias: Buffer | None, out: Buffer, routing: _Routing, tile: Expr, i: Expr
+) -> None:
+    """Add up one output of one token over the warps, and write it."""
+    which, lane = T.Bind(i // 32), T.Bind(i % 32)
+    n, c = which // 4, which % 4
+    column, row = T.Bind(n * 8 + lane % 4 * 2 + c % 2), T.Bind(tile * ROWS + lane // 4 + c // 2 * 8)
+    token = T.Bind(column // spec.terms)
+    with when(T.And(T.And(column % spec.terms == 0, token < spec.tokens), row < spec.layout.d)):
+        total = local(1, "float32")
+        store(total, const(0.0, "float32"), 0)
+        for warp in range(spec.down_warps):
+            for index in range(spec.terms):
+                store(total, total[0] + partial[warp, which + index, lane], 0)
+        if bias is not None:
+            with T.serial(T.Bind(routing.count)) as rank:
+                slot = T.Bind(routing.slot_of(rank, token))
+                expert = T.Bind(routing.expert(rank))
+                with when(T.And(slot >= 0, expert >= 0)):
+                    weight = routing_weights[slot // spec.top_k, slot % spec.top_k]
+                    store(total, total[0] + weight * bias[expert, row], 0)
+        store(out, T.cast(total[0], spec.dtype), token, row)

@@ -1,0 +1,238 @@
+"""The few device functions that the kernels call, as CUDA source: loads, products on the tensor cores, and codes to bfloat16.
+
+Operands of the products are bfloat16 pairs in 32-bit registers. A code of up to 7 bits becomes bfloat16 by placing it in the mantissa
+of 128 and subtracting 128 + its zero point, which is exact; one of 8 bits passes through float32. Scales are applied to the sums of a
+group in float32, so that integer weights meet the activations without any rounding.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from moec.targets.kernels.cuda.layout import FragmentLayout, planes
+
+Expr = Any
+
+
+def call(name: str, source: str, *args: Expr, result: str | None = None) -> Expr:
+    """Call a device function; a statement unless it has a result."""
+    if result is not None:
+        return T.cuda.func_call(name, *args, source_code=source, return_type=result)
+    T.evaluate(T.cuda.func_call(name, *args, source_code=source))
+    return None
+
+
+
+
+def load_words(target: Expr, source: Expr, count: int) -> None:
+    """Read 32-bit words that no one writes during the kernel and that are read once: 1, 2 or 4."""
+    vector = {1: "u32", 2: "v2.u32", 4: "v4.u32"}[count]
+    outs = ",".join(f"%{i}" for i in range(count))
+    registers = ",".join(f'"=r"(r[{i}])' for i in range(count))
+    braces = f"{{{outs}}}" if count > 1 else outs
+    name = f"moec_load{count}"
+    body = (
+        f"__device__ __forceinline__ void {name}(void* d, const void* p) {{\n"
+        "  unsigned int* r = (unsigned int*)d;\n"
+        f'  asm volatile("ld.global.nc.L1::no_allocate.{vector} {braces}, [%{count}];" : {registers} : "l"(p));\n}}\n'
+    )
+    call(name, body, target, source)
+
+
+_MMA = r"""
+#ifndef MOEC_MMA
+#define MOEC_MMA
+__device__ __forceinline__ void moec_mma(float* d, const unsigned int* a, unsigned int b0, unsigned int b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+#endif
+"""
+
+
+def mma(d: Expr, a: Expr, b0: Expr, b1: Expr) -> None:
+    """d[4] += A[16, 16] B[16, 8] on a warp's fragments."""
+    call("moec_mma", _MMA, d, a, b0, b1)
+
+
+_SUB = r"""
+#ifndef MOEC_SUB
+#define MOEC_SUB
+__device__ __forceinline__ unsigned int moec_sub(unsigned int x, unsigned int y) {
+  unsigned int d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(x), "r"(0x3F803F80u), "r"(y ^ 0x80008000u));
+  return d;
+}
+#endif
+"""
+
+_WIDE = r"""
+#ifndef MOEC_WIDE
+#define MOEC_WIDE
+__device__ __forceinline__ unsigned int moec_pair8(unsigned int lo, unsigned int hi, float zero) {
+  unsigned int d;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(__uint_as_float(hi) - zero), "f"(__uint_as_float(lo) - zero));
+  return d;
+}
+#endif
+"""
+
+
+@lru_cache(maxsize=64)
+def _dequantize_source(bits: int) -> str:
+    """Device function: the four A registers of step `i` (of 8 in a block) from a lane's words; z: zero points of its two rows."""
+    lines = ["#pragma unroll", "  for (int r = 0; r < 4; ++r) {", "    const int half = r & 1, p = 2 * i + (r >> 1);"]
+    if bits == 8:
+        lines += [
+            "    const unsigned int x = w[half * 8 + p / 2];",
+            "    const unsigned int lo = (p & 1) ? 0x7441 : 0x7440, hi = (p & 1) ? 0x7443 : 0x7442;",
+            "    a[r] = moec_pair8(__byte_perm(x, 0x4B000000u, lo), __byte_perm(x, 0x4B000000u, hi), 8388608.f + (float)(half ? z1 : z0));",
+        ]
+        helpers = _WIDE
+    else:
+        lines.append("    unsigned int x = 0x43004300u;")
+        at = 0
+        for width, start in planes(bits):
+            mask = ((1 << width) - 1) << start
+            per = 16 // width
+            lines += [
+                f"    {{ const unsigned int v = w[{at} + half * {width} + p / {per}]; const int s = {width} * (p % {per}) - {start};",
+                f"      x |= (s >= 0 ? v >> (s & 31) : v << (-s & 31)) & 0x{mask * 0x10001:08x}u; }}",
+            ]
+            at += 2 * width
+        lines.append("    a[r] = moec_sub(x, 0x43004300u | ((half ? z1 : z0) * 0x10001u));")
+        helpers = _SUB
+    body = "\n".join([*lines, "  }"])
+    head = f"__device__ __forceinline__ void moec_codes{bits}(unsigned int* a, const unsigned int* w, int i, unsigned int z0, unsigned int z1)"
+    return f"{helpers}{head} {{\n{body}\n}}\n"
+
+
+_VALUES = r"""
+#ifndef MOEC_VALUES
+#define MOEC_VALUES
+__device__ __forceinline__ void moec_values(unsigned int* a, const unsigned int* w, int i) {
+  #pragma unroll
+  for (int r = 0; r < 4; ++r) a[r] = w[(i >> 1) * 8 + (r & 1) * 4 + (i & 1) * 2 + (r >> 1)];
+}
+#endif
+"""
+
+
+def dequantize(layout: FragmentLayout, a: Expr, words: Expr, step: int, zeros: tuple[Expr, Expr]) -> None:
+    """The A fragment [16, 16] of a step (of 8 in a block) from the words that a lane holds of it."""
+    if layout.integer is None:
+        call("moec_values", _VALUES, a, words, step)
+    else:
+        bits = layout.integer.bits
+        call(f"moec_codes{bits}", _dequantize_source(bits), a, words, step, *zeros)
+
+
+_SPLIT = r"""
+#ifndef MOEC_SPLIT
+#define MOEC_SPLIT
+__device__ __forceinline__ unsigned int moec_pack(float x, float y) {
+  unsigned int d;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(y), "f"(x));
+  return d;
+}
+__device__ __forceinline__ unsigned int moec_term(float x, float y, int term) {
+  unsigned int d = moec_pack(x, y);
+  for (int i = 0; i < term; ++i) {
+    x -= __uint_as_float(d << 16); y -= __uint_as_float(d & 0xffff0000u);
+    d = moec_pack(x, y);
+  }
+  return d;
+}
+#endif
+"""
+
+
+def term(x: Expr, y: Expr, index: int) -> Expr:
+    """The pair of bfloat16 terms number `index` of two float32: x = term 0 + term 1 + ..., each 8 bits more."""
+    return call("moec_term", _SPLIT, x, y, index, result="uint32")
+
+
+_WAIT = r"""
+#ifndef MOEC_WAIT
+#define MOEC_WAIT
+__device__ __forceinline__ void moec_grid_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void moec_grid_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+#endif
+"""
+
+
+def grid_wait() -> None:
+    """Wait for the kernel before this one, which may still run (programmatic dependent launch)."""
+    call("moec_grid_wait", _WAIT)
+
+
+def grid_launch() -> None:
+    """Let the next kernel begin."""
+    call("moec_grid_launch", _WAIT)
+
+
+_HALF2 = r"""
+#ifndef MOEC_HALF2
+#define MOEC_HALF2
+__device__ __forceinline__ void moec_half2(float* d, unsigned int x) {
+  float a, b;
+  asm("{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(a), "=f"(b) : "r"(x));
+  d[0] = a; d[1] = b;
+}
+#endif
+"""
+
+
+def widen(target: Expr, pair: Expr) -> None:
+    """Two float32 from a pair of float16 in a word."""
+    call("moec_half2", _HALF2, target, pair)
+
+
+
+
+_READ = r"""
+#ifndef MOEC_READ
+#define MOEC_READ
+__device__ __forceinline__ void moec_read4(void* d, const void* p) {
+  const uint4 v = *(const uint4*)p;
+  unsigned int* r = (unsigned int*)d;
+  r[0] = v.x; r[1] = v.y; r[2] = v.z; r[3] = v.w;
+}
+#endif
+"""
+
+
+def read_words(target: Expr, source: Expr) -> None:
+    """Read 16 bytes from memory of any kind."""
+    call("moec_read4", _READ, target, source)
+
+
+_PAIR = r"""
+#ifndef MOEC_PAIR
+#define MOEC_PAIR
+__device__ __forceinline__ void moec_pair_float32(float* d, const void* p) {
+  const float2 v = *(const float2*)p;
+  d[0] = v.x; d[1] = v.y;
+}
+__device__ __forceinline__ void moec_pair_bfloat16(float* d, const void* p) {
+  const unsigned int v = *(const unsigned int*)p;
+  d[0] = __uint_as_float(v << 16); d[1] = __uint_as_float(v & 0xffff0000u);
+}
+#endif
+"""
+
+
+def load_pair(target: Expr, source: Expr, dtype: str) -> None:
+    """Read two neighbours, float32 or bfloat16, as float32."""
+    call(f"moec_pair_{dtype}", _PAIR, target, source)

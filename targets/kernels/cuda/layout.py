@@ -1,0 +1,229 @@
+"""The fragment layout: how a weight [..., N, K] lies in memory for the CUDA kernels.
+
+Rows are cut into tiles of 16 and columns into blocks of 128, and a block lies in the order in which the 32 lanes of a warp hold it as
+operand A of `mma.m16n8k16` and of `wgmma.m64nNk16`: lane 4 g + t has rows g and g + 8, and of each row the columns
+32 j + 16 s + 8 h + 2 t + o (j < 4, s, h, o < 2), in this order. So a warp reads a block with whole, aligned, contiguous 16-byte
+loads and hands it to the tensor cores without passing it through shared memory (PTX ISA, "Matrix Fragments for mma.m16n8k16").
+
+Floating-point formats keep `values` uint16 [..., N/16, K/128, 2048]: for each j and each of the two rows, 8 values of every lane.
+
+Integer formats keep `codes` uint32 [..., N/16, K/128, 64 * bits], `scale` float16 [..., N/16, S, 8, B, 2] and, where asymmetric, `zero`
+uint8 of the same shape: B = 128 / G groups of a block (1 where G >= 128), S blocks of scales, for rows g and g + 8 together. A code is
+cut into planes of 8, 4, 2 or 1 bits, low bits in the widest plane (3 = 2 + 1). In a plane of w bits a lane has w words a row, and
+the i-th pair (o = 0, 1) of a word is at bits w i of its low and of its high half: `(word >> w i) & 0x000m000m`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moec.runtime.errors import MoecError
+from moec.runtime.formats import get_format
+from moec.runtime.formats.int import IntFormat
+
+ROWS = 16  # of a tile
+BLOCK = 128  # columns of a block
+FLOATS = ("bf16",)
+
+Arrays = Mapping[str, NDArray[np.generic]]
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def planes(bits: int) -> list[tuple[int, int]]:
+    """(width, first bit) of the planes that a code is cut into.
+
+    >>> planes(4), planes(3)
+    ([(4, 0)], [(2, 0), (1, 2)])
+    """
+    found = []
+    start = 0
+    for width in (8, 4, 2, 1):
+        if bits & width:
+            found.append((width, start))
+            start += width
+    return found
+
+
+@dataclass(frozen=True)
+class FragmentLayout:
+    """The fragment layout of a weight [n, k] in a format such as `int4_g64`, `int3_channel_asym`, `bf16`.
+
+    Raises:
+        MoecError: there is no kernel for the format, or k is no multiple of 8.
+    """
+
+    n: int
+    k: int
+    format: str
+
+    def __post_init__(self) -> None:
+        integer = self.integer
+        if integer is None and self.format not in FLOATS:
+            raise MoecError(f"no CUDA kernel for weight format {self.format!r}: expected int<bits>_... or one of {', '.join(FLOATS)}")
+        if integer is not None and self.groups > 1 and BLOCK % integer.group and integer.group % BLOCK:
+            raise MoecError(f"no CUDA kernel for groups of {integer.group}: expected a divisor or a multiple of {BLOCK}")
+        if self.k % 8:
+            raise MoecError(f"no CUDA kernel for rows of {self.k} weights: expected a multiple of 8")
+
+    @property
+    def integer(self) -> IntFormat | None:
+        """The integer format, None for floating point."""
+        found = get_format(self.format)
+        return found if isinstance(found, IntFormat) else None
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 16 rows."""
+        return ceil_div(self.n, ROWS)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 128 columns."""
+        return ceil_div(self.k, BLOCK)
+
+    @property
+    def groups(self) -> int:
+        """Quantisation groups of a row (1 for floating point)."""
+        return self.integer.groups(self.k) if self.integer else 1
+
+    @property
+    def block_groups(self) -> int:
+        """Groups that a block has."""
+        return 1 if self.integer is None or self.groups == 1 else max(1, BLOCK // self.integer.group)
+
+    @property
+    def scale_span(self) -> int:
+        """Blocks that a block of scales serves."""
+        if self.integer is None or self.groups == 1:
+            return self.blocks
+        return max(1, self.integer.group // BLOCK)
+
+    @property
+    def scale_blocks(self) -> int:
+        """Blocks of scales of a row."""
+        return ceil_div(self.blocks, self.scale_span)
+
+    @property
+    def block_words(self) -> int:
+        """32-bit words of a block of 16 rows."""
+        return 64 * (self.integer.bits if self.integer else 16)
+
+    def arrays(self, *lead: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of every array, with leading axes such as [E]."""
+        shape = (*lead, self.tiles, self.blocks)
+        if self.integer is None:
+            return {"values": ((*shape, 2 * self.block_words), "uint16")}
+        side = (*lead, self.tiles, self.scale_blocks, 8, self.block_groups, 2)
+        found = {"codes": ((*shape, self.block_words), "uint32"), "scale": (side, "float16")}
+        return found if self.integer.symmetric else {**found, "zero": (side, "uint8")}
+
+    def nbytes(self, *lead: int) -> int:
+        """Bytes of all arrays."""
+        return sum(prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self.arrays(*lead).values())
+
+    def tile(
+        self, codes: NDArray[np.uint8], scale: NDArray[np.float16], zero: NDArray[np.uint8] | None = None
+    ) -> dict[str, NDArray[np.generic]]:
+        """Codes [..., N, K], scales and (asymmetric) zero points [..., N, groups] -> the arrays of an integer format."""
+        integer = self.integer
+        assert integer is not None
+        assert (codes.shape[-2:], scale.shape[-2:]) == ((self.n, self.k), (self.n, self.groups))
+        lanes = _to_lanes(_padded(codes, self.tiles * ROWS, self.blocks * BLOCK))
+        words = [_pack_plane(lanes, *plane) for plane in planes(integer.bits)]
+        arrays = {"codes": np.concatenate(words, axis=-1), "scale": self._sides(scale.astype(np.float16))}
+        if not integer.symmetric:
+            assert zero is not None
+            arrays["zero"] = self._sides(zero)
+        return arrays
+
+    def untile(self, arrays: Arrays) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.uint8]]:
+        """The inverse of `tile` (symmetric: zero points are constant)."""
+        integer = self.integer
+        assert integer is not None
+        codes, at = np.uint8(0), 0
+        for width, start in planes(integer.bits):
+            codes = codes | _unpack_plane(arrays["codes"][..., at : at + 64 * width], width, start)
+            at += 64 * width
+        rows = np.ascontiguousarray(_from_lanes(codes)[..., : self.n, : self.k])
+        scale = self._rows(arrays["scale"])
+        zero = np.full_like(scale, integer.levels // 2, np.uint8) if integer.symmetric else self._rows(arrays["zero"])
+        return rows, scale.astype(np.float16), zero.astype(np.uint8)
+
+    def tile_values(self, values: NDArray[np.generic]) -> dict[str, NDArray[np.generic]]:
+        """Values [..., N, K] as bits -> the array of a floating-point format."""
+        lanes = _to_lanes(_padded(values.view(np.uint16), self.tiles * ROWS, self.blocks * BLOCK))  # [..., 2, 32, 4 j, 8]
+        chunks = np.moveaxis(lanes.reshape(*lanes.shape[:-1], 4, 8), -2, -4)  # [..., 4 j, 2, 32, 8]
+        return {"values": np.ascontiguousarray(chunks).reshape(*chunks.shape[:-4], 2 * self.block_words)}
+
+    def untile_values(self, arrays: Arrays) -> NDArray[np.generic]:
+        """The inverse of `tile_values`."""
+        values = arrays["values"]
+        lanes = np.moveaxis(values.reshape(*values.shape[:-1], 4, 2, 32, 8), -4, -2)
+        rows = _from_lanes(np.ascontiguousarray(lanes).reshape(*lanes.shape[:-2], 32))
+        return np.ascontiguousarray(rows[..., : self.n, : self.k])
+
+    def _sides(self, x: NDArray[np.generic]) -> NDArray[np.generic]:
+        """[..., N, groups] -> [..., tiles, S, 8, B, 2], zeros added."""
+        count = self.scale_blocks * self.block_groups
+        x = _padded(x, self.tiles * ROWS, count).reshape(*x.shape[:-2], self.tiles, 2, 8, self.scale_blocks, self.block_groups)
+        return np.ascontiguousarray(np.moveaxis(np.moveaxis(x, -4, -1), -4, -3))
+
+    def _rows(self, x: NDArray[np.generic]) -> NDArray[np.generic]:
+        """The inverse of `_sides`."""
+        x = np.moveaxis(np.moveaxis(x, -3, -4), -1, -4)
+        return np.ascontiguousarray(x.reshape(*x.shape[:-5], self.tiles * ROWS, -1)[..., : self.n, : self.groups])
+
+
+def _padded(x: NDArray[np.generic], rows: int, columns: int) -> NDArray[np.generic]:
+    """[..., n, m] -> [..., rows, columns], zeros added."""
+    widths = [(0, 0)] * (x.ndim - 2) + [(0, rows - x.shape[-2]), (0, columns - x.shape[-1])]
+    return np.pad(x, widths) if any(high for _, high in widths) else x
+
+
+def _to_lanes(x: NDArray[np.generic]) -> NDArray[np.generic]:
+    """Rows [..., tiles 16, blocks 128] -> [..., tiles, blocks, 2, 32 lanes, 32]: the numbers of a row that each lane has, in order."""
+    *lead, n, k = x.shape
+    parts = x.reshape(*lead, n // ROWS, 2, 8, k // BLOCK, 8, 2, 4, 2)  # tile, half, g, block, (j, s), h, t, o
+    count = len(lead)
+    order = [*range(count), *(count + i for i in (0, 3, 1, 2, 6, 4, 5, 7))]  # tile, block, half, g, t, (j, s), h, o
+    return np.ascontiguousarray(parts.transpose(order)).reshape(*lead, n // ROWS, k // BLOCK, 2, 32, 32)
+
+
+def _from_lanes(x: NDArray[np.generic]) -> NDArray[np.generic]:
+    """The inverse of `_to_lanes`."""
+    *lead, tiles, blocks, _, _, _ = x.shape
+    parts = x.reshape(*lead, tiles, blocks, 2, 8, 4, 8, 2, 2)
+    count = len(lead)
+    order = [*range(count), *(count + i for i in (0, 2, 3, 1, 5, 6, 4, 7))]
+    return parts.transpose(order).reshape(*lead, tiles * ROWS, blocks * BLOCK)
+
+
+def _pack_plane(lanes: NDArray[np.generic], width: int, start: int) -> NDArray[np.uint32]:
+    """Bits start..start+width of codes [..., 2, 32, 32] -> words [..., 64 width] as lanes load them, 16 bytes (width 1: 8) at a time."""
+    bits = (lanes.astype(np.uint32) >> np.uint32(start)) & np.uint32((1 << width) - 1)
+    pairs = bits.reshape(*bits.shape[:-1], width, 16 // width, 2)
+    shifts = (np.arange(16 // width, dtype=np.uint32) * width)[:, None] + np.array([0, 16], np.uint32)
+    words = np.bitwise_or.reduce(pairs << shifts, axis=(-1, -2))  # [..., 2, 32, width]
+    own = np.moveaxis(words, -3, -2)  # [..., 32, 2, width]: the words of a lane
+    size = min(4, 2 * width)
+    vectors = own.reshape(*own.shape[:-2], 2 * width // size, size)
+    return np.ascontiguousarray(np.moveaxis(vectors, -2, -3)).reshape(*own.shape[:-3], 64 * width)
+
+
+def _unpack_plane(words: NDArray[np.generic], width: int, start: int) -> NDArray[np.uint8]:
+    """The inverse of `_pack_plane`: codes [..., 2, 32, 32] with bits start..start+width set."""
+    size = min(4, 2 * width)
+    own = np.moveaxis(words.reshape(*words.shape[:-1], 2 * width // size, 32, size), -3, -2)
+    halves = np.moveaxis(own.reshape(*own.shape[:-2], 2, width), -2, -3)  # [..., 2, 32, width]
+    shifts = (np.arange(16 // width, dtype=np.uint32) * width)[:, None] + np.array([0, 16], np.uint32)
+    bits = (halves[..., None, None] >> shifts) & np.uint32((1 << width) - 1)
+    return (bits << np.uint32(start)).astype(np.uint8).reshape(*halves.shape[:-1], 32)
