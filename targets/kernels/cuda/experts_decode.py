@@ -16,13 +16,13 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
+from moec.targets.kernels.cuda.activation import gated, plain
 from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, at, const, kernel, local, store, strided, sync, when
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait, load_pair, read_words, term
 from moec.targets.kernels.cuda.layout import BLOCK, ROWS, ceil_div
+from moec.targets.kernels.cuda.routing import NONE, Routing
 from moec.targets.kernels.cuda.stream import Columns, Weights
-
-NONE = -1
 
 PADDING = 16  # words: rows that are neighbours are 64 bytes apart in the banks of shared memory
 
@@ -82,85 +82,13 @@ class DecodeSpec:
         return self.slots, self.terms, self.layout.padded_f // 2
 
 
-class _Routing:
-    """Which experts run, and for which slots: of one token they are its slots, of several they are found anew by each block.
-
-    A rank is an expert with the slots that run it, at most one a token; `slot_of(rank, token)` is NONE where a token does not.
-    """
-
-    def __init__(self, spec: DecodeSpec, ids: Buffer, memory: Shared, thread: Expr, threads: int) -> None:
-        self.spec, self._ids = spec, ids
-        self._experts = spec.layout.experts
-        if spec.tokens == 1:
-            return
-        count = spec.slots
-        keys, first = memory.take((count,), "int32"), memory.take((count,), "int32")
-        self._expert, self._slot = memory.take((count,), "int32"), memory.take((count, spec.tokens), "int32")
-        self._count = memory.take((1,), "int32")
-        with strided(thread, count * spec.tokens, threads) as i:
-            store(self._slot, const(NONE, "int32"), i // spec.tokens, i % spec.tokens)
-        with strided(thread, count, threads) as i:  # a token that runs an expert twice has two ranks
-            expert = T.Bind(T.cast(ids[i // spec.top_k, i % spec.top_k], "int64"))
-            again = local(1, "int32")
-            store(again, const(0, "int32"), 0)
-            with T.serial(i % spec.top_k) as j, when(T.cast(ids[i // spec.top_k, j], "int64") == expert):
-                store(again, again[0] + 1, 0)
-            valid = T.And(expert >= 0, expert < self._experts)
-            store(keys, T.Select(valid, T.cast(expert, "int32") * spec.top_k + again[0], const(NONE, "int32")), i)
-        sync()
-        with strided(thread, count, threads) as i:
-            found = local(1, "int32")
-            store(found, i, 0)
-            with T.serial(i) as back, when(keys[i - 1 - back] == keys[i]):
-                store(found, i - 1 - back, 0)
-            store(first, T.Select(keys[i] >= 0, found[0], const(NONE, "int32")), i)
-        sync()
-        with strided(thread, count, threads) as i:
-            rank = local(1, "int32")
-            store(rank, const(0, "int32"), 0)
-            with T.serial(count) as j:
-                with when(T.And(first[j] == j, j < first[i])):
-                    store(rank, rank[0] + 1, 0)
-            with when(first[i] >= 0):
-                store(self._slot, i, rank[0], i // spec.top_k)
-                store(self._expert, keys[i] // spec.top_k, rank[0])
-            with when(i == 0):
-                total = local(1, "int32")
-                store(total, const(0, "int32"), 0)
-                with T.serial(count) as j, when(first[j] == j):
-                    store(total, total[0] + 1, 0)
-                store(self._count, total[0], 0)
-        sync()
-
-    @staticmethod
-    def words(spec: DecodeSpec) -> int:
-        """Words of a block's memory."""
-        return 0 if spec.tokens == 1 else spec.slots * (3 + spec.tokens) + 5 * 4
-
-    @property
-    def count(self) -> Expr:
-        """Ranks (of one token: its slots, of which some may not run)."""
-        return const(self.spec.top_k, "int32") if self.spec.tokens == 1 else self._count[0]
-
-    def expert(self, rank: Expr) -> Expr:
-        """The expert of a rank, NONE where the slot of a single token has none."""
-        if self.spec.tokens > 1:
-            return self._expert[rank]
-        expert = T.Bind(T.cast(self._ids[0, rank], "int64"))  # int32 would take 2^32 for 0
-        return T.Select(T.And(expert >= 0, expert < self._experts), T.cast(expert, "int32"), const(NONE, "int32"))
-
-    def slot_of(self, rank: Expr, token: Expr) -> Expr:
-        """The slot in which a token runs the expert of a rank."""
-        return T.cast(rank, "int32") if self.spec.tokens == 1 else self._slot[rank, token]
-
-
 def gate_up_func(spec: DecodeSpec) -> tirx.PrimFunc:
     """PrimFunc (x [T, D], ids [T, k], arrays..., [bias], hidden uint32 [slots, terms, F / 2])."""
     layout, stack = spec.layout, spec.layout.gate_up
     tiles_here, fragments = spec.warps // spec.splits, spec.fragments
     threads, blocks = spec.warps * 32, stack.classes[0].blocks
     stride = blocks * BLOCK // 2 + PADDING
-    words = spec.columns * stride + threads * 4 * fragments + _Routing.words(spec)
+    words = spec.columns * stride + threads * 4 * fragments + Routing.words(spec.tokens, spec.top_k, layout.experts)
 
     def arguments() -> tuple[Buffer, Buffer, Weights, Buffer | None, Buffer]:
         x = argument("x", (spec.tokens, layout.d), spec.dtype)
@@ -178,7 +106,7 @@ def gate_up_func(spec: DecodeSpec) -> tirx.PrimFunc:
         partial = memory.take((spec.warps, 4 * fragments, 32), "float32")
         grid_wait()
         grid_launch()
-        routing = _Routing(spec, ids, memory, thread, threads)
+        routing = Routing(ids, layout.experts, memory, thread, threads)
         with when(rank < routing.count):
             expert = T.Bind(routing.expert(rank))
             with when(expert >= 0):
@@ -208,9 +136,7 @@ def gate_up_func(spec: DecodeSpec) -> tirx.PrimFunc:
     return kernel("gate_up", threads, arguments, grid, body, words=words, blocks_per_multiprocessor=spec.residency)
 
 
-def _stage(
-    spec: DecodeSpec, x: Buffer, staged: Buffer, stride: int, routing: _Routing, rank: Expr, thread: Expr, threads: int
-) -> None:
+def _stage(spec: DecodeSpec, x: Buffer, staged: Buffer, stride: int, routing: Routing, rank: Expr, thread: Expr, threads: int) -> None:
     """The tokens of a rank as terms of bfloat16 pairs in shared memory, in the order in which lanes read them."""
     d = spec.layout.d
     for token in range(spec.tokens):
@@ -227,11 +153,11 @@ def _stage(
 
 
 def _finish(
-    spec: DecodeSpec, partial: Buffer, bias: Buffer | None, hidden: Buffer, routing: _Routing, rank: Expr, expert: Expr, warp: Expr,
+    spec: DecodeSpec, partial: Buffer, bias: Buffer | None, hidden: Buffer, routing: Routing, rank: Expr, expert: Expr, warp: Expr,
     lane: Expr, tile: Expr,
 ) -> None:  # fmt: skip
     """Add up what the warps of a tile have, apply the activation function, and write hidden values."""
-    layout, parts = spec.layout, spec.layout.parts
+    layout = spec.layout
     sums = local(4 * spec.fragments, "float32")
     for i in range(4 * spec.fragments):
         store(sums, partial[warp, i, lane], i)
@@ -241,29 +167,32 @@ def _finish(
     for n in range(spec.fragments):
         for c in range(0, 2, spec.terms):
             token = (n * 8 + lane % 4 * 2 + c) // spec.terms
-            if n * 8 >= spec.columns:
-                continue
+            slot = local(1, "int32")
+            store(slot, const(NONE, "int32"), 0)
             with when(token < spec.tokens):
-                slot = T.Bind(routing.slot_of(rank, token))
-                with when(slot >= 0):
-                    both = []
-                    for half in range(2):
-                        value = sums[4 * n + 2 * half + c]
-                        if spec.terms == 2:
-                            value = value + sums[4 * n + 2 * half + 1]
-                        if bias is not None:
-                            value = value + bias[expert, tile * ROWS + half * 8 + row]
-                        both.append(T.Bind(value))
-                    if parts == 2:
-                        _keep(spec, hidden, slot, tile * 8 + row, spec.activation.gated(both[0], both[1], 1))
-                    else:
-                        for half in range(2):
-                            _keep(spec, hidden, slot, tile * ROWS + half * 8 + row, spec.activation.plain(both[half], 1))
-                    with when(T.And(tile == layout.f_tiles - 1, row == 0)):  # what is left of the last block
-                        done = layout.f_tiles * layout.tile_rows
-                        for rest in range(done // 2, layout.padded_f // 2):
-                            for index in range(spec.terms):
-                                store(hidden, const(0, "uint32"), slot, index, _place(rest))
+                store(slot, routing.slot_of(rank, token), 0)
+            values = []
+            for half in range(2):
+                value = sums[4 * n + 2 * half + c]
+                if spec.terms == 2:
+                    value = value + sums[4 * n + 2 * half + 1]
+                if bias is not None:
+                    value = value + bias[expert, tile * ROWS + half * 8 + row]
+                values.append(T.Bind(value))
+            if layout.gated:
+                _keep(spec, hidden, slot[0], tile * 8 + row, gated(spec.activation, values[0], values[1]))
+            else:
+                for half, value in enumerate(values):
+                    _keep(spec, hidden, slot[0], tile * ROWS + half * 8 + row, plain(spec.activation, value))
+            with when(T.And(T.And(tile == layout.f_tiles - 1, row == 0), slot[0] >= 0)):
+                _clear_rest(spec, hidden, slot[0])
+
+
+def _clear_rest(spec: DecodeSpec, hidden: Buffer, slot: Expr) -> None:
+    """What is left of the last block is zero."""
+    for rest in range(spec.layout.f_tiles * spec.layout.tile_rows // 2, spec.layout.padded_f // 2):
+        for index in range(spec.terms):
+            store(hidden, const(0, "uint32"), slot, index, _place(rest))
 
 
 def _place(pair: Expr) -> Expr:
@@ -273,10 +202,10 @@ def _place(pair: Expr) -> Expr:
 
 
 def _keep(spec: DecodeSpec, hidden: Buffer, slot: Expr, f: Expr, value: Expr) -> None:
-    """Write a hidden value: neighbours are in lanes 4 apart, of which the even one writes both."""
+    """Write a hidden value of a slot, if there is one: neighbours are in lanes 4 apart, of which the even one writes both."""
     value = T.Bind(value)
     other = T.Bind(T.tvm_warp_shuffle_down(tirx.const(0xFFFFFFFF, "uint32"), value, 4, 32, 32))
-    with when(f % 2 == 0):
+    with when(T.And(f % 2 == 0, slot >= 0)):
         pair = T.Bind(f // 2)
         for index in range(spec.terms):
             store(hidden, term(value, other, index), slot, index, _place(pair))
@@ -287,7 +216,7 @@ def down_func(spec: DecodeSpec) -> tirx.PrimFunc:
     layout, stack = spec.layout, spec.layout.down
     fragments, warps = spec.fragments, spec.down_warps
     threads, blocks = warps * 32, stack.classes[0].blocks
-    words = threads * 4 * fragments + _Routing.words(spec)
+    words = threads * 4 * fragments + Routing.words(spec.tokens, spec.top_k, layout.experts)
 
     def arguments() -> tuple[Buffer, Buffer, Buffer, Weights, Buffer | None, Buffer]:
         hidden = argument("hidden", spec.hidden_shape, "uint32")
@@ -297,13 +226,11 @@ def down_func(spec: DecodeSpec) -> tirx.PrimFunc:
         bias = argument("down_bias", (layout.experts, layout.d), "float32") if spec.biases else None
         return hidden, ids, routing_weights, weights, bias, argument("out", (spec.tokens, layout.d), spec.dtype)
 
-    def body(
-        operands: tuple[Buffer, Buffer, Buffer, Weights, Buffer | None, Buffer], memory: Shared, tile: Expr, thread: Expr
-    ) -> None:
+    def body(operands: tuple[Buffer, Buffer, Buffer, Weights, Buffer | None, Buffer], memory: Shared, tile: Expr, thread: Expr) -> None:
         hidden, ids, routing_weights, weights, bias, out = operands
         warp, lane = T.Bind(thread // 32), T.Bind(thread % 32)
         partial = memory.take((warps, 4 * fragments, 32), "float32")
-        routing = _Routing(spec, ids, memory, thread, threads)  # written by the kernel before the last one
+        routing = Routing(ids, layout.experts, memory, thread, threads)  # written by the kernel before the last one
         factors = local(2 * fragments, "float32")
         columns = Columns(fragments, factors)
         total = T.Bind(routing.count * blocks)
@@ -348,7 +275,7 @@ def down_func(spec: DecodeSpec) -> tirx.PrimFunc:
 
 
 def _write(
-    spec: DecodeSpec, partial: Buffer, routing_weights: Buffer, bias: Buffer | None, out: Buffer, routing: _Routing, tile: Expr, i: Expr
+    spec: DecodeSpec, partial: Buffer, routing_weights: Buffer, bias: Buffer | None, out: Buffer, routing: Routing, tile: Expr, i: Expr
 ) -> None:
     """Add up one output of one token over the warps, and write it."""
     which, lane = T.Bind(i // 32), T.Bind(i % 32)

@@ -1,4 +1,4 @@
-"""How the experts of a layer lie in memory for the CUDA kernels. Experts may differ in format: each format is a class with its own arrays."""
+"""How the experts of a layer lie in memory for the CUDA kernels. Experts may differ in format: each format has its own arrays."""
 
 from __future__ import annotations
 

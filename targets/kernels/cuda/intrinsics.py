@@ -25,8 +25,6 @@ def call(name: str, source: str, *args: Expr, result: str | None = None) -> Expr
     return None
 
 
-
-
 def load_words(target: Expr, source: Expr, count: int) -> None:
     """Read 32-bit words that no one writes during the kernel and that are read once: 1, 2 or 4."""
     vector = {1: "u32", 2: "v2.u32", 4: "v4.u32"}[count]
@@ -83,11 +81,11 @@ __device__ __forceinline__ unsigned int moec_pair8(unsigned int lo, unsigned int
 
 @lru_cache(maxsize=64)
 def _dequantize_source(bits: int) -> str:
-    """Device function: the four A registers of step `i` (of 8 in a block) from a lane's words; z: zero points of its two rows."""
+    """Device function: the four A registers of step `i` from a lane's words; z: zero points of its two rows; stride: words of a row."""
     lines = ["#pragma unroll", "  for (int r = 0; r < 4; ++r) {", "    const int half = r & 1, p = 2 * i + (r >> 1);"]
     if bits == 8:
         lines += [
-            "    const unsigned int x = w[half * 8 + p / 2];",
+            "    const unsigned int x = w[half * stride + p / 2];",
             "    const unsigned int lo = (p & 1) ? 0x7441 : 0x7440, hi = (p & 1) ? 0x7443 : 0x7442;",
             "    a[r] = moec_pair8(__byte_perm(x, 0x4B000000u, lo), __byte_perm(x, 0x4B000000u, hi), 8388608.f + (float)(half ? z1 : z0));",
         ]
@@ -106,7 +104,8 @@ def _dequantize_source(bits: int) -> str:
         lines.append("    a[r] = moec_sub(x, 0x43004300u | ((half ? z1 : z0) * 0x10001u));")
         helpers = _SUB
     body = "\n".join([*lines, "  }"])
-    head = f"__device__ __forceinline__ void moec_codes{bits}(unsigned int* a, const unsigned int* w, int i, unsigned int z0, unsigned int z1)"
+    arguments = "unsigned int* a, const unsigned int* w, int i, unsigned int z0, unsigned int z1, int stride"
+    head = f"__device__ __forceinline__ void moec_codes{bits}({arguments})"
     return f"{helpers}{head} {{\n{body}\n}}\n"
 
 
@@ -121,13 +120,41 @@ __device__ __forceinline__ void moec_values(unsigned int* a, const unsigned int*
 """
 
 
-def dequantize(layout: FragmentLayout, a: Expr, words: Expr, step: int, zeros: tuple[Expr, Expr]) -> None:
-    """The A fragment [16, 16] of a step (of 8 in a block) from the words that a lane holds of it."""
+def dequantize(layout: FragmentLayout, a: Expr, words: Expr, step: int, zeros: tuple[Expr, Expr], units: int = 1) -> None:
+    """The A fragment [16, 16] of a step from the words that a lane holds of a block, or of a unit of it if the block has several."""
     if layout.integer is None:
         call("moec_values", _VALUES, a, words, step)
     else:
         bits = layout.integer.bits
-        call(f"moec_codes{bits}", _dequantize_source(bits), a, words, step, *zeros)
+        call(f"moec_codes{bits}", _dequantize_source(bits), a, words, step, *zeros, bits // units)
+
+
+_SCALE = r"""
+#ifndef MOEC_SCALE
+#define MOEC_SCALE
+__device__ __forceinline__ void moec_scale(unsigned int* a, unsigned int s0, unsigned int s1) {
+  #pragma unroll
+  for (int r = 0; r < 4; ++r)
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(a[r]) : "r"(a[r]), "r"((r & 1) ? s1 : s0), "r"(0x80008000u));
+}
+__device__ __forceinline__ void moec_factors(unsigned int* d, unsigned int x) {
+  float a, b;
+  asm("{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(a), "=f"(b) : "r"(x));
+  asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(d[0]) : "f"(a));
+  asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(d[1]) : "f"(b));
+}
+#endif
+"""
+
+
+def bf16_factors(target: Expr, pair: Expr) -> None:
+    """The scales of two rows, each as a pair of equal bfloat16."""
+    call("moec_factors", _SCALE, target, pair)
+
+
+def scale(a: Expr, factors: tuple[Expr, Expr]) -> None:
+    """Multiply an A fragment by the scales of its rows, rounding to bfloat16."""
+    call("moec_scale", _SCALE, a, *factors)
 
 
 _SPLIT = r"""
@@ -197,8 +224,6 @@ __device__ __forceinline__ void moec_half2(float* d, unsigned int x) {
 def widen(target: Expr, pair: Expr) -> None:
     """Two float32 from a pair of float16 in a word."""
     call("moec_half2", _HALF2, target, pair)
-
-
 
 
 _READ = r"""

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,8 @@ from moec.runtime.formats.int import IntFormat
 ROWS = 16  # of a tile
 BLOCK = 128  # columns of a block
 FLOATS = ("bf16",)
+
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -117,6 +120,16 @@ class FragmentLayout:
         """32-bit words of a block of 16 rows."""
         return 64 * (self.integer.bits if self.integer else 16)
 
+    @property
+    def units(self) -> int:
+        """Parts of a block that a lane holds at a time where registers are scarce."""
+        return 4 if self.integer is None else 2 if self.integer.bits == 8 else 1
+
+    @property
+    def unit_words(self) -> int:
+        """Words that a lane has of a unit."""
+        return self.block_words // 32 // self.units
+
     def arrays(self, *lead: int) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype of every array, with leading axes such as [E]."""
         shape = (*lead, self.tiles, self.blocks)
@@ -149,9 +162,10 @@ class FragmentLayout:
         """The inverse of `tile` (symmetric: zero points are constant)."""
         integer = self.integer
         assert integer is not None
-        codes, at = np.uint8(0), 0
+        codes: NDArray[np.uint8] = np.zeros((), np.uint8)
+        at = 0
         for width, start in planes(integer.bits):
-            codes = codes | _unpack_plane(arrays["codes"][..., at : at + 64 * width], width, start)
+            codes = codes | _unpack_plane(arrays["codes"].view(np.uint32)[..., at : at + 64 * width], width, start)
             at += 64 * width
         rows = np.ascontiguousarray(_from_lanes(codes)[..., : self.n, : self.k])
         scale = self._rows(arrays["scale"])
@@ -183,13 +197,13 @@ class FragmentLayout:
         return np.ascontiguousarray(x.reshape(*x.shape[:-5], self.tiles * ROWS, -1)[..., : self.n, : self.groups])
 
 
-def _padded(x: NDArray[np.generic], rows: int, columns: int) -> NDArray[np.generic]:
+def _padded(x: NDArray[Scalar], rows: int, columns: int) -> NDArray[Scalar]:
     """[..., n, m] -> [..., rows, columns], zeros added."""
     widths = [(0, 0)] * (x.ndim - 2) + [(0, rows - x.shape[-2]), (0, columns - x.shape[-1])]
     return np.pad(x, widths) if any(high for _, high in widths) else x
 
 
-def _to_lanes(x: NDArray[np.generic]) -> NDArray[np.generic]:
+def _to_lanes(x: NDArray[Scalar]) -> NDArray[Scalar]:
     """Rows [..., tiles 16, blocks 128] -> [..., tiles, blocks, 2, 32 lanes, 32]: the numbers of a row that each lane has, in order."""
     *lead, n, k = x.shape
     parts = x.reshape(*lead, n // ROWS, 2, 8, k // BLOCK, 8, 2, 4, 2)  # tile, half, g, block, (j, s), h, t, o
@@ -198,7 +212,7 @@ def _to_lanes(x: NDArray[np.generic]) -> NDArray[np.generic]:
     return np.ascontiguousarray(parts.transpose(order)).reshape(*lead, n // ROWS, k // BLOCK, 2, 32, 32)
 
 
-def _from_lanes(x: NDArray[np.generic]) -> NDArray[np.generic]:
+def _from_lanes(x: NDArray[Scalar]) -> NDArray[Scalar]:
     """The inverse of `_to_lanes`."""
     *lead, tiles, blocks, _, _, _ = x.shape
     parts = x.reshape(*lead, tiles, blocks, 2, 8, 4, 8, 2, 2)
@@ -219,7 +233,7 @@ def _pack_plane(lanes: NDArray[np.generic], width: int, start: int) -> NDArray[n
     return np.ascontiguousarray(np.moveaxis(vectors, -2, -3)).reshape(*own.shape[:-3], 64 * width)
 
 
-def _unpack_plane(words: NDArray[np.generic], width: int, start: int) -> NDArray[np.uint8]:
+def _unpack_plane(words: NDArray[np.unsignedinteger[Any]], width: int, start: int) -> NDArray[np.uint8]:
     """The inverse of `_pack_plane`: codes [..., 2, 32, 32] with bits start..start+width set."""
     size = min(4, 2 * width)
     own = np.moveaxis(words.reshape(*words.shape[:-1], 2 * width // size, 32, size), -3, -2)

@@ -1,0 +1,212 @@
+"""The experts of many tokens: tokens are sorted by expert, and two grouped products run over tiles of tokens of one expert.
+
+sort      positions of slots (a token and one of its experts) by expert, and where each expert begins
+gate_up   hidden [position, F] in bfloat16 of tokens gathered from x
+down      y [position, D] times the routing weight
+combine   the sum of each token's slots
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from moec.targets.kernels.cpu.activation_functions import ExpertActivation
+from moec.targets.kernels.cuda.activation import gated, plain
+from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, at, const, kernel, local, store, strided, sync, when
+from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
+from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait, read_words, term
+from moec.targets.kernels.cuda.layout import ROWS, ceil_div
+from moec.targets.kernels.cuda.product import THREADS, Activations, Shape, Weights
+from moec.targets.kernels.cuda.sort import find_tile
+
+
+@dataclass(frozen=True)
+class PrefillSpec:
+    """The kernels for many tokens of a layer.
+
+    Args:
+        tokens: T, None for any number.
+        dtype: of the result and of what the slots give, `float32` or `bfloat16`; x is bfloat16, `shape.terms` of them.
+        shape: the size of a block's product.
+    """
+
+    layout: ExpertsLayout
+    activation: ExpertActivation
+    tokens: int | None
+    top_k: int
+    ids_dtype: str = "int64"
+    biases: bool = False
+    dtype: str = "float32"
+    shape: Shape = field(default_factory=Shape)
+
+    def count(self) -> Expr:
+        """T, a new variable if it is any number."""
+        return self.tokens if self.tokens is not None else T.int64()
+
+    def tiles(self, tokens: Expr) -> Expr:
+        """The most tiles of tokens that there can be."""
+        slots = tokens * self.top_k
+        return T.min(slots, self.layout.experts) + slots // self.shape.tokens if self.tokens is None else (
+            min(slots, self.layout.experts) + slots // self.shape.tokens
+        )  # fmt: skip
+
+
+def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
+    """PrimFunc (x uint16 [terms, T, D], order [S], starts [E + 1], arrays..., [bias], hidden uint16 [terms, S, F])."""
+    layout, stack, shape = spec.layout, spec.layout.gate_up, spec.shape
+
+    def arguments() -> tuple[Any, ...]:
+        tokens = spec.count()
+        x = argument("x", (shape.terms, tokens, layout.d), "uint16")
+        order = argument("order", (tokens * spec.top_k,), "int32")
+        starts = argument("starts", (layout.experts + 1,), "int32")
+        weights = Weights(stack, "gate_up_")
+        bias = argument("gate_up_bias", (layout.experts, stack.n), "float32") if spec.biases else None
+        return x, order, starts, weights, bias, argument("hidden", (shape.terms, tokens * spec.top_k, layout.padded_f), "uint16"), tokens
+
+    def body(operands: tuple[Any, ...], memory: Shared, part: Expr, tile: Expr, thread: Expr) -> None:
+        x, order, starts, weights, bias, hidden, _ = operands
+
+        ring = memory.take((shape.words,), "uint32")
+        grid_wait()
+        grid_launch()
+        expert, first, count = find_tile(starts, layout.experts, tile, shape.tokens)
+        with when(expert >= 0):
+            warp, lane, group = T.Bind(thread // 32 % 4), T.Bind(thread % 32), T.Bind(thread // 128)
+            base = T.Bind(part * (8 * shape.tiles) + group * (4 * shape.tiles) + warp)
+            tiles = [T.Bind(T.min(base + 4 * m, layout.f_tiles - 1)) for m in range(shape.tiles)]
+            activations = Activations(shape, ring, x, lambda token: order[first + token] // spec.top_k, count, layout.d, thread)
+            sums = local(shape.tiles * shape.sums, "float32")
+            weights.multiply(expert, tiles, activations, lane, sums, lambda: None)
+            sync()
+            _hidden(spec, sums, ring, hidden, bias, expert, first, count, part, base, thread)
+
+    def grid(operands: tuple[Any, ...]) -> list[Expr]:
+        return [ceil_div(layout.f_tiles, 8 * shape.tiles), spec.tiles(operands[-1])]
+
+    return kernel("gate_up", THREADS, arguments, grid, body, words=shape.words, blocks_per_multiprocessor=1)
+
+
+def _hidden(
+    spec: PrefillSpec, sums: Buffer, ring: Buffer, hidden: Buffer, bias: Buffer | None, expert: Expr, first: Expr, count: Expr, part: Expr,
+    base: Expr, thread: Expr,
+) -> None:  # fmt: skip
+    """Apply the activation function and write hidden values, by way of shared memory, 16 bytes at a time."""
+    layout, shape = spec.layout, spec.shape
+    warp, lane, group = thread // 32 % 4, thread % 32, thread // 128
+    per = 4 * layout.tile_rows  # hidden values of a warpgroup for 64 rows
+    width = per // 2 + 4  # words of a token, padded against conflicts
+    staged = T.Bind(group * shape.tokens * width)
+    own = T.Bind(staged + lane % 4 * 2 * width + (warp * layout.tile_rows + lane // 4) // 2)
+    for m in range(shape.tiles):
+        tile = T.Bind(base + 4 * m)
+        for index in range(shape.terms):
+            for n in range(shape.tokens // 8):
+                for c in range(2):
+                    values = []
+                    for half in range(2):
+                        value = sums[m * shape.sums + 4 * n + 2 * half + c]
+                        if bias is not None:
+                            value = value + bias[expert, T.min(tile, layout.f_tiles - 1) * ROWS + half * 8 + lane // 4]
+                        values.append(T.Bind(value))
+                    outs = [gated(spec.activation, values[0], values[1])] if layout.gated else [plain(spec.activation, v) for v in values]
+                    for half, out in enumerate(outs):
+                        out = T.Bind(out)
+                        other = T.Bind(T.tvm_warp_shuffle_down(tirx.const(0xFFFFFFFF, "uint32"), out, 4, 32, 32))
+                        with when(lane // 4 % 2 == 0):
+                            store(ring, term(out, other, index), own + ((n * 8 + c) * width + half * 4))
+            sync()
+            pieces = per // 8
+            f0 = T.Bind((part * 8 * shape.tiles + group * 4 * shape.tiles + 4 * m) * layout.tile_rows)
+            with strided(thread % 128, shape.tokens * pieces, 128) as i:
+                token, piece = i // pieces, i % pieces
+                f = f0 + piece * 8
+                with when(T.And(token < count, f < layout.f)):
+                    read_words(at(hidden, index, first + token, f), at(ring, staged + token * width + piece * 4))
+            sync()
+
+
+def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
+    """PrimFunc (hidden uint16 [terms, S, F], order [S], starts [E + 1], weights f32 [T, k], arrays..., [bias], y [S, D])."""
+    layout, stack, shape = spec.layout, spec.layout.down, spec.shape
+
+    def arguments() -> tuple[Any, ...]:
+        tokens = spec.count()
+        slots = tokens * spec.top_k
+        hidden = argument("hidden", (shape.terms, slots, layout.padded_f), "uint16")
+        order, starts = argument("order", (slots,), "int32"), argument("starts", (layout.experts + 1,), "int32")
+        routing_weights = argument("weights", (tokens, spec.top_k), "float32")
+        weights = Weights(stack, "down_")
+        bias = argument("down_bias", (layout.experts, layout.d), "float32") if spec.biases else None
+        return hidden, order, starts, routing_weights, weights, bias, argument("y", (slots, layout.d), spec.dtype), tokens
+
+    def body(operands: tuple[Any, ...], memory: Shared, part: Expr, tile: Expr, thread: Expr) -> None:
+        hidden, order, starts, routing_weights, weights, bias, y, _ = operands
+        ring = memory.take((shape.words,), "uint32")
+        expert, first, count = find_tile(starts, layout.experts, tile, shape.tokens)  # written by the kernel before the last
+        with when(expert >= 0):
+            warp, lane, group = T.Bind(thread // 32 % 4), T.Bind(thread % 32), T.Bind(thread // 128)
+            base = T.Bind(part * (8 * shape.tiles) + group * (4 * shape.tiles) + warp)
+            last = stack.classes[0].tiles - 1
+            tiles = [T.Bind(T.min(base + 4 * m, last)) for m in range(shape.tiles)]
+            activations = Activations(shape, ring, hidden, lambda token: first + token, count, ceil_div(layout.f, 8) * 8, thread)
+            sums = local(shape.tiles * shape.sums, "float32")
+            weights.multiply(expert, tiles, activations, lane, sums, grid_wait)
+            sync()
+            _outputs(spec, sums, ring, y, bias, order, routing_weights, expert, first, count, base, thread)
+        grid_wait()
+        grid_launch()
+
+    def grid(operands: tuple[Any, ...]) -> list[Expr]:
+        return [ceil_div(stack.classes[0].tiles, 8 * shape.tiles), spec.tiles(operands[-1])]
+
+    return kernel("down", THREADS, arguments, grid, body, words=shape.words, blocks_per_multiprocessor=1)
+
+
+def _outputs(
+    spec: PrefillSpec, sums: Buffer, ring: Buffer, y: Buffer, bias: Buffer | None, order: Buffer, routing_weights: Buffer, expert: Expr,
+    first: Expr, count: Expr, base: Expr, thread: Expr,
+) -> None:  # fmt: skip
+    """Multiply by the routing weights and write, by way of shared memory, 16 bytes at a time."""
+    layout, shape, wide = spec.layout, spec.shape, spec.dtype == "float32"
+    warp, lane, group = thread // 32 % 4, thread % 32, thread // 128
+    words = 64 if wide else 32  # of a token in a warpgroup's 64 rows
+    width = words + 4
+    staged = T.Bind(group * shape.tokens * width)
+    own = T.Bind(staged + lane % 4 * 2 * width + (warp * 16 + lane // 4) // (1 if wide else 2))
+    factors = local(shape.tokens // 4, "float32")
+    for n in range(shape.tokens // 8):
+        for c in range(2):
+            token = T.Bind(n * 8 + lane % 4 * 2 + c)
+            store(factors, const(0.0, "float32"), 2 * n + c)
+            with when(token < count):
+                slot = T.Bind(order[first + token])
+                store(factors, routing_weights[slot // spec.top_k, slot % spec.top_k], 2 * n + c)
+    for m in range(shape.tiles):
+        for n in range(shape.tokens // 8):
+            for c in range(2):
+                for half in range(2):
+                    value = sums[m * shape.sums + 4 * n + 2 * half + c]
+                    place = own + ((n * 8 + c) * width + half * (8 if wide else 4))
+                    if bias is not None:
+                        value = value + bias[expert, T.min((base + 4 * m) * ROWS + half * 8 + lane // 4, layout.d - 1)]
+                    value = T.Bind(value * factors[2 * n + c])
+                    if wide:
+                        store(ring, T.reinterpret("uint32", value), place)
+                    else:
+                        other = T.Bind(T.tvm_warp_shuffle_down(tirx.const(0xFFFFFFFF, "uint32"), value, 4, 32, 32))
+                        with when(lane // 4 % 2 == 0):
+                            store(ring, term(value, other, 0), place)
+        sync()
+        pieces, elements = words // 4, 4 if wide else 8
+        row0 = T.Bind((base - warp + 4 * m) * ROWS)
+        with strided(thread % 128, shape.tokens * pieces, 128) as i:
+            token, piece = i // pieces, i % pieces
+            row = row0 + piece * elements
+            with when(T.And(token < count, row < layout.d)):
+                read_words(at(y, first + token, row), at(ring, staged + token * width + piece * 4))
+        sync()

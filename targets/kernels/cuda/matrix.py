@@ -1,0 +1,115 @@
+"""Device functions of the large products: `wgmma` with the weights in registers and the activations in shared memory, and copies into it.
+
+A stage of activations [N tokens, 128] bfloat16 lies as two halves of 64 columns, rows of 128 bytes whose 16-byte pieces are exchanged
+(piece i of row r is at i ^ (r mod 8)), which is the tensor cores' 128-byte swizzle (PTX ISA, "Asynchronous warpgroup-level matrix shared
+memory layout"). A multiprocessor of compute capability 9.0 is needed.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from moec.targets.kernels.cuda.emit import Expr
+from moec.targets.kernels.cuda.intrinsics import call
+
+
+@lru_cache(maxsize=32)
+def _wgmma(columns: int) -> str:
+    count = columns // 2
+    outs = ", ".join(f"%{i}" for i in range(count))
+    registers = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    a = ", ".join(f"%{count + i}" for i in range(4))
+    return f"""
+__device__ __forceinline__ void moec_wgmma{columns}(float* d, const unsigned int* a, unsigned long long b, int add) {{
+  asm volatile("{{.reg .pred p; setp.ne.b32 p, %{count + 5}, 0; "
+    "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 {{{outs}}}, {{{a}}}, %{count + 4}, p, 1, 1, 0;}}"
+    : {registers} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}}
+"""
+
+
+def wgmma(columns: int, d: Expr, a: Expr, b: Expr, add: Expr) -> None:
+    """d[columns / 2] = A[64, 16] B[16, columns] (+ d where `add`), asynchronously: A fragments in registers, B by its descriptor."""
+    call(f"moec_wgmma{columns}", _wgmma(columns), d, a, b, add)
+
+
+_ORDER = r"""
+#ifndef MOEC_ORDER
+#define MOEC_ORDER
+__device__ __forceinline__ void moec_wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void moec_wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void moec_wgmma_wait0() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+__device__ __forceinline__ void moec_wgmma_wait1() { asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); }
+#endif
+"""
+
+
+def wgmma_fence() -> None:
+    """What registers hold now, the next products may use."""
+    call("moec_wgmma_fence", _ORDER)
+
+
+def wgmma_commit() -> None:
+    """The products since the last commit are a group."""
+    call("moec_wgmma_commit", _ORDER)
+
+
+def wgmma_wait(groups: int) -> None:
+    """Wait until at most 0 or 1 groups are under way."""
+    call(f"moec_wgmma_wait{groups}", _ORDER)
+
+
+@lru_cache(maxsize=32)
+def _pin(count: int) -> str:
+    registers = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    return f"""
+__device__ __forceinline__ void moec_pin{count}(float* d) {{ asm volatile("" : {registers} :: "memory"); }}
+"""
+
+
+def pin(d: Expr, count: int) -> None:
+    """Sums are final here: the compiler must not move their uses before."""
+    call(f"moec_pin{count}", _pin(count), d)
+
+
+_COPY = r"""
+#ifndef MOEC_COPY
+#define MOEC_COPY
+__device__ __forceinline__ unsigned int moec_shared(const void* p) { return (unsigned int)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void moec_copy16(unsigned int d, const void* p, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" :: "r"(d), "l"(p), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void moec_copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void moec_copy_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
+__device__ __forceinline__ void moec_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ unsigned long long moec_descriptor(unsigned int address) {
+  return (unsigned long long)((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+}
+#endif
+"""
+
+
+def shared_address(p: Expr) -> Expr:
+    """The address of shared memory as 32 bits."""
+    return call("moec_shared", _COPY, p, result="uint32")
+
+
+def copy16(target: Expr, source: Expr, count: Expr) -> None:
+    """Copy 16 bytes into shared memory, asynchronously: `count` of them, and zeros for the rest."""
+    call("moec_copy16", _COPY, target, source, count)
+
+
+def copy_commit() -> None:
+    """The copies since the last commit are a group."""
+    call("moec_copy_commit", _COPY)
+
+
+def copy_wait(groups: int) -> None:
+    """Wait until at most so many groups of a thread are under way, and let the tensor cores see the others."""
+    call(f"moec_copy_wait<{groups}>", _COPY)
+    call("moec_proxy_fence", _COPY)
+
+
+def descriptor(address: Expr) -> Expr:
+    """The descriptor of rows of 128 swizzled bytes at a multiple of 1024."""
+    return call("moec_descriptor", _COPY, address, result="uint64")

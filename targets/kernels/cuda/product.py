@@ -1,0 +1,278 @@
+"""The product of some hundred packed rows with the activations of up to 128 tokens, on the tensor cores of compute capability 9.0.
+
+A block of threads has two warpgroups, each with `tiles` times 64 rows. Weights go from memory into registers, become bfloat16 there and
+are operand A; activations are copied into a ring of stages in shared memory and are operand B. Where `exact`, the codes are multiplied
+as they are and the sums of each group get its scale in float32; otherwise weights are multiplied by their scales before, in bfloat16,
+which takes half of the registers and so allows twice the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tvm.tirx.script import builder as T
+
+from moec.targets.kernels.cuda.emit import Buffer, Expr, argument, at, const, local, store, sync, when
+from moec.targets.kernels.cuda.experts_layout import Stack
+from moec.targets.kernels.cuda.intrinsics import bf16_factors, dequantize, load_words, scale, widen
+from moec.targets.kernels.cuda.layout import BLOCK, FragmentLayout, planes
+from moec.targets.kernels.cuda.matrix import (
+    copy16,
+    copy_commit,
+    copy_wait,
+    descriptor,
+    pin,
+    shared_address,
+    wgmma,
+    wgmma_commit,
+    wgmma_fence,
+    wgmma_wait,
+)  # fmt: skip
+
+THREADS = 256  # two warpgroups
+STEPS = 8  # products of 16 columns in a block
+PIECES = 16  # of 16 bytes in a block's row of activations
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of a block's product.
+
+    Args:
+        tokens: N, a multiple of 8.
+        tiles: of 64 rows of a warpgroup.
+        stages: of activations.
+        terms: of bfloat16 that add up to an activation.
+        exact: whether codes are multiplied before their scales.
+    """
+
+    tokens: int = 64
+    tiles: int = 2
+    stages: int = 4
+    terms: int = 1
+    exact: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows of weights of a block."""
+        return 128 * self.tiles
+
+    @property
+    def stage_bytes(self) -> int:
+        """Bytes of a stage."""
+        return self.terms * self.tokens * BLOCK * 2
+
+    @property
+    def words(self) -> int:
+        """Words of shared memory, those included that bring it to a multiple of 1024 bytes."""
+        return self.stages * self.stage_bytes // 4 + 256
+
+    @property
+    def sums(self) -> int:
+        """Sums of a thread for 64 rows."""
+        return self.tokens // 2
+
+
+class Activations:
+    """The ring of stages, and which rows of which memory go into it.
+
+    Args:
+        source: uint16 [terms, rows, k].
+        row: the row of the source for a token of the block.
+        count: tokens of the block; others are zero.
+        k: columns that there are.
+    """
+
+    def __init__(
+        self, shape: Shape, memory: Buffer, source: Buffer, row: Callable[[Expr], Expr], count: Expr, k: int, thread: Expr
+    ) -> None:
+        self.shape, self._source, self._k, self._piece = shape, source, k, T.Bind(thread % PIECES)
+        base = T.Bind(shared_address(at(memory, 0)))
+        self.base = T.Bind((base + const(1023, "uint32")) // 1024 * 1024)
+        self._first, per = T.Bind(thread // PIECES), THREADS // PIECES
+        self._turns = -(-shape.tokens // per)
+        self._rows, self._valid = local(self._turns, "int32"), local(self._turns, "int32")
+        for i in range(self._turns):
+            token = T.Bind(self._first + i * per)
+            store(self._rows, const(0, "int32"), i)
+            store(self._valid, const(0, "int32"), i)
+            with when(token < count):
+                store(self._rows, row(token), i)
+                store(self._valid, const(16, "int32"), i)
+        self._per = per
+
+    def fetch(self, block: Expr, stage: Expr) -> None:
+        """Copy a block of columns into a stage."""
+        shape, column = self.shape, T.Bind(block * BLOCK + self._piece * 8)
+        half = self._piece // 8 * (shape.tokens * 128)
+        for i in range(self._turns):
+            token = self._first + i * self._per
+            with when(T.And(token < shape.tokens, block >= 0)):
+                swizzled = (self._piece % 8 ^ token % 8) * 16
+                bytes_here = T.Select(column < self._k, self._valid[i], const(0, "int32"))
+                for index in range(shape.terms):
+                    offset = stage * shape.stage_bytes + index * shape.tokens * 256 + half + token * 128 + swizzled
+                    source = at(self._source, index, self._rows[i], T.Select(column < self._k, column, 0))
+                    copy16(self.base + T.cast(offset, "uint32"), source, bytes_here)
+
+    def operand(self, stage: Expr, step: int, index: int) -> Expr:
+        """The descriptor of 16 columns of a stage."""
+        half = step // 4 * self.shape.tokens * 128 + step % 4 * 32
+        offset = stage * self.shape.stage_bytes + index * self.shape.tokens * 256 + half
+        return descriptor(self.base + T.cast(offset, "uint32"))
+
+
+class Weights:
+    """The parameters of a stack of weights, and how a block multiplies with them."""
+
+    def __init__(self, stack: Stack, prefix: str) -> None:
+        self.stack = stack
+        self._classes = [_Class(stack, index, prefix) for index in range(len(stack.classes))]
+        self._table = argument(f"{prefix}table", (stack.experts, 2), "int32") if stack.mixed else None
+
+    def multiply(
+        self, expert: Expr, tiles: list[Expr], activations: Activations, lane: Expr, sums: Buffer, weights_first: Callable[[], None]
+    ) -> None:
+        """sums [tiles, tokens / 2] = W[expert, tiles] @ B.
+
+        Args:
+            weights_first: called when the first weights are under way, before activations are read.
+        """
+        if self._table is None:
+            self._classes[0].multiply(expert, tiles, activations, lane, sums, weights_first)
+            return
+        kind, place = T.Bind(self._table[expert, 0]), T.Bind(self._table[expert, 1])
+        for index, found in enumerate(self._classes):
+            with when(kind == index):
+                found.multiply(place, tiles, activations, lane, sums, weights_first)
+
+
+class _Class:
+    """The arrays of the experts of one format."""
+
+    def __init__(self, stack: Stack, index: int, prefix: str) -> None:
+        self.layout: FragmentLayout = stack.classes[index]
+        lead, end = len(stack.members(index)), stack.suffix(index)
+        self.buffers = {n: argument(f"{prefix}{n}{end}", s, d) for n, (s, d) in self.layout.arrays(lead).items()}
+
+    def multiply(
+        self, place: Expr, tiles: list[Expr], activations: Activations, lane: Expr, sums: Buffer, weights_first: Callable[[], None]
+    ) -> None:
+        layout, shape = self.layout, activations.shape
+        units, blocks = layout.units, layout.blocks
+        self._words = [local(len(tiles) * layout.unit_words, "uint32") for _ in range(2)]
+        self._sides = [local(len(tiles) * layout.block_groups, "uint32") for _ in range(2)]
+        parts = local(len(tiles) * shape.sums, "float32") if shape.exact and layout.integer else sums
+        for i in range(len(tiles) * shape.sums):
+            store(sums, const(0.0, "float32"), i)
+        self._fetch(0, place, tiles, 0, 0, lane)
+        weights_first()
+        ahead = shape.stages - 2
+        for stage in range(ahead):
+            with when(const(stage, "int32") < blocks):
+                activations.fetch(const(stage, "int32"), stage)
+            copy_commit()
+        turn = 2 if units == 1 else 1  # blocks, so that the two sets of registers take turns
+        with T.serial(-(-blocks // turn)) as i:
+            for j in range(turn):
+                block = T.Bind(i * turn + j)
+                with when(block < blocks):
+                    copy_wait(ahead - 1)
+                    sync()
+                    with when(block + ahead < blocks):
+                        activations.fetch(block + ahead, (block + ahead) % shape.stages)
+                    copy_commit()
+                    for unit in range(units):
+                        now, last = (j + unit) % 2, unit == units - 1
+                        following = block + 1 if last else block
+                        with when(following < blocks):
+                            self._fetch(1 - now, place, tiles, following, (unit + 1) % units, lane)
+                        self._unit(now, j % 2, place, tiles, block, unit, activations, lane, sums, parts)
+        wgmma_wait(0)
+        pin(at(sums, 0), len(tiles) * shape.sums)
+
+    def _fetch(self, which: int, place: Expr, tiles: list[Expr], block: Expr, unit: int, lane: Expr) -> None:
+        """Ask for the words of a unit, and with the first of a block for its scales."""
+        layout = self.layout
+        for m, tile in enumerate(tiles):
+            first = m * layout.unit_words
+            if layout.integer is None:
+                for v in range(2):
+                    source = at(self.buffers["values"], place, tile, block, 256 * (2 * unit + v) + lane * 8)
+                    load_words(at(self._words[which], first + 4 * v), source, 4)
+                continue
+            if layout.units == 2:
+                for v in range(2):
+                    source = at(self.buffers["codes"], place, tile, block, 128 * (2 * v + unit) + lane * 4)
+                    load_words(at(self._words[which], first + 4 * v), source, 4)
+            else:
+                begin, done = 0, 0
+                for width, _ in planes(layout.integer.bits):
+                    count = min(4, 2 * width)
+                    for v in range(2 * width // count):
+                        source = at(self.buffers["codes"], place, tile, block, begin + v * 32 * count + lane * count)
+                        load_words(at(self._words[which], first + done + v * count), source, count)
+                    begin, done = begin + 64 * width, done + 2 * width
+            if unit == 0:
+                groups = layout.block_groups
+                source = at(self.buffers["scale"], place, tile, block // layout.scale_span, lane // 4, 0, 0)
+                load_words(at(self._sides[which if layout.units == 1 else 0], m * groups), source, groups)
+
+    def _unit(
+        self, now: int, parity: int, place: Expr, tiles: list[Expr], block: Expr, unit: int, activations: Activations, lane: Expr,
+        sums: Buffer, parts: Buffer,
+    ) -> None:  # fmt: skip
+        """Multiply with a unit of a block."""
+        layout, shape, count = self.layout, activations.shape, len(tiles)
+        sides = self._sides[parity if layout.units == 1 else 0]
+        groups, steps = layout.block_groups, STEPS // layout.units
+        exact = shape.exact and layout.integer is not None
+        stage = T.Bind(block % shape.stages)
+        a = [local(4 * count, "uint32") for _ in range(2)]
+        factors = local(2 * count, "uint32")
+        for inner in range(steps):
+            step = unit * steps + inner
+            group, begins = step * groups // STEPS, step * groups % STEPS == 0
+            if layout.integer is not None and not exact and (begins or inner == 0):
+                for m in range(count):
+                    bf16_factors(at(factors, 2 * m), sides[m * groups + group])
+            for m in range(count):
+                target = at(a[inner % 2], 4 * m)
+                words = at(self._words[now], m * layout.unit_words)
+                dequantize(layout, target, words, inner, self._zeros(place, tiles[m], block, lane, group), layout.units)
+                if layout.integer is not None and not exact:
+                    scale(target, (factors[2 * m], factors[2 * m + 1]))
+            wgmma_fence()
+            for m in range(count):
+                for index in range(shape.terms):
+                    add = const(int(not (exact and begins and index == 0)), "int32")
+                    b = activations.operand(stage, step, index)
+                    wgmma(shape.tokens, at(parts, m * shape.sums), at(a[inner % 2], 4 * m), b, add)
+            wgmma_commit()
+            ends = (step + 1) * groups % STEPS == 0
+            if exact and ends:
+                wgmma_wait(0)
+                pin(at(parts, 0), count * shape.sums)
+                self._fold(sums, parts, sides, group, count, shape.sums)
+            else:
+                wgmma_wait(0 if inner == steps - 1 and layout.units > 1 else 1)
+
+    def _fold(self, sums: Buffer, parts: Buffer, sides: Buffer, group: int, count: int, width: int) -> None:
+        """sums += parts * scales of the group."""
+        scales = local(2, "float32")
+        for m in range(count):
+            widen(at(scales, 0), sides[m * self.layout.block_groups + group])
+            for i in range(width):
+                index = m * width + i
+                store(sums, sums[index] + parts[index] * scales[i % 4 // 2], index)
+
+    def _zeros(self, place: Expr, tile: Expr, block: Expr, lane: Expr, group: int) -> tuple[Expr, Expr]:
+        """The zero points of a lane's two rows."""
+        integer = self.layout.integer
+        if integer is None or integer.symmetric:
+            middle = const(integer.levels // 2 if integer else 0, "uint32")
+            return middle, middle
+        index = (place, tile, block // self.layout.scale_span, lane // 4, group)
+        low, high = (T.Bind(T.cast(self.buffers["zero"][(*index, half)], "uint32")) for half in (0, 1))
+        return low, high
