@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -93,14 +94,15 @@ class Statistics:
     fingerprint: str
 
     def layer(self, name: str) -> LayerStatistics:
-        """The statistics of an `experts` node.
+        """The statistics of an `experts` node, on the default device.
 
         Raises:
             MoecError: they are of another model.
         """
         if name not in self.layers:
             raise MoecError(f"the statistics have no layer %{name}; they are of another model: calibrate again")
-        return self.layers[name]
+        found = self.layers[name]
+        return replace(found, **{f.name: getattr(found, f.name).to(torch.get_default_device()) for f in fields(found)})
 
     def save(self, path: Path, states: tuple[int, States] | None = None) -> None:
         """Write a safetensors file, whole or not at all.
