@@ -19,7 +19,7 @@ from moec.targets.kernels.cuda import experts_prefill as prefill
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.linear import TERMS, split_func
 from moec.targets.kernels.cuda.product import Shape
-from moec.targets.kernels.cuda.sort import combine_func, sort_func
+from moec.targets.kernels.cuda.sort import combine_func, most_tiles, sort_func
 
 
 def experts(
@@ -57,16 +57,16 @@ def experts(
         (hidden,) = call("gate_up", decode.gate_up_func(spec), [x, ids, *up, *up_bias], (spec.hidden_shape, "uint32"))
         (out,) = call("down", decode.down_func(spec), [hidden, ids, routing_weights, *down, *down_bias], ((1, layout.d), "float32"))
         return out
-    many = prefill.PrefillSpec(layout, activation, None, top_k, dtype, biases is not None, "float32", Shape(32, 2, 4, TERMS, exact=True))
+    many = prefill.PrefillSpec(layout, activation, None, top_k, dtype, biases is not None, "float32", Shape(32, 1, 4, TERMS))
     slots = t * top_k
-    sorted_ = call(
-        "sort", sort_func(layout.experts, top_k, dtype), [ids], ((slots,), "int32"), ((slots,), "int32"), ((layout.experts + 1,), "int32")
-    )
-    order, places, starts = sorted_
+    size = many.shape.tokens
+    most = most_tiles(slots, layout.experts, size)
+    sorted_types = [((slots,), "int32"), ((slots,), "int32"), ((most + 1, 4), "int32")]
+    order, places, tiles = call("sort", sort_func(layout.experts, top_k, dtype, size), [ids], *sorted_types)
     (terms,) = call("split", split_func(layout.d), [x], ((TERMS, t, layout.d), "uint16"))
     hidden_shape = (TERMS, slots, layout.padded_f)
-    (hidden,) = call("gate_up", prefill.gate_up_func(many), [terms, order, starts, *up, *up_bias], (hidden_shape, "uint16"))
-    arguments = [hidden, order, starts, routing_weights, *down, *down_bias]
+    (hidden,) = call("gate_up", prefill.gate_up_func(many), [terms, order, tiles, *up, *up_bias], (hidden_shape, "uint16"))
+    arguments = [hidden, order, tiles, routing_weights, *down, *down_bias]
     (y,) = call("down", prefill.down_func(many), arguments, ((slots, layout.d), "float32"))
     (out,) = call("combine", combine_func(layout.d, top_k, "float32"), [y, places], ((t, layout.d), "float32"))
     return out

@@ -8,6 +8,7 @@ combine   the sum of each token's slots
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait, read_words, term
 from moec.targets.kernels.cuda.layout import ROWS, ceil_div
 from moec.targets.kernels.cuda.product import THREADS, Activations, Shape, Weights
-from moec.targets.kernels.cuda.sort import find_tile
+from moec.targets.kernels.cuda.sort import most_tiles
 
 
 @dataclass(frozen=True)
@@ -47,52 +48,123 @@ class PrefillSpec:
         """T, a new variable if it is any number."""
         return self.tokens if self.tokens is not None else T.int64()
 
-    def tiles(self, tokens: Expr) -> Expr:
-        """The most tiles of tokens that there can be."""
+    def sorted(self, tokens: Expr) -> tuple[Buffer, Buffer]:
+        """The parameters that `sort` writes."""
         slots = tokens * self.top_k
-        return T.min(slots, self.layout.experts) + slots // self.shape.tokens if self.tokens is None else (
-            min(slots, self.layout.experts) + slots // self.shape.tokens
-        )  # fmt: skip
+        order = argument("order", (slots,), "int32")
+        return order, argument("tiles", (most_tiles(slots, self.layout.experts, self.shape.tokens) + 1, 4), "int32")
+
+    def grid(self, rows: int, tokens: Expr) -> list[Expr]:
+        """Blocks of threads: as many as run at once, or fewer if there is less to do."""
+        parts = ceil_div(rows, self.shape.rows)
+        work = most_tiles(tokens * self.top_k, self.layout.experts, self.shape.tokens) * parts
+        most = self.shape.multiprocessors * self.shape.residency
+        return [min(work, most) if isinstance(work, int) else T.cast(T.min(work, most), "int32")]
+
+
+class _Tile:
+    """The tile that a block of threads works on, or prefetches: (expert, first position, positions, part of the rows)."""
+
+    def __init__(self, tiles: Buffer, parts: int) -> None:
+        self._tiles, self._parts = tiles, parts
+        self._state, self._kept = local(4, "int32"), local(4, "int32")
+
+    def look(self, work: Expr) -> None:
+        """Take the tile of a piece of work: the parts of a tile follow each other."""
+        for i in range(3):
+            store(self._state, self._tiles[work // self._parts, i], i)
+        store(self._state, work % self._parts, 3)
+
+    def keep(self) -> None:
+        """Remember it for what is left to do after the next one was looked at."""
+        for i in range(4):
+            store(self._kept, self._state[i], i)
+
+    def now(self) -> list[Expr]:
+        """What was looked at."""
+        return [T.Bind(self._state[i]) for i in range(4)]
+
+    def kept(self) -> list[Expr]:
+        """What was kept."""
+        return [T.Bind(self._kept[i]) for i in range(4)]
+
+
+def _persistent(
+    tile: _Tile, total: Expr, block: Expr, blocks: Expr, begin: Callable[[bool], None], run: Callable[[], None],
+    finish: Callable[[], None],
+) -> None:  # fmt: skip
+    """One piece of work after the other, the next one's first loads under way while the last one's results are written."""
+    with when(block < total):
+        tile.look(block)
+        begin(True)
+        with T.serial((total - block + blocks - 1) // blocks) as i:
+            run()
+            sync()  # all warps are done with the stages
+            tile.keep()
+            following = T.Bind(block + (i + 1) * blocks)
+            with when(following < total):
+                tile.look(following)
+                begin(False)
+            finish()
 
 
 def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
-    """PrimFunc (x uint16 [terms, T, D], order [S], starts [E + 1], arrays..., [bias], hidden uint16 [terms, S, F])."""
+    """PrimFunc (x uint16 [terms, T, D], order [S], tiles [most + 1, 4], arrays..., [bias], hidden uint16 [terms, S, F])."""
     layout, stack, shape = spec.layout, spec.layout.gate_up, spec.shape
+    rows = layout.f_tiles * ROWS
+    parts, staged_words = ceil_div(rows, shape.rows), 2 * shape.tokens * (2 * layout.tile_rows + 4)
 
     def arguments() -> tuple[Any, ...]:
         tokens = spec.count()
         x = argument("x", (shape.terms, tokens, layout.d), "uint16")
-        order = argument("order", (tokens * spec.top_k,), "int32")
-        starts = argument("starts", (layout.experts + 1,), "int32")
+        order, tiles = spec.sorted(tokens)
         weights = Weights(stack, "gate_up_")
         bias = argument("gate_up_bias", (layout.experts, stack.n), "float32") if spec.biases else None
-        return x, order, starts, weights, bias, argument("hidden", (shape.terms, tokens * spec.top_k, layout.padded_f), "uint16"), tokens
+        return x, order, tiles, weights, bias, argument("hidden", (shape.terms, tokens * spec.top_k, layout.padded_f), "uint16"), tokens
 
-    def body(operands: tuple[Any, ...], memory: Shared, part: Expr, tile: Expr, thread: Expr) -> None:
-        x, order, starts, weights, bias, hidden, _ = operands
-
-        ring = memory.take((shape.words,), "uint32")
+    def body(operands: tuple[Any, ...], memory: Shared, block: Expr, thread: Expr) -> None:
+        x, order, tiles, weights, bias, hidden, tokens = operands
+        ring, staged = memory.take((shape.words,), "uint32"), memory.take((staged_words,), "uint32")
+        warp, lane, group = T.Bind(thread // 32 % 4), T.Bind(thread % 32), T.Bind(thread // 128)
         grid_wait()
         grid_launch()
-        expert, first, count = find_tile(starts, layout.experts, tile, shape.tokens)
-        with when(expert >= 0):
-            warp, lane, group = T.Bind(thread // 32 % 4), T.Bind(thread % 32), T.Bind(thread // 128)
+        tile, activations, sums = (
+            _Tile(tiles, parts),
+            Activations(shape, ring, x, layout.d, thread),
+            local(shape.tiles * shape.sums, "float32"),
+        )
+        weights.prepare(shape, lane)
+
+        def rows_of(part: Expr) -> list[Expr]:
+            base = part * (8 * shape.tiles) + group * (4 * shape.tiles) + warp
+            return [T.Bind(T.min(base + 4 * m, layout.f_tiles - 1)) for m in range(shape.tiles)]
+
+        def begin(_: bool) -> None:
+            expert, first, count, part = tile.now()
+            weights.begin(expert, rows_of(part))
+            activations.locate(lambda token: order[first + token] // spec.top_k, count)
+            activations.begin(weights.blocks)
+
+        def run() -> None:
+            expert, _, _, part = tile.now()
+            weights.run(expert, rows_of(part), activations, sums)
+
+        def finish() -> None:
+            expert, first, count, part = tile.kept()
             base = T.Bind(part * (8 * shape.tiles) + group * (4 * shape.tiles) + warp)
-            tiles = [T.Bind(T.min(base + 4 * m, layout.f_tiles - 1)) for m in range(shape.tiles)]
-            activations = Activations(shape, ring, x, lambda token: order[first + token] // spec.top_k, count, layout.d, thread)
-            sums = local(shape.tiles * shape.sums, "float32")
-            weights.multiply(expert, tiles, activations, lane, sums, lambda: None)
-            sync()
-            _hidden(spec, sums, ring, hidden, bias, expert, first, count, part, base, thread)
+            _hidden(spec, sums, staged, hidden, bias, expert, first, count, part, base, thread)
+
+        total = T.Bind(tiles[tiles.shape[0] - 1, 0] * parts)
+        _persistent(tile, total, block, spec.grid(rows, tokens)[0], begin, run, finish)
 
     def grid(operands: tuple[Any, ...]) -> list[Expr]:
-        return [ceil_div(layout.f_tiles, 8 * shape.tiles), spec.tiles(operands[-1])]
+        return spec.grid(rows, operands[-1])
 
-    return kernel("gate_up", THREADS, arguments, grid, body, words=shape.words, blocks_per_multiprocessor=1)
+    return kernel("gate_up", THREADS, arguments, grid, body, words=shape.words + staged_words, blocks_per_multiprocessor=shape.residency)
 
 
 def _hidden(
-    spec: PrefillSpec, sums: Buffer, ring: Buffer, hidden: Buffer, bias: Buffer | None, expert: Expr, first: Expr, count: Expr, part: Expr,
+    spec: PrefillSpec, sums: Buffer, memory: Buffer, hidden: Buffer, bias: Buffer | None, expert: Expr, first: Expr, count: Expr, part: Expr,
     base: Expr, thread: Expr,
 ) -> None:  # fmt: skip
     """Apply the activation function and write hidden values, by way of shared memory, 16 bytes at a time."""
@@ -118,7 +190,7 @@ def _hidden(
                         out = T.Bind(out)
                         other = T.Bind(T.tvm_warp_shuffle_down(tirx.const(0xFFFFFFFF, "uint32"), out, 4, 32, 32))
                         with when(lane // 4 % 2 == 0):
-                            store(ring, term(out, other, index), own + ((n * 8 + c) * width + half * 4))
+                            store(memory, term(out, other, index), own + ((n * 8 + c) * width + half * 4))
             sync()
             pieces = per // 8
             f0 = T.Bind((part * 8 * shape.tiles + group * 4 * shape.tiles + 4 * m) * layout.tile_rows)
@@ -126,49 +198,68 @@ def _hidden(
                 token, piece = i // pieces, i % pieces
                 f = f0 + piece * 8
                 with when(T.And(token < count, f < layout.f)):
-                    read_words(at(hidden, index, first + token, f), at(ring, staged + token * width + piece * 4))
+                    read_words(at(hidden, index, first + token, f), at(memory, staged + token * width + piece * 4))
             sync()
 
 
 def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
-    """PrimFunc (hidden uint16 [terms, S, F], order [S], starts [E + 1], weights f32 [T, k], arrays..., [bias], y [S, D])."""
+    """PrimFunc (hidden uint16 [terms, S, F], order [S], tiles [most + 1, 4], weights f32 [T, k], arrays..., [bias], y [S, D])."""
     layout, stack, shape = spec.layout, spec.layout.down, spec.shape
+    parts, staged_words = ceil_div(layout.d, shape.rows), 2 * shape.tokens * ((64 if spec.dtype == "float32" else 32) + 4)
 
     def arguments() -> tuple[Any, ...]:
         tokens = spec.count()
         slots = tokens * spec.top_k
         hidden = argument("hidden", (shape.terms, slots, layout.padded_f), "uint16")
-        order, starts = argument("order", (slots,), "int32"), argument("starts", (layout.experts + 1,), "int32")
+        order, tiles = spec.sorted(tokens)
         routing_weights = argument("weights", (tokens, spec.top_k), "float32")
         weights = Weights(stack, "down_")
         bias = argument("down_bias", (layout.experts, layout.d), "float32") if spec.biases else None
-        return hidden, order, starts, routing_weights, weights, bias, argument("y", (slots, layout.d), spec.dtype), tokens
+        return hidden, order, tiles, routing_weights, weights, bias, argument("y", (slots, layout.d), spec.dtype), tokens
 
-    def body(operands: tuple[Any, ...], memory: Shared, part: Expr, tile: Expr, thread: Expr) -> None:
-        hidden, order, starts, routing_weights, weights, bias, y, _ = operands
-        ring = memory.take((shape.words,), "uint32")
-        expert, first, count = find_tile(starts, layout.experts, tile, shape.tokens)  # written by the kernel before the last
-        with when(expert >= 0):
-            warp, lane, group = T.Bind(thread // 32 % 4), T.Bind(thread % 32), T.Bind(thread // 128)
+    def body(operands: tuple[Any, ...], memory: Shared, block: Expr, thread: Expr) -> None:
+        hidden, order, tiles, routing_weights, weights, bias, y, tokens = operands
+        ring, staged = memory.take((shape.words,), "uint32"), memory.take((staged_words,), "uint32")
+        warp, lane, group = T.Bind(thread // 32 % 4), T.Bind(thread % 32), T.Bind(thread // 128)
+        tile, sums = _Tile(tiles, parts), local(shape.tiles * shape.sums, "float32")
+        activations = Activations(shape, ring, hidden, ceil_div(layout.f, 8) * 8, thread)
+        weights.prepare(shape, lane)
+        last = stack.classes[0].tiles - 1
+
+        def rows_of(part: Expr) -> list[Expr]:
+            base = part * (8 * shape.tiles) + group * (4 * shape.tiles) + warp
+            return [T.Bind(T.min(base + 4 * m, last)) for m in range(shape.tiles)]
+
+        def begin(at_first: bool) -> None:
+            expert, first, count, part = tile.now()  # written by the kernel before the last one
+            weights.begin(expert, rows_of(part))
+            activations.locate(lambda token: first + token, count)
+            if at_first:
+                grid_wait()
+            activations.begin(weights.blocks)
+
+        def run() -> None:
+            expert, _, _, part = tile.now()
+            weights.run(expert, rows_of(part), activations, sums)
+
+        def finish() -> None:
+            expert, first, count, part = tile.kept()
             base = T.Bind(part * (8 * shape.tiles) + group * (4 * shape.tiles) + warp)
-            last = stack.classes[0].tiles - 1
-            tiles = [T.Bind(T.min(base + 4 * m, last)) for m in range(shape.tiles)]
-            activations = Activations(shape, ring, hidden, lambda token: first + token, count, ceil_div(layout.f, 8) * 8, thread)
-            sums = local(shape.tiles * shape.sums, "float32")
-            weights.multiply(expert, tiles, activations, lane, sums, grid_wait)
-            sync()
-            _outputs(spec, sums, ring, y, bias, order, routing_weights, expert, first, count, base, thread)
+            _outputs(spec, sums, staged, y, bias, order, routing_weights, expert, first, count, base, thread)
+
+        total = T.Bind(tiles[tiles.shape[0] - 1, 0] * parts)
+        _persistent(tile, total, block, spec.grid(layout.d, tokens)[0], begin, run, finish)
         grid_wait()
         grid_launch()
 
     def grid(operands: tuple[Any, ...]) -> list[Expr]:
-        return [ceil_div(stack.classes[0].tiles, 8 * shape.tiles), spec.tiles(operands[-1])]
+        return spec.grid(layout.d, operands[-1])
 
-    return kernel("down", THREADS, arguments, grid, body, words=shape.words, blocks_per_multiprocessor=1)
+    return kernel("down", THREADS, arguments, grid, body, words=shape.words + staged_words, blocks_per_multiprocessor=shape.residency)
 
 
 def _outputs(
-    spec: PrefillSpec, sums: Buffer, ring: Buffer, y: Buffer, bias: Buffer | None, order: Buffer, routing_weights: Buffer, expert: Expr,
+    spec: PrefillSpec, sums: Buffer, memory: Buffer, y: Buffer, bias: Buffer | None, order: Buffer, routing_weights: Buffer, expert: Expr,
     first: Expr, count: Expr, base: Expr, thread: Expr,
 ) -> None:  # fmt: skip
     """Multiply by the routing weights and write, by way of shared memory, 16 bytes at a time."""
@@ -196,11 +287,11 @@ def _outputs(
                         value = value + bias[expert, T.min((base + 4 * m) * ROWS + half * 8 + lane // 4, layout.d - 1)]
                     value = T.Bind(value * factors[2 * n + c])
                     if wide:
-                        store(ring, T.reinterpret("uint32", value), place)
+                        store(memory, T.reinterpret("uint32", value), place)
                     else:
                         other = T.Bind(T.tvm_warp_shuffle_down(tirx.const(0xFFFFFFFF, "uint32"), value, 4, 32, 32))
                         with when(lane // 4 % 2 == 0):
-                            store(ring, term(value, other, 0), place)
+                            store(memory, term(value, other, 0), place)
         sync()
         pieces, elements = words // 4, 4 if wide else 8
         row0 = T.Bind((base - warp + 4 * m) * ROWS)
@@ -208,5 +299,5 @@ def _outputs(
             token, piece = i // pieces, i % pieces
             row = row0 + piece * elements
             with when(T.And(token < count, row < layout.d)):
-                read_words(at(y, first + token, row), at(ring, staged + token * width + piece * 4))
+                read_words(at(y, first + token, row), at(memory, staged + token * width + piece * 4))
         sync()

@@ -39,7 +39,7 @@ class LinearSpec:
     warps: int = 8
     splits: int = 4
     unroll: int = 64
-    shape: Shape = field(default_factory=lambda: Shape(64, 1, 4, TERMS, exact=True))
+    shape: Shape = field(default_factory=lambda: Shape(64, 1, 4, TERMS))
 
     @property
     def stack(self) -> Stack:
@@ -149,14 +149,14 @@ def prefill_func(spec: LinearSpec) -> tirx.PrimFunc:
         warp, lane, group = T.Bind(thread // 32 % 4), T.Bind(thread % 32), T.Bind(thread // 128)
         base = T.Bind(part * (8 * shape.tiles) + group * (4 * shape.tiles) + warp)
         tiles = [T.Bind(T.min(base + 4 * m, layout.tiles - 1)) for m in range(shape.tiles)]
-        activations = Activations(shape, ring, x, lambda token: first + token, count, layout.k, thread)
-        sums = local(shape.tiles * shape.sums, "float32")
-
-        def arrive() -> None:
-            grid_wait()
-            grid_launch()
-
-        weights.multiply(const(0, "int32"), tiles, activations, lane, sums, arrive)
+        activations, sums = Activations(shape, ring, x, layout.k, thread), local(shape.tiles * shape.sums, "float32")
+        weights.prepare(shape, lane)
+        weights.begin(const(0, "int32"), tiles)
+        activations.locate(lambda token: first + token, count)
+        grid_wait()
+        grid_launch()
+        activations.begin(weights.blocks)
+        weights.run(const(0, "int32"), tiles, activations, sums)
         for m in range(shape.tiles):
             for half in range(2):
                 row = T.Bind((base + 4 * m) * ROWS + half * 8 + lane // 4)
@@ -171,7 +171,7 @@ def prefill_func(spec: LinearSpec) -> tirx.PrimFunc:
     def grid(operands: tuple[Buffer, product.Weights, Buffer | None, Buffer, Expr]) -> list[Expr]:
         return [ceil_div(layout.tiles, 8 * shape.tiles), T.cast((operands[-1] + shape.tokens - 1) // shape.tokens, "int32")]
 
-    return kernel("linear", THREADS, arguments, grid, body, words=shape.words, blocks_per_multiprocessor=1)
+    return kernel("linear", THREADS, arguments, grid, body, words=shape.words, blocks_per_multiprocessor=shape.residency)
 
 
 def linear(

@@ -45,13 +45,19 @@ class Shape:
         stages: of activations.
         terms: of bfloat16 that add up to an activation.
         exact: whether codes are multiplied before their scales.
+        residency: blocks that are to fit on a multiprocessor, which limits their registers.
+        depth: sets of registers for weights: all but one are on their way.
+        multiprocessors: of the GPU.
     """
 
     tokens: int = 64
-    tiles: int = 2
+    tiles: int = 1
     stages: int = 4
     terms: int = 1
-    exact: bool = False
+    exact: bool = True
+    residency: int = 1
+    depth: int = 2
+    multiprocessors: int = 132
 
     @property
     def rows(self) -> int:
@@ -79,28 +85,33 @@ class Activations:
 
     Args:
         source: uint16 [terms, rows, k].
-        row: the row of the source for a token of the block.
-        count: tokens of the block; others are zero.
         k: columns that there are.
     """
 
-    def __init__(
-        self, shape: Shape, memory: Buffer, source: Buffer, row: Callable[[Expr], Expr], count: Expr, k: int, thread: Expr
-    ) -> None:
+    def __init__(self, shape: Shape, memory: Buffer, source: Buffer, k: int, thread: Expr) -> None:
         self.shape, self._source, self._k, self._piece = shape, source, k, T.Bind(thread % PIECES)
         base = T.Bind(shared_address(at(memory, 0)))
         self.base = T.Bind((base + const(1023, "uint32")) // 1024 * 1024)
-        self._first, per = T.Bind(thread // PIECES), THREADS // PIECES
-        self._turns = -(-shape.tokens // per)
+        self._first, self._per = T.Bind(thread // PIECES), THREADS // PIECES
+        self._turns = -(-shape.tokens // self._per)
         self._rows, self._valid = local(self._turns, "int32"), local(self._turns, "int32")
+
+    def locate(self, row: Callable[[Expr], Expr], count: Expr) -> None:
+        """Of a tile: the row of the source for each token, and how many there are; other tokens are zero."""
         for i in range(self._turns):
-            token = T.Bind(self._first + i * per)
+            token = T.Bind(self._first + i * self._per)
             store(self._rows, const(0, "int32"), i)
             store(self._valid, const(0, "int32"), i)
             with when(token < count):
                 store(self._rows, row(token), i)
                 store(self._valid, const(16, "int32"), i)
-        self._per = per
+
+    def begin(self, blocks: int) -> None:
+        """Ask for the first stages."""
+        for stage in range(self.shape.stages - 2):
+            if stage < blocks:
+                self.fetch(const(stage, "int32"), stage)
+            copy_commit()
 
     def fetch(self, block: Expr, stage: Expr) -> None:
         """Copy a block of columns into a stage."""
@@ -108,7 +119,7 @@ class Activations:
         half = self._piece // 8 * (shape.tokens * 128)
         for i in range(self._turns):
             token = self._first + i * self._per
-            with when(T.And(token < shape.tokens, block >= 0)):
+            with when(token < shape.tokens):
                 swizzled = (self._piece % 8 ^ token % 8) * 16
                 bytes_here = T.Select(column < self._k, self._valid[i], const(0, "int32"))
                 for index in range(shape.terms):
@@ -124,28 +135,34 @@ class Activations:
 
 
 class Weights:
-    """The parameters of a stack of weights, and how a block multiplies with them."""
+    """The parameters of a stack of weights, and how a block multiplies with them, a tile after the other: `begin`, then `run`."""
 
     def __init__(self, stack: Stack, prefix: str) -> None:
-        self.stack = stack
+        self.stack, self.blocks = stack, stack.classes[0].blocks
         self._classes = [_Class(stack, index, prefix) for index in range(len(stack.classes))]
         self._table = argument(f"{prefix}table", (stack.experts, 2), "int32") if stack.mixed else None
 
-    def multiply(
-        self, expert: Expr, tiles: list[Expr], activations: Activations, lane: Expr, sums: Buffer, weights_first: Callable[[], None]
-    ) -> None:
-        """sums [tiles, tokens / 2] = W[expert, tiles] @ B.
+    def prepare(self, shape: Shape, lane: Expr) -> None:
+        """Take the registers."""
+        for found in self._classes:
+            found.prepare(shape, lane)
 
-        Args:
-            weights_first: called when the first weights are under way, before activations are read.
-        """
+    def begin(self, expert: Expr, tiles: list[Expr]) -> None:
+        """Ask for the first weights of rows `tiles` (of 16 a warp, a tile for each 64 of a warpgroup) of an expert."""
+        self._each(expert, lambda found, place: found.begin(place, tiles))
+
+    def run(self, expert: Expr, tiles: list[Expr], activations: Activations, sums: Buffer) -> None:
+        """sums [tiles, tokens / 2] = W[expert, tiles] @ B, after `begin` of both."""
+        self._each(expert, lambda found, place: found.run(place, tiles, activations, sums))
+
+    def _each(self, expert: Expr, act: Callable[[_Class, Expr], None]) -> None:
         if self._table is None:
-            self._classes[0].multiply(expert, tiles, activations, lane, sums, weights_first)
+            act(self._classes[0], expert)
             return
         kind, place = T.Bind(self._table[expert, 0]), T.Bind(self._table[expert, 1])
         for index, found in enumerate(self._classes):
             with when(kind == index):
-                found.multiply(place, tiles, activations, lane, sums, weights_first)
+                act(found, place)
 
 
 class _Class:
@@ -156,27 +173,29 @@ class _Class:
         lead, end = len(stack.members(index)), stack.suffix(index)
         self.buffers = {n: argument(f"{prefix}{n}{end}", s, d) for n, (s, d) in self.layout.arrays(lead).items()}
 
-    def multiply(
-        self, place: Expr, tiles: list[Expr], activations: Activations, lane: Expr, sums: Buffer, weights_first: Callable[[], None]
-    ) -> None:
-        layout, shape = self.layout, activations.shape
-        units, blocks = layout.units, layout.blocks
-        self._words = [local(len(tiles) * layout.unit_words, "uint32") for _ in range(2)]
-        self._sides = [local(len(tiles) * layout.block_groups, "uint32") for _ in range(2)]
+    def prepare(self, shape: Shape, lane: Expr) -> None:
+        layout = self.layout
+        self._shape, self._lane, self._depth = shape, lane, shape.depth
+        # blocks of a turn, so that the sets of registers are used in turn
+        self._turn = max(1, shape.depth // layout.units) if layout.integer is None else shape.depth
+        self._words = [local(shape.tiles * layout.unit_words, "uint32") for _ in range(self._depth)]
+        self._sides = [local(shape.tiles * layout.block_groups, "uint32") for _ in range(self._turn)]
+
+    def begin(self, place: Expr, tiles: list[Expr]) -> None:
+        units = self.layout.units
+        for unit in range(self._depth - 1):
+            if unit // units < self.layout.blocks:
+                self._fetch(unit, unit // units, place, tiles, const(unit // units, "int32"), unit % units)
+
+    def run(self, place: Expr, tiles: list[Expr], activations: Activations, sums: Buffer) -> None:
+        layout, shape = self.layout, self._shape
+        units, blocks, ahead = layout.units, layout.blocks, shape.stages - 2
         parts = local(len(tiles) * shape.sums, "float32") if shape.exact and layout.integer else sums
         for i in range(len(tiles) * shape.sums):
             store(sums, const(0.0, "float32"), i)
-        self._fetch(0, place, tiles, 0, 0, lane)
-        weights_first()
-        ahead = shape.stages - 2
-        for stage in range(ahead):
-            with when(const(stage, "int32") < blocks):
-                activations.fetch(const(stage, "int32"), stage)
-            copy_commit()
-        turn = 2 if units == 1 else 1  # blocks, so that the two sets of registers take turns
-        with T.serial(-(-blocks // turn)) as i:
-            for j in range(turn):
-                block = T.Bind(i * turn + j)
+        with T.serial(-(-blocks // self._turn)) as i:
+            for j in range(self._turn):
+                block = T.Bind(i * self._turn + j)
                 with when(block < blocks):
                     copy_wait(ahead - 1)
                     sync()
@@ -184,49 +203,49 @@ class _Class:
                         activations.fetch(block + ahead, (block + ahead) % shape.stages)
                     copy_commit()
                     for unit in range(units):
-                        now, last = (j + unit) % 2, unit == units - 1
-                        following = block + 1 if last else block
-                        with when(following < blocks):
-                            self._fetch(1 - now, place, tiles, following, (unit + 1) % units, lane)
-                        self._unit(now, j % 2, place, tiles, block, unit, activations, lane, sums, parts)
+                        now = j * units + unit
+                        following = now + self._depth - 1
+                        later = following // units
+                        with when(block + (later - j) < blocks):
+                            self._fetch(following, later, place, tiles, block + (later - j), following % units)
+                        self._unit(now, j, place, tiles, block, unit, activations, sums, parts)
         wgmma_wait(0)
         pin(at(sums, 0), len(tiles) * shape.sums)
 
-    def _fetch(self, which: int, place: Expr, tiles: list[Expr], block: Expr, unit: int, lane: Expr) -> None:
+    def _fetch(self, which: int, side: int, place: Expr, tiles: list[Expr], block: Expr, unit: int) -> None:
         """Ask for the words of a unit, and with the first of a block for its scales."""
-        layout = self.layout
+        layout, lane, target = self.layout, self._lane, self._words[which % self._depth]
         for m, tile in enumerate(tiles):
             first = m * layout.unit_words
             if layout.integer is None:
                 for v in range(2):
                     source = at(self.buffers["values"], place, tile, block, 256 * (2 * unit + v) + lane * 8)
-                    load_words(at(self._words[which], first + 4 * v), source, 4)
+                    load_words(at(target, first + 4 * v), source, 4)
                 continue
             if layout.units == 2:
                 for v in range(2):
                     source = at(self.buffers["codes"], place, tile, block, 128 * (2 * v + unit) + lane * 4)
-                    load_words(at(self._words[which], first + 4 * v), source, 4)
+                    load_words(at(target, first + 4 * v), source, 4)
             else:
                 begin, done = 0, 0
                 for width, _ in planes(layout.integer.bits):
                     count = min(4, 2 * width)
                     for v in range(2 * width // count):
                         source = at(self.buffers["codes"], place, tile, block, begin + v * 32 * count + lane * count)
-                        load_words(at(self._words[which], first + done + v * count), source, count)
+                        load_words(at(target, first + done + v * count), source, count)
                     begin, done = begin + 64 * width, done + 2 * width
             if unit == 0:
                 groups = layout.block_groups
                 source = at(self.buffers["scale"], place, tile, block // layout.scale_span, lane // 4, 0, 0)
-                load_words(at(self._sides[which if layout.units == 1 else 0], m * groups), source, groups)
+                load_words(at(self._sides[side % self._turn], m * groups), source, groups)
 
     def _unit(
-        self, now: int, parity: int, place: Expr, tiles: list[Expr], block: Expr, unit: int, activations: Activations, lane: Expr,
-        sums: Buffer, parts: Buffer,
+        self, which: int, side: int, place: Expr, tiles: list[Expr], block: Expr, unit: int, activations: Activations, sums: Buffer,
+        parts: Buffer,
     ) -> None:  # fmt: skip
         """Multiply with a unit of a block."""
-        layout, shape, count = self.layout, activations.shape, len(tiles)
-        sides = self._sides[parity if layout.units == 1 else 0]
-        groups, steps = layout.block_groups, STEPS // layout.units
+        layout, shape, count = self.layout, self._shape, len(tiles)
+        sides, groups, steps = self._sides[side], layout.block_groups, STEPS // layout.units
         exact = shape.exact and layout.integer is not None
         stage = T.Bind(block % shape.stages)
         a = [local(4 * count, "uint32") for _ in range(2)]
@@ -239,8 +258,8 @@ class _Class:
                     bf16_factors(at(factors, 2 * m), sides[m * groups + group])
             for m in range(count):
                 target = at(a[inner % 2], 4 * m)
-                words = at(self._words[now], m * layout.unit_words)
-                dequantize(layout, target, words, inner, self._zeros(place, tiles[m], block, lane, group), layout.units)
+                words = at(self._words[which % self._depth], m * layout.unit_words)
+                dequantize(layout, target, words, inner, self._zeros(place, tiles[m], block, group), layout.units)
                 if layout.integer is not None and not exact:
                     scale(target, (factors[2 * m], factors[2 * m + 1]))
             wgmma_fence()
@@ -250,12 +269,11 @@ class _Class:
                     b = activations.operand(stage, step, index)
                     wgmma(shape.tokens, at(parts, m * shape.sums), at(a[inner % 2], 4 * m), b, add)
             wgmma_commit()
-            ends = (step + 1) * groups % STEPS == 0
-            if exact and ends:
+            if exact and (step + 1) * groups % STEPS == 0:
                 wgmma_wait(0)
                 pin(at(parts, 0), count * shape.sums)
                 self._fold(sums, parts, sides, group, count, shape.sums)
-            else:
+            else:  # what the next but one step overwrites is free
                 wgmma_wait(0 if inner == steps - 1 and layout.units > 1 else 1)
 
     def _fold(self, sums: Buffer, parts: Buffer, sides: Buffer, group: int, count: int, width: int) -> None:
@@ -267,12 +285,12 @@ class _Class:
                 index = m * width + i
                 store(sums, sums[index] + parts[index] * scales[i % 4 // 2], index)
 
-    def _zeros(self, place: Expr, tile: Expr, block: Expr, lane: Expr, group: int) -> tuple[Expr, Expr]:
+    def _zeros(self, place: Expr, tile: Expr, block: Expr, group: int) -> tuple[Expr, Expr]:
         """The zero points of a lane's two rows."""
         integer = self.layout.integer
         if integer is None or integer.symmetric:
             middle = const(integer.levels // 2 if integer else 0, "uint32")
             return middle, middle
-        index = (place, tile, block // self.layout.scale_span, lane // 4, group)
+        index = (place, tile, block // self.layout.scale_span, self._lane // 4, group)
         low, high = (T.Bind(T.cast(self.buffers["zero"][(*index, half)], "uint32")) for half in (0, 1))
         return low, high

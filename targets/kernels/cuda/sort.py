@@ -7,8 +7,9 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, at, const, kernel, local, store, strided, sync, when
+from moec.targets.kernels.cuda.emit import Expr, Shared, argument, at, const, kernel, local, store, strided, sync, when
 from moec.targets.kernels.cuda.intrinsics import call, grid_launch, grid_wait
+from moec.targets.kernels.cuda.layout import ceil_div
 
 THREADS = 512
 
@@ -20,32 +21,21 @@ __device__ __forceinline__ int moec_scan(int x) {
   for (int d = 1; d < 32; d *= 2) { const int y = __shfl_up_sync(0xffffffffu, x, d); if ((threadIdx.x & 31) >= d) x += y; }
   return x;
 }
-__device__ __forceinline__ void moec_find(int* found, const int* starts, int experts, int tile, int size) {
-  found[0] = -1; found[1] = 0; found[2] = 0;
-  for (int e0 = 0; e0 < experts; e0 += 32) {
-    const int e = e0 + (threadIdx.x & 31);
-    const int first = e < experts ? starts[e] : 0, count = e < experts ? starts[e + 1] - first : 0;
-    const int tiles = (count + size - 1) / size, upto = moec_scan(tiles);
-    const unsigned int here = __ballot_sync(0xffffffffu, tile < upto);
-    if (here) {
-      const int lane = __ffs(here) - 1;
-      const int inside = tile - __shfl_sync(0xffffffffu, upto - tiles, lane);
-      found[0] = e0 + lane;
-      found[1] = __shfl_sync(0xffffffffu, first, lane) + inside * size;
-      found[2] = min(size, __shfl_sync(0xffffffffu, count, lane) - inside * size);
-      return;
-    }
-    tile -= __shfl_sync(0xffffffffu, upto, 31);
-  }
-}
+__device__ __forceinline__ void moec_count(int* p) { atomicAdd(p, 1); }
 #endif
 """
 
 
-def sort_func(experts: int, top_k: int, ids_dtype: str, tokens: int | None = None) -> tirx.PrimFunc:
-    """PrimFunc (ids [T, k], order int32 [S], places int32 [S], starts int32 [E + 1]): a stable sort of the slots by expert.
+def most_tiles(slots: Expr, experts: int, size: int) -> Expr:
+    """The most tiles of up to `size` slots of one expert each that there can be."""
+    return (min if isinstance(slots, int) else T.min)(slots, experts) + slots // size
 
-    order[i] is the slot at position i, places[s] the position of slot s or -1 if its id is outside of 0 to E - 1.
+
+def sort_func(experts: int, top_k: int, ids_dtype: str, size: int, tokens: int | None = None) -> tirx.PrimFunc:
+    """PrimFunc (ids [T, k], order int32 [S], places int32 [S], tiles int32 [most + 1, 4]): a stable sort of the slots by expert.
+
+    order[i] is the slot at position i, places[s] the position of slot s or -1 if its id is outside of 0 to E - 1. A tile is (expert,
+    first position, positions, 0), at most `size` positions; the last row has how many there are.
     """
     warps = THREADS // 32
 
@@ -54,64 +44,74 @@ def sort_func(experts: int, top_k: int, ids_dtype: str, tokens: int | None = Non
         slots = t * top_k
         ids = argument("ids", (t, top_k), ids_dtype)
         order, places = argument("order", (slots,), "int32"), argument("places", (slots,), "int32")
-        return ids, order, places, argument("starts", (experts + 1,), "int32"), slots
+        most = most_tiles(slots, experts, size)
+        return ids, order, places, argument("tiles", (most + 1, 4), "int32"), slots, most
 
     def body(operands: tuple[Any, ...], memory: Shared, expert: Expr, thread: Expr) -> None:
-        ids, order, places, starts, slots = operands
-        sums = memory.take((2, warps), "int32")
+        ids, order, places, tiles, slots, most = operands
+        histogram, sums = memory.take((experts,), "int32"), memory.take((4, warps), "int32")
+        with strided(thread, experts, THREADS) as i:
+            store(histogram, const(0, "int32"), i)
+        sync()
         grid_wait()
         grid_launch()
         each = T.Bind((T.cast(slots, "int32") + THREADS - 1) // THREADS)
         begin = T.Bind(thread * each)
-        end = T.Bind(T.min(begin + each, T.cast(slots, "int32")))
-        counts = local(2, "int32")
-        for i in range(2):
-            store(counts, const(0, "int32"), i)
-        with T.serial(T.max(end - begin, 0)) as i:
-            found = T.Bind(T.cast(ids[(begin + i) // top_k, (begin + i) % top_k], "int64"))
-            with when(T.And(found >= 0, found < T.cast(expert, "int64"))):
-                store(counts, counts[0] + 1, 0)
-            with when(found == T.cast(expert, "int64")):
-                store(counts, counts[1] + 1, 1)
-            with when(T.And(expert == 0, T.Or(found < 0, found >= experts))):
-                store(places, const(-1, "int32"), begin + i)
-        scan = local(2, "int32")
-        for i in range(2):
-            store(scan, call("moec_scan", _SCAN, counts[i], result="int32"), i)
-            with when(thread % 32 == 31):
-                store(sums, scan[i], i, thread // 32)
+        length = T.Bind(T.max(T.min(each, T.cast(slots, "int32") - begin), 0))
+
+        def id_at(i: Expr) -> Expr:
+            return T.Bind(T.cast(ids[(begin + i) // top_k, (begin + i) % top_k], "int64"))
+
+        own = local(1, "int32")
+        store(own, const(0, "int32"), 0)
+        with T.serial(length) as i:
+            found = id_at(i)
+            with T.If(T.And(found >= 0, found < experts)):
+                with T.Then():
+                    call("moec_count", _SCAN, at(histogram, T.cast(found, "int32")))
+                    with when(found == T.cast(expert, "int64")):
+                        store(own, own[0] + 1, 0)
+                with T.Else(), when(expert == 0):
+                    store(places, const(-1, "int32"), begin + i)
         sync()
-        before, less, equal = local(1, "int32"), local(1, "int32"), local(1, "int32")
-        for buffer in (before, less, equal):
-            store(buffer, const(0, "int32"), 0)
-        for warp in range(warps):
-            with when(warp < thread // 32):
-                store(before, before[0] + sums[1, warp], 0)
-            store(less, less[0] + sums[0, warp], 0)
-            store(equal, equal[0] + sums[1, warp], 0)
-        with when(thread == 0):
-            store(starts, less[0], expert)
-            with when(expert == experts - 1):
-                store(starts, less[0] + equal[0], experts)
+        # Of the experts before this one: slots and tiles; of all: tiles; of the threads before this one: slots of this expert.
+        values = local(4, "int32")
+        for i in range(3):
+            store(values, const(0, "int32"), i)
+        store(values, own[0], 3)
+        with strided(thread, experts, THREADS) as e:
+            count = T.Bind(histogram[e])
+            here = T.Bind((count + size - 1) // size)
+            store(values, values[2] + here, 2)
+            with when(e < expert):
+                store(values, values[0] + count, 0)
+                store(values, values[1] + here, 1)
+        scans = local(4, "int32")
+        for i in range(4):
+            store(scans, call("moec_scan", _SCAN, values[i], result="int32"), i)
+            with when(thread % 32 == 31):
+                store(sums, scans[i], i, thread // 32)
+        sync()
+        totals = local(4, "int32")
+        for i in range(4):
+            store(totals, const(0, "int32"), i)
+            for warp in range(warps):
+                with when(T.Or(T.bool(i < 3), warp < thread // 32)):
+                    store(totals, totals[i] + sums[i, warp], i)
+        first, mine = T.Bind(totals[0]), T.Bind(histogram[expert])
+        with when(T.And(thread == 0, expert == 0)):
+            store(tiles, totals[2], most, 0)
+        with strided(thread, (mine + size - 1) // size, THREADS) as i:
+            for column, value in enumerate((expert, first + i * size, T.min(mine - i * size, size), const(0, "int32"))):
+                store(tiles, value, totals[1] + i, column)
         place = local(1, "int32")
-        store(place, less[0] + before[0] + scan[1] - counts[1], 0)
-        with (
-            T.serial(T.max(end - begin, 0)) as i,
-            when(T.cast(ids[(begin + i) // top_k, (begin + i) % top_k], "int64") == T.cast(expert, "int64")),
-        ):
+        store(place, first + totals[3] + scans[3] - own[0], 0)
+        with T.serial(length) as i, when(id_at(i) == T.cast(expert, "int64")):
             store(order, begin + i, place[0])
             store(places, place[0], begin + i)
             store(place, place[0] + 1, 0)
 
-    return kernel("sort", THREADS, arguments, lambda _: [experts], body, words=2 * warps)
-
-
-def find_tile(starts: Buffer, experts: int, tile: Expr, size: int) -> tuple[Expr, Expr, Expr]:
-    """(expert, first position, positions) of the tile of at most `size` positions of one expert; the expert is -1 past the last."""
-    found = local(3, "int32")
-    call("moec_find", _SCAN, at(found, 0), at(starts, 0), experts, tile, size)
-    expert, first, count = (T.Bind(found[i]) for i in range(3))
-    return expert, first, count
+    return kernel("sort", THREADS, arguments, lambda _: [experts], body, words=ceil_div(experts, 4) * 4 + 4 * warps)
 
 
 def combine_func(d: int, top_k: int, dtype: str, tokens: int | None = None) -> tirx.PrimFunc:
@@ -121,22 +121,23 @@ def combine_func(d: int, top_k: int, dtype: str, tokens: int | None = None) -> t
     def arguments() -> tuple[Any, ...]:
         t = tokens if tokens is not None else T.int64()
         slots = t * top_k
-        return (
-            argument("y", (slots, d), dtype), argument("places", (slots,), "int32"), argument("out", (t, d), dtype), t
-        )  # fmt: skip
+        y, places = argument("y", (slots, d), dtype), argument("places", (slots,), "int32")
+        return y, places, argument("out", (t, d), dtype), t
 
     def body(operands: tuple[Any, ...], memory: Shared, token: Expr, thread: Expr) -> None:
         y, places, out, _ = operands
         del memory
         grid_wait()
         grid_launch()
+        own = local(top_k, "int32")
+        for slot in range(top_k):
+            store(own, places[token * top_k + slot], slot)
         with strided(thread, d, threads) as column:
             total = local(1, "float32")
             store(total, const(0.0, "float32"), 0)
             for slot in range(top_k):
-                place = T.Bind(places[token * top_k + slot])
-                with when(place >= 0):
-                    store(total, total[0] + T.cast(y[place, column], "float32"), 0)
+                with when(own[slot] >= 0):
+                    store(total, total[0] + T.cast(y[own[slot], column], "float32"), 0)
             store(out, T.cast(total[0], dtype), token, column)
 
     return kernel("combine", threads, arguments, lambda operands: [operands[-1]], body)

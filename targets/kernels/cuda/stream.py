@@ -133,18 +133,19 @@ class _Class:
     ) -> None:
         """Add the product with one block."""
         layout, groups = self.layout, self.layout.block_groups
-        parts, a, b = local(4 * columns.count, "float32"), local(4, "uint32"), local(4 * columns.count, "uint32")
-        scales = local(2, "float32")
+        parts, a, scales = local(4 * columns.count, "float32"), local(4, "uint32"), local(2, "float32")
+        b = [local(4 * columns.count, "uint32") for _ in range(4)]
+        for j in range(4):  # all before the first product, which waits for one of them only
+            load(b[j], block, j)
         for group in range(groups):
             for i in range(4 * columns.count):
                 store(parts, const(0.0, "float32"), i)
             zeros = self._zeros(place, tile, block, lane, group)
             for step in range(group * STEPS // groups, (group + 1) * STEPS // groups):
-                if step % 2 == 0:
-                    load(b, block, step // 2)
                 dequantize(layout, at(a, 0), at(words, u * self.lane_words), step, zeros)
                 for n in range(columns.count):
-                    mma(at(parts, 4 * n), at(a, 0), b[4 * n + 2 * (step % 2)], b[4 * n + 2 * (step % 2) + 1])
+                    first = 4 * n + 2 * (step % 2)
+                    mma(at(parts, 4 * n), at(a, 0), b[step // 2][first], b[step // 2][first + 1])
             if layout.integer is not None:
                 widen(at(scales, 0), sides[u * groups + group])
             columns.add(parts, scales if layout.integer is not None else None)
