@@ -151,7 +151,7 @@ def load_unfinished(path: Path) -> tuple[Statistics, tuple[int, States] | None]:
         MoecError: there is no such file, or it is something else.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt", device=str(torch.get_default_device())) as file:
             facts: dict[str, Any] = json.loads((file.metadata() or {}).get("moec", "{}"))
             if facts.get("version") != VERSION:
                 raise MoecError(
