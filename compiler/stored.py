@@ -9,11 +9,9 @@ from torch import Tensor
 
 from moec.compiler.ir import Graph
 from moec.compiler.model import Model
-from moec.compiler.packed import Quantized, format_name, integer_format
+from moec.compiler.packed import Quantized, format_name, integer_format, rounded
 from moec.compiler.quantizers import get_quantizer
 from moec.compiler.weights import WeightSource, packed_of
-
-_FLOATS = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -33,9 +31,7 @@ class StoredWeights:
             value = self.base.load(name, expert)
             made = get_quantizer("rtn").quantize(value.float().reshape(-1, value.shape[-1]), fmt)
             return made.values(fmt).view(value.shape)
-        value = self.base.load(name, expert)
-        plain = _FLOATS.get(format_name(param, expert))
-        return value.to(plain) if plain is not None and value.is_floating_point() else value
+        return rounded(self.base.load(name, expert), format_name(param, expert))
 
     def packed(self, name: str, expert: int | None = None) -> Quantized | None:
         """See `PackedSource`."""
