@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moec.compiler.calibration.collect import collect, load_or_collect
+from moec.compiler.calibration.collect import collect, load_or_collect, model_fingerprint
 from moec.compiler.calibration.locality import Use, expert_use
 from moec.compiler.calibration.statistics import Statistics, load_statistics
 from moec.compiler.calibration.text import Files, calibration_text
@@ -85,7 +85,7 @@ def inspect_checkpoint(
 def _statistics(
     model: Model, folder: Path, calibration: Files | None, tokens: int, seed: int, file: Path | None, progress: Progress
 ) -> Statistics:
-    layers = need_layers(model.graph, "inspect --stats")
+    need_layers(model.graph, "inspect --stats")
     if calibration is not None:
         text = calibration_text(calibration, folder, model, tokens, seed)
         return collect(model, text, progress) if file is None else load_or_collect(model, text, file, progress)
@@ -93,6 +93,6 @@ def _statistics(
         missing = f"there is no {file}" if file is not None else "found neither"
         raise MoecError(f"inspect --stats needs --calibration FILE, or --statistics of an earlier run ({missing})")
     found = load_statistics(file)
-    if {x.name: x.count for x in layers} != {name: layer.experts for name, layer in found.layers.items()}:
+    if found.model_fingerprint != model_fingerprint(model):
         raise MoecError(f"{file}: these statistics are of another model: calibrate {folder} with --calibration FILE")
     return found

@@ -26,18 +26,17 @@ from moec.compiler.errors import MoecError
 from moec.compiler.frontend import huggingface
 from moec.compiler.frontend.model import graph_of
 from moec.compiler.frontend.tokenizer import tokenizer_files
-from moec.compiler.ir import Graph, Param
+from moec.compiler.ir import Graph
 from moec.compiler.model import Model
-from moec.compiler.packed import Packed, integer_format, pack_plain
 from moec.compiler.passes import run_passes
 from moec.compiler.plan import Plan, make_plan, parse_size
 from moec.compiler.progress import Progress
-from moec.compiler.quantizers import get_quantizer
 from moec.compiler.recipe import NOTHING, load_recipe
 from moec.compiler.split_experts import uniform_experts
+from moec.compiler.stored import pack
 from moec.compiler.text import print_graph
 from moec.compiler.verify import CHECK, verify
-from moec.compiler.weights import WeightSource, packed_of
+from moec.compiler.weights import WeightSource
 from moec.targets import Target, get_target
 
 
@@ -202,16 +201,6 @@ def _require_space(out: Path, needed: int) -> None:
     needed -= sum(p.stat().st_size for p in part.rglob("*") if p.is_file())
     if (free := shutil.disk_usage(folder).free) < needed:
         raise MoecError(f"disk full: {out} needs {needed} more bytes and {folder} has {free}: free some space or write elsewhere")
-
-
-def pack(weights: WeightSource, param: Param, expert: int | None) -> Packed:
-    """A weight (or one expert of a stacked weight) in the parameter's format: the codes that passes made, or rounded to nearest."""
-    if (fmt := integer_format(param, expert)) is None:
-        return pack_plain(param, weights.load(param.name, expert), expert)
-    if (made := packed_of(weights, param.name, expert)) is not None:
-        return made
-    value = weights.load(param.name, expert)
-    return get_quantizer("rtn").quantize(value.reshape(-1, value.shape[-1]), fmt)
 
 
 def _fingerprint(graph: Graph, checkpoint: Path | None, shards: list[Shard], history: dict[str, Any], backend: str) -> str:
