@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 
@@ -17,11 +17,13 @@ from moec.compiler.layers import MoeLayer, moe_layers
 from moec.compiler.model import Model
 from moec.compiler.packed import is_quantized
 from moec.compiler.quantizers import Quantizer
-from moec.compiler.roles import parameter_roles
+from moec.compiler.roles import Kind, node_kinds
 from moec.runtime.formats import get_format
 
-KINDS = ("experts", "linear")
 GRAINS = ("expert", "projection")
+
+Menus = Mapping[str, Sequence[str]]
+"""The formats that each kind of weights (`moec.compiler.roles.KINDS`) may get."""
 
 
 @dataclass(frozen=True)
@@ -30,36 +32,51 @@ class Unit:
 
     Args:
         name: what the journal calls it.
-        node: the `experts` or `linear` node that they belong to.
-        expert: which expert of it; None for a linear layer.
+        kind: what the weights are for.
+        uses: the nodes that read them: one, but for matrices that are tied.
+        expert: which expert of it; None for what is whole.
         members: the parameters.
     """
 
     name: str
-    node: str
+    kind: Kind
+    uses: tuple[str, ...]
     expert: int | None
     members: tuple[str, ...]
 
+    @property
+    def node(self) -> str:
+        """The first node that reads them."""
+        return self.uses[0]
 
-def make_units(model: Model, grain: str, include: Sequence[str]) -> list[Unit]:
+
+def make_units(model: Model, grain: str, kinds: Collection[str]) -> list[Unit]:
     """The units of a model, in the order of the graph.
+
+    A matrix that several nodes share is one unit, of the kind of the first use that takes part.
 
     Args:
         grain: `expert` gives an expert's projections one format, `projection` each its own.
-        include: which roles take part: `experts`, `linear`.
+        kinds: which take part.
 
     Raises:
         MoecError: there are none, or one is quantised already.
     """
-    layers, roles = {layer.name: layer for layer in moe_layers(model.graph)}, parameter_roles(model.graph)
+    layers, found = {layer.name: layer for layer in moe_layers(model.graph)}, node_kinds(model.graph)
     units: list[Unit] = []
+    whole: dict[str, Unit] = {}
     for node in model.graph.nodes:
-        if node.name in layers and "experts" in include:
+        if node.name in layers and "experts" in kinds:
             units += _expert_units(layers[node.name], grain)
-        elif node.op == "linear" and "linear" in include and roles.get(node.inputs[1]) == "linear":
-            units.append(Unit(node.name, node.name, None, (node.inputs[1],)))
+        elif (kind := found.get(node.name, "experts")) != "experts" and node.inputs[1] in model.graph.params:
+            known = whole.get(node.inputs[1], Unit(node.inputs[1], kind, (), None, (node.inputs[1],)))
+            kind = known.kind if known.kind in kinds else kind
+            whole[node.inputs[1]] = replace(known, kind=kind, uses=(*known.uses, node.name))
+    units += [unit for unit in whole.values() if unit.kind in kinds]
+    order = {node.name: at for at, node in enumerate(model.graph.nodes)}
+    units.sort(key=lambda unit: order[unit.node])
     if not units:
-        raise MoecError(f"assign_bits: the model has no weights of the kinds {', '.join(include)}")
+        raise MoecError(f"assign_bits: the model has no weights of the kinds {', '.join(kinds)}")
     for name in {member for unit in units for member in unit.members}:
         if is_quantized(model.graph.params[name]):
             raise MoecError(f"assign_bits: @{name} is already {model.graph.params[name].format}; put assign_bits before quantize")
@@ -68,9 +85,9 @@ def make_units(model: Model, grain: str, include: Sequence[str]) -> list[Unit]:
 
 def _expert_units(layer: MoeLayer, grain: str) -> list[Unit]:
     if grain == "expert":
-        return [Unit(f"{layer.name}[{e}]", layer.name, e, (layer.up, layer.down)) for e in range(layer.count)]
+        return [Unit(f"{layer.name}[{e}]", "experts", (layer.name,), e, (layer.up, layer.down)) for e in range(layer.count)]
     ends = (("up", layer.up), ("down", layer.down))
-    return [Unit(f"{layer.name}[{e}].{end}", layer.name, e, (name,)) for e in range(layer.count) for end, name in ends]
+    return [Unit(f"{layer.name}[{e}].{end}", "experts", (layer.name,), e, (name,)) for e in range(layer.count) for end, name in ends]
 
 
 def member_shape(model: Model, unit: Unit, member: str) -> tuple[int, ...]:
@@ -81,13 +98,14 @@ def member_shape(model: Model, unit: Unit, member: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Problem:
-    """What an objective is asked: the damage of each unit in each format.
+    """What an objective is asked: the damage of each unit in each format that it may get.
 
     Args:
         model: before quantisation.
         context: for calibration text, the seed and progress.
         units, formats: the rows and columns of the answer.
         quantizer: how the formats' values are made to see what they do.
+        menus: the formats of a kind, where they are not all.
     """
 
     model: Model
@@ -95,6 +113,12 @@ class Problem:
     units: tuple[Unit, ...]
     formats: tuple[str, ...]
     quantizer: Quantizer
+    menus: Menus = field(default_factory=dict)
+
+    @cached_property
+    def allowed(self) -> NDArray[np.bool_]:
+        """Which formats each unit may get: [U, O]."""
+        return np.array([[fmt in self.menus.get(unit.kind, self.formats) for fmt in self.formats] for unit in self.units])
 
     @property
     def text(self) -> Text:

@@ -20,6 +20,7 @@ from typing import Any
 import moec
 from moec.compiler.calibration.text import Files, calibration_text
 from moec.compiler.context import Context
+from moec.compiler.device import on_device
 from moec.compiler.errors import MoecError
 from moec.compiler.evaluate import read_windows, window_length
 from moec.compiler.frontend import huggingface
@@ -49,6 +50,7 @@ def compare(
     max_tokens: int | None = MAX_TOKENS,
     context: int | None = None,
     max_kl: float | None = None,
+    device: str | None = None,
     output: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -64,6 +66,7 @@ def compare(
         max_tokens: of each text, about this many tokens from its beginning; None for all of it.
         context: tokens of a window; by default 512, or the model's context where that is shorter.
         max_kl: the most damage that passes which search may do, in nats a token on held-out calibration text.
+        device: what the interpreter and passes compute on, as in `compile_model`.
         output: a folder that keeps finished measurements: the same call again goes on where an interrupted one ended.
 
     Returns:
@@ -72,7 +75,7 @@ def compare(
     Raises:
         MoecError: no such model or text, or a text is too short.
     """
-    progress = progress or Progress()
+    progress, place = progress or Progress(), on_device(device)
     checkpoints = [huggingface.resolve(m) for m in ([models] if isinstance(models, (str, Path)) else models)]
     texts = _listed([data] if isinstance(data, (str, Path)) else data, (".txt",))
     chosen = [_load(r) for r in _listed(recipes, (".yaml", ".yml"))]
@@ -85,7 +88,8 @@ def compare(
             bench = _Bench(checkpoint, name, names, folder, progress, context, max_tokens, calibration, calibration_tokens, max_kl)
             for index, (recipe, error) in enumerate(plan := [(NOTHING, ""), *((r, e) for r, e in chosen if r.steps or e)]):
                 title = f"{name}, {recipe.name} ({index + 1} of {len(plan)})"
-                rows.append(bench.row(recipe, seeds, title) if not error else Row(name, recipe.name, error=error))
+                with place:
+                    rows.append(bench.row(recipe, seeds, title) if not error else Row(name, recipe.name, error=error))
         return Comparison(tuple(rows), tuple(names.values()))
 
 

@@ -41,6 +41,25 @@ class Distance:
         return {**vars(self), "perplexity": self.perplexity}
 
 
+class Tally:
+    """Sums over tokens of what a `Distance` says."""
+
+    def __init__(self) -> None:
+        self._sums, self._tokens = torch.zeros(4, dtype=torch.float64), 0
+
+    def add(self, truth: Tensor, logits: Tensor, wanted: Tensor) -> None:
+        """Tokens [...]: the reference's log-probabilities and a model's logits [..., V], and what came next."""
+        logp, wanted = logits.float().log_softmax(-1), wanted[..., None]
+        kl = (truth.exp() * (truth - logp)).sum(-1)
+        parts = (-logp.gather(-1, wanted), kl, truth.argmax(-1) == logp.argmax(-1), -truth.gather(-1, wanted))
+        self._sums.add_(torch.stack([part.double().sum() for part in parts]))
+        self._tokens += wanted.numel()
+
+    def distance(self) -> Distance:
+        """The means."""
+        return Distance(self._tokens, *(self._sums / self._tokens).tolist())
+
+
 def each_logits(model: Model, ids: Tensor, consume: Callable[[int, Tensor], None]) -> None:
     """Run windows [W, T] through a model, some at a time.
 
@@ -81,15 +100,10 @@ class Damage:
     @torch.no_grad()
     def __call__(self, model: Model) -> Distance:
         """The distance of a model."""
-        sums = torch.zeros(4, dtype=torch.float64)
+        tally = Tally()
 
         def score(at: int, found: Tensor) -> None:
-            truth, wanted = self._truth[at : at + len(found)], self.targets[at : at + len(found), :, None]
-            logp = found.log_softmax(-1)
-            parts = (-logp.gather(-1, wanted), truth.exp() * (truth - logp), truth.argmax(-1) == logp.argmax(-1), -truth.gather(-1, wanted))
-            sums.add_(torch.stack([part.double().sum() for part in parts]))
+            tally.add(self._truth[at : at + len(found)], found, self.targets[at : at + len(found)])
 
         each_logits(model, self.ids, score)
-        tokens = self.targets.numel()
-        nll, kl, agree, reference_nll = (sums / tokens).tolist()
-        return Distance(tokens, nll, kl, agree, reference_nll)
+        return tally.distance()

@@ -10,13 +10,13 @@ nor updates of later groups are needed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moec.compiler.grid import clamp_codes, fit, half, nearest
+from moec.compiler.grid import clamp_codes, fit, half, nearest, round_to_nearest
 from moec.compiler.packed import Quantized
 from moec.runtime.formats.int import IntFormat
 
@@ -45,6 +45,21 @@ class Rounded:
         codes = self.codes + self.zero.repeat_interleave(size, 0)[: len(self.codes)]
         kinds = ((codes, torch.uint8), (self.scale, torch.float16), (self.zero, torch.uint8))
         return Quantized(*(x.T.contiguous().to(kind).cpu().numpy() for x, kind in kinds))
+
+
+def with_feedback(weight: Tensor, fmt: IntFormat, moment: Tensor | None, work: Callable[[Tensor, Tensor], Sequence[Rounded]]) -> Quantized:
+    """Of every row of a weight [N, K] the best of what `work` finds and of rounding to nearest, by the moment [K, K].
+
+    Args:
+        moment: without it, or where no input was ever seen, weights are rounded to nearest.
+        work: is given the weight as [K, N] float32 and the moment.
+    """
+    plain = round_to_nearest(weight, fmt)
+    if moment is None or not bool(moment.diagonal().any()):
+        return plain
+    w = weight.to(moment.device, torch.float32).T.contiguous()
+    size = fmt.group_size(len(w))
+    return best_of(w, moment, [*work(w, moment), Rounded.of(plain, fmt, w.device)], size).quantized(size)
 
 
 def factor(moment: Tensor, damp: float) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moec.compiler.device import on_device
 from moec.compiler.errors import MoecError
 from moec.compiler.frontend import huggingface
 from moec.compiler.frontend.tokenizer import load_tokenizer
@@ -96,6 +97,7 @@ def evaluate(
     context: int | None = None,
     max_tokens: int | None = None,
     threads: int | None = None,
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluate an artifact or a checkpoint on a text file.
@@ -107,10 +109,12 @@ def evaluate(
         context: tokens of a window; by default 512, or the model's context where that is shorter.
         max_tokens: stop after about this many tokens.
         threads: threads of the runtime.
+        device: what checkpoints are interpreted on, as in `compile_model`; artifacts run on what they were compiled for.
 
     Raises:
         MoecError: no such model or file, or the text is too short.
     """
+    place = on_device(device)
     subject, tokenizer, limit = _open(model, threads)
     other = _open(reference, threads)[0] if reference is not None else None
     context = window_length(context, limit)
@@ -125,14 +129,15 @@ def evaluate(
 
     nll = kl = agree = 0.0
     rows = scored()
-    for _ in (progress or Progress()).track(range(len(inputs)), "evaluate"):
-        wanted, logits, truth = next(rows)
-        logp = logits.double().log_softmax(-1)
-        nll -= logp.gather(1, wanted[:, None]).sum().item()
-        if truth is not None:
-            expected = truth.double().log_softmax(-1)
-            kl += (expected.exp() * (expected - logp)).sum().item()
-            agree += (expected.argmax(-1) == logp.argmax(-1)).sum().item()
+    with place:
+        for _ in (progress or Progress()).track(range(len(inputs)), "evaluate"):
+            wanted, logits, truth = next(rows)
+            logp = logits.double().log_softmax(-1)
+            nll -= logp.gather(1, wanted[:, None].to(logp.device)).sum().item()
+            if truth is not None:
+                expected = truth.to(logp.device).double().log_softmax(-1)  # one of the two may be an artifact's
+                kl += (expected.exp() * (expected - logp)).sum().item()
+                agree += (expected.argmax(-1) == logp.argmax(-1)).sum().item()
     tokens = targets.numel()
     distance = (kl / tokens, agree / tokens) if other else (None, None)
     return Evaluation(tokens, nll / tokens, math.exp(nll / tokens), context, *distance)
@@ -155,13 +160,12 @@ def _open(model: str | Path, threads: int | None) -> tuple[Logits, Any, int]:
 
         return of_artifact, session.tokenizer, session.executor.context_length
     graph, weights = huggingface.load(model)
-    interpreter = Interpreter(graph, weights)
 
     def of_checkpoint(ids: Tensor) -> Iterator[Tensor]:
         results: list[Tensor] = []
         positions = torch.arange(ids.shape[1]).expand(1, -1)
         batches = [{"ids": window[None], "positions": positions} for window in ids]
-        interpreter.run(batches, lambda _, outputs: results.append(outputs[0][0]))
+        Interpreter(graph, weights).run(batches, lambda _, outputs: results.append(outputs[0][0]))
         return iter(results)
 
     return of_checkpoint, load_tokenizer(model), int(graph.meta["context_length"])

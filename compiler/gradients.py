@@ -26,8 +26,9 @@ Weight = Tensor | LazyStack | Stacked
 Loss = Callable[[int, tuple[Tensor, ...]], Tensor]
 """From the index of a batch and the graph's results to a number."""
 
-Seen = Callable[[str, int, Tensor], None]
-"""Told the gradient of a wanted value: its name, the index of the batch, and the gradient."""
+Seen = Callable[[Node, Sequence[Sequence[Tensor | None]], Tensor | None], None]
+"""Told of a wanted node: the node, for every batch its inputs (None in the place of parameters), and the gradients of its first result for
+all tokens of all batches, [samples, N, D]; None of the graph's own results, whose gradients a loss knows better."""
 
 
 @dataclass(frozen=True)
@@ -86,42 +87,55 @@ class Tape(Interpreter):
         self._kept: dict[str, Weight] = {}
 
     def backward(
-        self, batches: Sequence[Mapping[str, Tensor]], loss: Loss, wanted: Collection[str] = (), seen: Seen = lambda *_: None
+        self,
+        batches: Sequence[Mapping[str, Tensor]],
+        loss: Loss,
+        wanted: Collection[str] = (),
+        seen: Seen = lambda *_: None,
+        samples: int = 1,
     ) -> list[float]:
         """Differentiate a loss of each batch.
 
         Args:
             batches: inputs by name.
-            loss: of one batch; called once with a tape.
-            wanted: names of values whose gradients `seen` is told, last layers first.
+            loss: of one batch; called `samples` times for each, for all batches before it is called for the first one again.
+            wanted: names of nodes that `seen` is told of, last layers first, each when all batches are through.
+            samples: losses that differ (in what they draw); what lies before the last segment is computed once for all of them.
 
         Returns:
-            The loss of each batch.
+            The loss of each batch, summed over samples; gradients of leaves are sums likewise.
         """
         symbols = [bind_symbols(self.graph, batch) for batch in batches]
         states = self.forward(batches)
         losses = [0.0] * len(batches)
-        handed: list[dict[str, Tensor]] = [{} for _ in batches]
+        handed: list[list[dict[str, Tensor]]] = [[{} for _ in batches] for _ in range(samples)]
         for segment, entry in zip(reversed(self.segments), reversed(states), strict=True):
-            weights = self._segment_weights(segment)
-            for index in range(len(batches)):
-                given = {n: _leaf(v) for n, v in entry[index].items()}
-                with torch.enable_grad():
-                    environment = self._through(segment, dict(given), weights, symbols[index], wanted)
-                    kept = [(n, environment[n]) for node in segment.nodes for n in (v.name for v in node.outputs) if n in wanted]
-                    if segment is self.segments[-1]:
-                        total = loss(index, tuple(environment[name] for name in self.graph.outputs))
-                        losses[index] = float(total.detach())
-                        roots, seeds = [total], [torch.ones_like(total)]
-                    else:
-                        pairs = [(environment[n], g) for n, g in handed[index].items() if environment[n].requires_grad]
-                        roots, seeds = [v for v, _ in pairs], [g for _, g in pairs]
-                    if roots and any(r.requires_grad for r in roots):
-                        torch.autograd.backward(roots, seeds)
-                for name, value in kept:
-                    seen(name, index, torch.zeros_like(value) if value.grad is None else value.grad)
-                handed[index] = {n: v.grad for n, v in given.items() if v.grad is not None}
-                entry[index] = {}
+            weights, last = self._segment_weights(segment), segment is self.segments[-1]
+            notes = {node.name: _Notes(node, samples, len(batches)) for node in segment.nodes if node.name in wanted}
+            for first in range(samples if last else 1):
+                for index in range(len(batches)):
+                    given = {n: _leaf(v) for n, v in entry[index].items()}
+                    chosen = [first] if last else list(range(samples))
+                    with torch.enable_grad():
+                        environment = self._through(segment, dict(given), weights, symbols[index], wanted)
+                        if last:
+                            total = loss(index, tuple(environment[name] for name in self.graph.outputs))
+                            losses[index] += float(total.detach())
+                    for note in notes.values():
+                        note.keep(index, environment)
+                    for sample in chosen:
+                        pairs = [(environment[n], g) for n, g in handed[sample][index].items() if environment[n].requires_grad]
+                        roots, seeds = ([total], [torch.ones_like(total)]) if last else ([v for v, _ in pairs], [g for _, g in pairs])
+                        if roots and any(r.requires_grad for r in roots):
+                            torch.autograd.backward(roots, seeds, retain_graph=sample != chosen[-1])
+                        for note in notes.values():
+                            note.take(sample, index, environment, note.node.name in self.graph.outputs)
+                        handed[sample][index] = {n: v.grad for n, v in given.items() if v.grad is not None}
+                        for value in given.values():
+                            value.grad = None
+            entry.clear()
+            for note in reversed(notes.values()):
+                seen(note.node, note.inputs, note.gradients())
         return losses
 
     @torch.no_grad()
@@ -177,10 +191,36 @@ class Tape(Interpreter):
     ) -> dict[str, Tensor]:
         for node in segment.nodes:
             self._step(node, weights, environment, symbols)
-            for name in (o.name for o in node.outputs if o.name in wanted):
+            if node.name in wanted and (name := node.outputs[0].name) not in self.graph.outputs:
                 # A value that depends on no leaf starts a tape of its own.
                 environment[name].requires_grad_().retain_grad()
         return environment
+
+
+class _Notes:
+    """What is to be told of one node."""
+
+    def __init__(self, node: Node, samples: int, batches: int) -> None:
+        self.node = node
+        self.inputs: list[list[Tensor | None]] = [[] for _ in range(batches)]
+        self._found: list[list[Tensor | None]] = [[None] * batches for _ in range(samples)]
+
+    def keep(self, index: int, environment: Mapping[str, Tensor]) -> None:
+        """Keep the inputs of a batch."""
+        if not self.inputs[index]:
+            self.inputs[index] = [environment[n].detach() if n in environment else None for n in self.node.inputs]
+
+    def take(self, sample: int, index: int, environment: Mapping[str, Tensor], result: bool) -> None:
+        """Take the gradient of a batch off its tape."""
+        value = environment[self.node.outputs[0].name]
+        if not result:
+            self._found[sample][index] = (torch.zeros_like(value) if value.grad is None else value.grad).flatten(0, -2)
+        value.grad = None
+
+    def gradients(self) -> Tensor | None:
+        """[S, N, D], all batches one after the other."""
+        rows = [[g for g in sample if g is not None] for sample in self._found]
+        return torch.stack([torch.cat(row) for row in rows]) if all(rows) else None
 
 
 def _leaf(value: Tensor) -> Tensor:

@@ -19,14 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moec.compiler.allocation import Problem
-from moec.compiler.calibration.collect import batches_of
+from moec.compiler.change import Reached
 from moec.compiler.errors import MoecError
-from moec.compiler.interpreter import Interpreter
 from moec.compiler.ir import Node, Param, TensorType, Value
 from moec.compiler.layers import MoeLayer, moe_layers, require_values
 from moec.compiler.model import Model
 from moec.compiler.ops import expert_activation
-from moec.compiler.probe import Prober, output_gradients
+from moec.compiler.probe import Prober, run_probe
 from moec.compiler.weights import Edit, WeightSource
 
 
@@ -104,19 +103,16 @@ class _Salience(Prober):
 
     found: dict[str, Tensor] = field(default_factory=dict)
 
-    def expert(self, layer: MoeLayer, expert: int, x: Tensor, g: Tensor, token: Tensor) -> Tensor:
+    def expert(self, layer: MoeLayer, expert: int, x: Tensor, reached: Reached) -> None:
         """See `Prober`."""
-        assert self.gradients is not None
         model = self.problem.model
         biases = [None if bias is None else bias[expert] for bias in layer.load_biases(model)]
         up, down = model.load(layer.up, expert), model.load(layer.down, expert)
         fmt = self.problem.formats[0]
-        h, changed = (expert_activation(F.linear(x, w, biases[0]), **layer.activation) for w in (up, self.quantized(up, fmt, None)))
-        gradient = self.gradients[layer.name][:, token]  # [S, n, D]
-        product = changed * (gradient @ self.quantized(down, fmt, None)) - h * (gradient @ down)  # [S, n, F]
-        row = self.found.setdefault(layer.name, torch.zeros(layer.count, layer.width))
-        row[expert] = ((product * g[:, None]).square()).sum((0, 1)).to(row.device)
-        return F.linear(h, down, biases[1]) * g[:, None]
+        h, changed = (expert_activation(F.linear(x, w, biases[0]), **layer.activation) for w in (up, self.quantized(up, fmt)))
+        gradient = reached.pulled  # [S, n, D]
+        product = changed * (gradient @ self.quantized(down, fmt)) - h * (gradient @ down)  # [S, n, F]
+        self.found[layer.name][expert] = product.square().sum((0, 1))
 
 
 def neuron_orders(problem: Problem, samples: int = 2) -> dict[str, Tensor]:
@@ -129,6 +125,7 @@ def neuron_orders(problem: Problem, samples: int = 2) -> dict[str, Tensor]:
         raise MoecError(
             f"assign_bits: neurons are ranked by what the first format does, which must be an integer one, got {problem.formats[0]}"
         )
-    observer = _Salience(problem, lambda _: 0.0, output_gradients(problem, samples, "sampled"))
-    Interpreter(problem.model.graph, problem.model.weights).run(batches_of(problem.text), lambda *_: None, None, observer)
+    observer = _Salience(problem, lambda _: 0.0)
+    observer.found = {layer.name: torch.zeros(layer.count, layer.width) for layer in moe_layers(problem.model.graph)}
+    run_probe(observer, "sampled", samples)
     return {name: value.argsort(1, descending=True) for name, value in observer.found.items()}

@@ -29,10 +29,14 @@ class Quantized:
     def values(self, fmt: IntFormat) -> Tensor:
         """What the codes stand for: float32 [N, K]."""
         codes, scale, zero = (torch.from_numpy(a).to(torch.get_default_device()) for a in (self.codes, self.scale, self.zero))
-        size = fmt.group_size(codes.shape[-1])
-        spread = [a.float().repeat_interleave(size, -1)[..., : codes.shape[-1]] for a in (zero, scale)]
-        return (codes.float() - spread[0]) * spread[1]
+        k, size = codes.shape[-1], fmt.group_size(codes.shape[-1])
+        values: Tensor = torch.nn.functional.pad(codes.float(), (0, -k % size)).unflatten(-1, (-1, size))  # [N, groups, size]
+        values.sub_(zero.float()[..., None]).mul_(scale.float()[..., None])
+        result: Tensor = values.flatten(-2)[..., :k]
+        return result
 
+
+_FLOATS = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 Packed = Quantized | NDArray[np.generic]
 """A weight in its format: `Quantized`, or for plain formats the stored numbers (bfloat16 as uint16 bits)."""
@@ -53,6 +57,12 @@ def is_quantized(param: Param) -> bool:
     """Whether a parameter, or any expert of it, is in an integer format."""
     formats = (param.format,) if isinstance(param.format, str) else param.format
     return any(isinstance(get_format(name), IntFormat) for name in formats)
+
+
+def rounded(value: Tensor, name: str) -> Tensor:
+    """Floats as the plain format of this name keeps them; integers, and floats in any other format, as they are."""
+    kind = _FLOATS.get(name)
+    return value.to(kind) if kind is not None and value.is_floating_point() else value
 
 
 def pack_plain(param: Param, value: Tensor, expert: int | None) -> NDArray[np.generic]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, Protocol, runtime_checkable
@@ -13,6 +11,7 @@ from moec.compiler import verify
 from moec.compiler.context import Context
 from moec.compiler.errors import MoecError
 from moec.compiler.model import Model
+from moec.compiler.plugins import file_names, load_file
 from moec.runtime.errors import unknown
 
 
@@ -27,7 +26,7 @@ class Pass(Protocol):
 
 def known_passes() -> list[str]:
     """The names of all passes: the files of the folder `passes`."""
-    return sorted(m.name for m in pkgutil.iter_modules(moec.passes.__path__) if not m.ispkg)
+    return file_names(moec.passes.__name__)
 
 
 def make_pass(name: str, options: dict[str, Any]) -> Pass:
@@ -36,9 +35,7 @@ def make_pass(name: str, options: dict[str, Any]) -> Pass:
     Raises:
         MoecError: the pass or an option is unknown (the message has the nearest name), or an option has a wrong value.
     """
-    if name not in known_passes():
-        raise unknown("pass", name, known_passes())
-    kind = importlib.import_module(f"moec.passes.{name}").PASS
+    kind = load_file(moec.passes.__name__, "pass", name).PASS
     known = [f.name for f in fields(kind)]
     for option in options:
         if option not in known:

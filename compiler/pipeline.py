@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,22 +21,22 @@ from moec.compiler.backends import make_backend
 from moec.compiler.backends.base import Backend
 from moec.compiler.calibration.text import Files, calibration_text
 from moec.compiler.context import Context
+from moec.compiler.device import on_device
 from moec.compiler.errors import MoecError
 from moec.compiler.frontend import huggingface
 from moec.compiler.frontend.model import graph_of
 from moec.compiler.frontend.tokenizer import tokenizer_files
-from moec.compiler.ir import Graph, Param
+from moec.compiler.ir import Graph
 from moec.compiler.model import Model
-from moec.compiler.packed import Packed, integer_format, pack_plain
 from moec.compiler.passes import run_passes
 from moec.compiler.plan import Plan, make_plan, parse_size
 from moec.compiler.progress import Progress
-from moec.compiler.quantizers import get_quantizer
 from moec.compiler.recipe import NOTHING, load_recipe
 from moec.compiler.split_experts import uniform_experts
+from moec.compiler.stored import pack
 from moec.compiler.text import print_graph
 from moec.compiler.verify import CHECK, verify
-from moec.compiler.weights import WeightSource, packed_of
+from moec.compiler.weights import WeightSource
 from moec.targets import Target, get_target
 
 
@@ -53,6 +54,7 @@ def compile_model(
     calibration_tokens: int = 1 << 16,
     statistics: str | Path | None = None,
     seed: int = 0,
+    device: str | None = None,
     resume: bool = True,
     dry_run: bool = False,
     portable: bool = False,
@@ -74,6 +76,7 @@ def compile_model(
         calibration_tokens: about how many tokens of them to use.
         statistics: a file that keeps what was measured on them; read if it is there, written if not.
         seed: of everything that is random.
+        device: what passes compute on, `cpu`, `cuda` or `cuda:N`; torch's default device unless given. The artifact is for `target`.
         resume: keep the finished weight files of an interrupted run of the same work.
         dry_run: stop after planning; works from `config.json` alone.
         portable: the ONNX backend writes standard operators only.
@@ -91,7 +94,7 @@ def compile_model(
         raise MoecError("no output given: add -o OUT.moec, or --dry-run to see the plan only")
     if calibration is None and (max_kl is not None or statistics is not None):
         raise MoecError(f"{'--max-kl' if max_kl is not None else '--statistics'} needs calibration text: add --calibration FILE")
-    progress = progress or Progress()
+    progress, place = progress or Progress(), on_device(device)
     chosen = load_recipe(recipe) if recipe is not None else NOTHING
     hardware = get_target(target)
     with progress.step("trace"):
@@ -102,20 +105,22 @@ def compile_model(
         reference=source, target=hardware, max_kl=max_kl, seed=seed,
         statistics_file=Path(statistics) if statistics is not None else None, progress=progress,
     )  # fmt: skip
-    compiled = run_passes(source, chosen.passes, context)
+    with place:
+        compiled = run_passes(source, chosen.passes, context)
     if CHECK:
         verify(compiled.graph)
     if dry_run:
         return _within(make_plan(compiled.graph, chosen, hardware, None), memory)
     assert output is not None
-    quality = _quality(compiled, context)
+    with place:
+        quality = _quality(compiled, context)
     compiled = uniform_experts(compiled)
     with progress.step("lower"):
         lowered = make_backend(backend, compiled.graph, hardware, portable, activations)
     shards = plan_shards(lowered)
     plan = _within(make_plan(compiled.graph, chosen, hardware, shards), memory)
     history = {"recipe": list(chosen.steps), "journal": context.journal, "quality": quality, "calibration": _record(context)}
-    _write(Path(output), checkpoint, compiled, lowered, shards, history, hardware, backend, resume, plan, progress)
+    _write(Path(output), checkpoint, compiled, lowered, shards, history, hardware, backend, resume, plan, progress, place)
     return plan
 
 
@@ -160,6 +165,7 @@ def _write(
     resume: bool,
     plan: Plan,
     progress: Progress,
+    place: AbstractContextManager[Any],
 ) -> None:
     started = time.time()
     _require_space(out, sum(s.nbytes for s in shards))
@@ -172,8 +178,9 @@ def _write(
             for expert in experts:
                 yield expert, lowered.store(param, pack(model.weights, param, expert))
 
-        for shard in progress.track(shards, "weights"):
-            writer.write_shard(shard, arrays)
+        with place:  # what was not quantised yet is now
+            for shard in progress.track(shards, "weights"):
+                writer.write_shard(shard, arrays)
         with progress.step("code"):
             locations = {key: location for shard in shards for key, (_, location) in shard.arrays.items()}
             executor = lowered.build(writer.folder, locations)
@@ -194,16 +201,6 @@ def _require_space(out: Path, needed: int) -> None:
     needed -= sum(p.stat().st_size for p in part.rglob("*") if p.is_file())
     if (free := shutil.disk_usage(folder).free) < needed:
         raise MoecError(f"disk full: {out} needs {needed} more bytes and {folder} has {free}: free some space or write elsewhere")
-
-
-def pack(weights: WeightSource, param: Param, expert: int | None) -> Packed:
-    """A weight (or one expert of a stacked weight) in the parameter's format: the codes that passes made, or rounded to nearest."""
-    if (fmt := integer_format(param, expert)) is None:
-        return pack_plain(param, weights.load(param.name, expert), expert)
-    if (made := packed_of(weights, param.name, expert)) is not None:
-        return made
-    value = weights.load(param.name, expert)
-    return get_quantizer("rtn").quantize(value.reshape(-1, value.shape[-1]), fmt)
 
 
 def _fingerprint(graph: Graph, checkpoint: Path | None, shards: list[Shard], history: dict[str, Any], backend: str) -> str:

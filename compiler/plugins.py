@@ -16,13 +16,13 @@ from moec.runtime.errors import unknown
 R = TypeVar("R")
 
 
-def file_names(package: str) -> list[str]:
-    """The names of the files of a package."""
-    return sorted(m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__))
+def file_names(package: str, folders: bool = False) -> list[str]:
+    """The names of the files of a package, or of its folders."""
+    return sorted(m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__) if m.ispkg == folders)
 
 
-def load_file(package: str, kind: str, name: str) -> ModuleType:
-    """The file of this name.
+def load_file(package: str, kind: str, name: str, folders: bool = False) -> ModuleType:
+    """The file (or the folder) of this name.
 
     Args:
         kind: what error messages call it.
@@ -30,7 +30,7 @@ def load_file(package: str, kind: str, name: str) -> ModuleType:
     Raises:
         MoecError: there is none; the message lists those that exist.
     """
-    if name not in (known := file_names(package)):
+    if name not in (known := file_names(package, folders)):
         raise unknown(kind, name, known)
     return importlib.import_module(f"{package}.{name}")
 

@@ -1,103 +1,90 @@
-"""What a unit's quantisation changes: calibration text runs through the model once, and at each layer every unit is put into every format.
+"""What a unit's quantisation changes: text runs through the model once, and at each node every unit is put into every format.
 
 With x [n, D] the tokens of an expert, g their routing weights and f the expert, a unit in a format changes the layer's output z by
 
-    delta = g (f'(x) - f(x))        [n, D];   linear layers: delta = x (W' - W)^T
+    delta = g (f'(x) - f(x))        [n, D];   linear layers: delta = x (W' - W)^T;   embeddings: delta = W'[ids] - W[ids]
 
-while everything before it is unchanged. The quantised values of one layer are held at a time.
+while everything before it is unchanged. The quantised values of one expert are held at a time, and where gradients are asked for
+(G, of the log-likelihood of a window, by z) those of one segment of the graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moec.compiler.allocation import Problem, Unit
+from moec.compiler.allocation import Problem
 from moec.compiler.calibration.collect import batches_of
+from moec.compiler.change import Change, Part, Reached
 from moec.compiler.gradients import Tape
 from moec.compiler.interpreter import Interpreter
 from moec.compiler.ir import Node
 from moec.compiler.layers import MoeLayer, moe_layers
-from moec.compiler.observed import joined, parted
+from moec.compiler.moments import moment_of
+from moec.compiler.observed import joined
 from moec.compiler.ops import expert_activation
+from moec.compiler.packed import rounded
+from moec.compiler.quantizers import get_quantizer
 from moec.runtime.formats import get_format
 from moec.runtime.formats.int import IntFormat
+from moec.runtime.host import physical_cores
 
-
-@dataclass(frozen=True)
-class Change:
-    """One unit in one format.
-
-    Args:
-        delta: [n, D], the change of the node's output at the tokens that reach the unit.
-        token: [n], the tokens of the text that reach the unit.
-        window: [n], the window of text of each token.
-        gradients: [S, n, D], S samples of the gradient of the log-likelihood of a window by the node's output; None if not asked for.
-        errors: of each member, the change of the weight [N, K] and the second moment of what it is multiplied with [K, K].
-        routed: [n], the tokens' routing weights (ones in a linear layer).
-    """
-
-    unit: Unit
-    delta: Tensor
-    token: Tensor
-    window: Tensor
-    gradients: Tensor | None
-    errors: list[tuple[Tensor, Tensor]]
-    routed: Tensor
+HEAD_ELEMENTS = 1 << 24
+"""Logits that are looked at together."""
 
 
 Score = Callable[[Change], float]
+"""What a change does, in a unit of the objective's own, summed over its tokens."""
 
 
-def probe(problem: Problem, score: Score, gradients: Mapping[str, Tensor] | None = None) -> Tensor:
-    """A number for each unit in each format: float64 [U, O].
-
-    Args:
-        gradients: by node, [S, N, D] for all N tokens of the text.
-    """
-    observer = Prober(problem, score, gradients)
-    with problem.context.progress.counter("probe") as count:
-        Interpreter(problem.model.graph, problem.model.weights).run(batches_of(problem.text), lambda *_: None, count, observer)
-    return observer.result
-
-
-def output_gradients(problem: Problem, samples: int, labels: str) -> dict[str, Tensor]:
-    """The gradient of each window's log-likelihood by the output of each node that has units: by node, [S, N, D].
+def probe(problem: Problem, score: Score, labels: str | None = None, samples: int = 1) -> Tensor:
+    """A number for each unit in each format: float64 [U, O], zero where the unit may not get the format.
 
     Args:
+        labels: ask for gradients, of labels `sampled` from the model itself, which makes the mean of squares the Fisher information, or
+            of the `text`'s own next tokens (one sample; the empirical Fisher).
         samples: S, how many times labels are drawn.
-        labels: `sampled` from the model itself, which makes the mean of squares the Fisher information, or the `text`'s own next tokens
-            (S = 1; the empirical Fisher).
     """
-    batches, device = batches_of(problem.text), torch.get_default_device()
-    wanted = {unit.node for unit in problem.units}
-    tape = Tape(problem.model.graph, problem.model.weights)
-    rows = [b["ids"].numel() for b in batches]
-    starts = [sum(rows[:i]) for i in range(len(rows))]
-    found: dict[str, Tensor] = {}
-    generator = torch.Generator(device).manual_seed(problem.context.seed)
-    for sample in range(samples):
+    prober = Prober(problem, score)
+    run_probe(prober, labels, samples)
+    return prober.result
+
+
+def run_probe(prober: Prober, labels: str | None, samples: int) -> None:
+    """Show a prober the nodes that have units; see `probe`."""
+    problem, batches = prober.problem, batches_of(prober.problem.text)
+    with problem.context.progress.counter("probe") as count:
+        if labels is None:
+            Interpreter(problem.model.graph, problem.model.weights).run(batches, lambda *_: None, count, prober)
+            return
+        wanted, device = {name for unit in problem.units for name in unit.uses}, torch.get_default_device()
+        generator, seen = torch.Generator(device).manual_seed(problem.context.seed), list[str]()
 
         def loss(index: int, outputs: tuple[Tensor, ...]) -> Tensor:
-            logits = outputs[0].flatten(0, 1)
+            p = outputs[0].detach().softmax(-1)  # [B, T, V]
             if labels == "text":
-                logits = outputs[0][:, :-1].flatten(0, 1)
-                drawn = batches[index]["ids"][:, 1:].flatten().to(device)
+                drawn = batches[index]["ids"][:, 1:].to(device)
+                p[:, -1] = 0  # what comes after a window is not known
             else:
-                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-            return F.cross_entropy(logits, drawn, reduction="sum")
+                drawn = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(p.shape[:2])
+            p[:, : drawn.shape[1]].scatter_add_(2, drawn[..., None], p.new_full((*drawn.shape, 1), -1.0))
+            total: Tensor = torch.linalg.vecdot(outputs[0], p).sum()  # with the cross entropy's derivative: p less what was drawn
+            return total
 
-        def seen(name: str, index: int, gradient: Tensor, sample: int = sample) -> None:
-            flat = gradient.flatten(0, -2)
-            store = found.setdefault(name, torch.zeros(samples, sum(rows), flat.shape[-1], device=device))
-            store[sample, starts[index] : starts[index] + rows[index]] = flat
+        def show(node: Node, inputs: Sequence[Sequence[Tensor | None]], gradients: Tensor | None) -> None:
+            prober.visit(node, inputs, gradients)
+            seen.append(node.name)
+            count(len(seen), len(wanted))
 
-        tape.backward(batches, loss, wanted, seen)
-    return found
+        Tape(problem.model.graph, problem.model.weights).backward(batches, loss, wanted, show, samples)
 
 
 @dataclass
@@ -106,82 +93,137 @@ class Prober:
 
     problem: Problem
     score: Score
-    gradients: Mapping[str, Tensor] | None
     result: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.result = torch.zeros(len(self.problem.units), len(self.problem.formats), dtype=torch.float64)
-        self._layers = {layer.name: layer for layer in moe_layers(self.problem.model.graph)}
-        self._units: dict[tuple[str, int | None], list[int]] = {}
-        for index, unit in enumerate(self.problem.units):
-            self._units.setdefault((unit.node, unit.expert), []).append(index)
-        windows, tokens = self.problem.text.ids.shape
+        problem = self.problem
+        self.result = torch.zeros(len(problem.units), len(problem.formats), dtype=torch.float64, device="cpu")
+        self._layers = {layer.name: layer for layer in moe_layers(problem.model.graph)}
+        self.units: dict[tuple[str, int | None], list[int]] = {}
+        for index, unit in enumerate(problem.units):
+            for name in unit.uses:
+                self.units.setdefault((name, unit.expert), []).append(index)
+        windows, tokens = problem.text.ids.shape
         self._window = torch.arange(windows, device=torch.get_default_device()).repeat_interleave(tokens)
 
-    def visit(self, node: Node, inputs: Sequence[Sequence[Tensor | None]]) -> Sequence[tuple[Tensor, ...]] | None:
+    def visit(self, node: Node, inputs: Sequence[Sequence[Tensor | None]], gradients: Tensor | None = None) -> None:
         """See `Observer`."""
-        if (node.name, None) in self._units:
-            self._linear(node, joined(inputs, 0))
+        if (node.name, None) in self.units:
+            if node.op == "embedding":
+                self._embedding(node, torch.cat([batch[0].flatten() for batch in inputs if batch[0] is not None]), gradients)
+            else:
+                self._linear(node, joined(inputs, 0), gradients)
         layer = self._layers.get(node.name)
-        return self._experts(layer, inputs) if layer is not None and (node.name, 0) in self._units else None
+        if layer is not None and (node.name, 0) in self.units:
+            x, ids, routing = (joined(inputs, i) for i in range(3))  # [N, D], [N, K], [N, K]
+            with _each(x.is_cpu) as each:
+                each(partial(self._routed, layer, x, ids, routing, gradients), range(layer.count))
 
-    def _linear(self, node: Node, x: Tensor) -> None:
-        weight = self.problem.model.load(node.inputs[1]).to(x.device)
-        moment = _moment(x, None)
-        token = torch.arange(len(x), device=x.device)
-        for index in self._units[node.name, None]:
-            for at, fmt in enumerate(self.problem.formats):
-                error = self.quantized(weight, fmt, moment) - weight
-                self._note(index, at, token, x @ error.T, [(error, moment)], torch.ones_like(x[:, 0]))
+    def _reached(self, token: Tensor, routed: Tensor, gradients: Tensor | None, logits: Tensor | None = None) -> Reached:
+        return Reached(token, self._window[token], routed, None if gradients is None else gradients[:, token], logits)
 
-    def _experts(self, layer: MoeLayer, inputs: Sequence[Sequence[Tensor | None]]) -> list[tuple[Tensor, ...]]:
-        x, ids, routing = (joined(inputs, i) for i in range(3))  # [N, D], [N, K], [N, K]
-        result = torch.zeros_like(x)
-        for expert in range(layer.count):
-            token, slot = torch.where(ids == expert)
-            if len(token):
-                result.index_add_(0, token, self.expert(layer, expert, x[token], routing[token, slot], token))
-        return parted(result, inputs)
+    def _embedding(self, node: Node, ids: Tensor, gradients: Tensor | None) -> None:
+        weight, token = self.problem.model.load(node.inputs[1]), torch.arange(len(ids), device=ids.device)
+        reached = self._reached(token, torch.ones(len(ids), device=ids.device), gradients)
+        for index, at, fmt in self.trials(node.name, None):
+            self.note(
+                index, at, Change(self.problem.units[index], node.name, reached, (Part((self.quantized(weight, fmt) - weight)[ids]),), list)
+            )
 
-    def expert(self, layer: MoeLayer, expert: int, x: Tensor, g: Tensor, token: Tensor) -> Tensor:
-        """The weighted outputs [n, D] of an expert, after its units were tried."""
+    def _linear(self, node: Node, x: Tensor, gradients: Tensor | None) -> None:
+        weight, result = self.problem.model.load(node.inputs[1]), node.name in self.problem.model.graph.outputs
+        moment = _Moment(x)
+        errors = {fmt: self.quantized(weight, fmt, None if result else moment) - weight for _, _, fmt in self.trials(node.name, None)}
+        size = max(1, HEAD_ELEMENTS // len(weight)) if result else len(x)
+        for token in torch.arange(len(x), device=x.device).split(size):
+            part = x[token]
+            bias = self.problem.model.load(node.inputs[2]) if result and len(node.inputs) > 2 and node.inputs[2] else None
+            reached = self._reached(
+                token, torch.ones(len(token), device=x.device), gradients, F.linear(part, weight, bias) if result else None
+            )
+            for index, at, fmt in self.trials(node.name, None):
+                error = errors[fmt]
+                made = partial(_pairs, [error], [moment])
+                self.note(index, at, Change(self.problem.units[index], node.name, reached, (Part(part, error),), made))
+
+    def _routed(self, layer: MoeLayer, x: Tensor, ids: Tensor, routing: Tensor, gradients: Tensor | None, expert: int) -> None:
+        token, slot = torch.where(ids == expert)
+        if len(token):
+            self.expert(layer, expert, x[token], self._reached(token, routing[token, slot], gradients))
+
+    def expert(self, layer: MoeLayer, expert: int, x: Tensor, reached: Reached) -> None:
+        """Try the units of an expert, whose tokens are x [n, D]."""
         model = self.problem.model
-        biases = [None if bias is None else bias.to(x.device)[expert] for bias in layer.load_biases(model)]
-        plain = {name: model.load(name, expert).to(x.device) for name in (layer.up, layer.down)}
+        bias = model.load(layer.biases[0])[expert] if layer.experts.inputs[5:6] not in ((), ("",)) else None
+        up, down = model.load(layer.up, expert), model.load(layer.down, expert)
 
-        def hidden(up: Tensor) -> Tensor:
-            return expert_activation(F.linear(x, up, biases[0]), **layer.activation)
+        def hidden(weight: Tensor) -> Tensor:
+            return expert_activation(F.linear(x, weight, bias), **layer.activation)
 
-        h = hidden(plain[layer.up])
-        base = F.linear(h, plain[layer.down], biases[1])
-        moments = {layer.up: _moment(x, g), layer.down: _moment(h, g)}
+        h = hidden(up)
+        moments = {layer.up: _Moment(x, reached.routed), layer.down: _Moment(h, reached.routed)}
+        back = None if reached.gradients is None else reached.pulled @ down  # [S, n, F]
+        for fmt, trials in self.by_format(layer.name, expert):
+            members = {member for index, _ in trials for member in self.problem.units[index].members}
+            tried = {m: self.quantized(w, fmt, moments[m]) - w for m, w in ((layer.up, up), (layer.down, down)) if m in members}
+            changed = hidden(up + tried[layer.up]) if layer.up in members else h
+            for index, at in trials:
+                own = self.problem.units[index].members
+                parts = [Part(changed - h, down, back)] if layer.up in own else []
+                if layer.down in own:
+                    parts.append(Part(changed if layer.up in own else h, tried[layer.down]))
+                made = partial(_pairs, [tried[m] for m in own], [moments[m] for m in own])
+                self.note(index, at, Change(self.problem.units[index], layer.name, reached, tuple(parts), made))
+
+    def trials(self, node: str, expert: int | None) -> Iterator[tuple[int, int, str]]:
+        """What is to be tried at a node: unit, column and format."""
         for at, fmt in enumerate(self.problem.formats):
-            tried = {name: self.quantized(weight, fmt, moments[name]) for name, weight in plain.items()}
-            changed = hidden(tried[layer.up])
-            for index in self._units[layer.name, expert]:
-                members = self.problem.units[index].members
-                down = tried[layer.down] if layer.down in members else plain[layer.down]
-                delta = (F.linear(changed if layer.up in members else h, down, biases[1]) - base) * g[:, None]
-                errors = [(tried[m] - plain[m], moments[m]) for m in members]
-                self._note(index, at, token, delta, errors, g)
-        return base * g[:, None]
+            for index in self.units[node, expert]:
+                if self.problem.allowed[index, at]:
+                    yield index, at, fmt
 
-    def quantized(self, weight: Tensor, fmt: str, moment: Tensor | None) -> Tensor:
-        """What a weight becomes in a format."""
-        chosen, quantizer = get_format(fmt), self.problem.quantizer
+    def by_format(self, node: str, expert: int | None) -> Iterable[tuple[str, list[tuple[int, int]]]]:
+        """`trials`, those of one format together."""
+        found: dict[str, list[tuple[int, int]]] = {}
+        for index, at, fmt in self.trials(node, expert):
+            found.setdefault(fmt, []).append((index, at))
+        return found.items()
+
+    def quantized(self, weight: Tensor, fmt: str, moment: _Moment | None = None) -> Tensor:
+        """What a weight becomes in a format. Without a moment it is rounded to nearest, as what is neither expert nor linear layer is."""
+        chosen, quantizer = get_format(fmt), self.problem.quantizer if moment is not None else get_quantizer("rtn")
         if not isinstance(chosen, IntFormat):
-            return weight.to(torch.bfloat16 if fmt == "bf16" else torch.float16 if fmt == "f16" else weight.dtype).to(weight.dtype)
-        read = None if moment is None or quantizer.needs == "none" else moment.diagonal() if quantizer.needs == "diagonal" else moment
-        made = quantizer.quantize(weight, chosen, read)
-        return made.values(chosen).to(weight.device)
+            return rounded(weight, fmt).to(weight.dtype)
+        full = moment.value if moment is not None and quantizer.needs != "none" else None
+        read = full.diagonal() if full is not None and quantizer.needs == "diagonal" else full
+        return quantizer.quantize(weight, chosen, read).values(chosen).to(weight.device)
 
-    def _note(self, index: int, at: int, token: Tensor, delta: Tensor, errors: list[tuple[Tensor, Tensor]], routed: Tensor) -> None:
-        unit = self.problem.units[index]
-        gradients = None if self.gradients is None else self.gradients[unit.node][:, token]
-        self.result[index, at] = self.score(Change(unit, delta, token, self._window[token], gradients, errors, routed))
+    def note(self, index: int, at: int, change: Change) -> None:
+        """Add the score of a change: a tied matrix has one for each of its uses."""
+        self.result[index, at] += self.score(change)
 
 
-def _moment(x: Tensor, scale: Tensor | None) -> Tensor:
-    """The mean of x x^T over rows, each weighted by scale^2: [K, K] float64."""
-    scaled = x if scale is None else x * scale[:, None]
-    return (scaled.T @ scaled).double() / max(1, len(x))
+class _Moment:
+    """The second moment of inputs [n, K], each weighted by scale^2, made once if it is asked for."""
+
+    def __init__(self, x: Tensor, scale: Tensor | None = None) -> None:
+        self._x, self._scale = x, scale
+
+    @cached_property
+    def value(self) -> Tensor:
+        """[K, K] float32."""
+        return moment_of([self._x], self._scale)
+
+
+def _pairs(errors: Sequence[Tensor], moments: Sequence[_Moment]) -> list[tuple[Tensor, Tensor]]:
+    return [(error, moment.value) for error, moment in zip(errors, moments, strict=True)]
+
+
+@contextmanager
+def _each(threads: bool) -> Iterator[Callable[[Callable[[int], Any], Iterable[int]], None]]:
+    """What calls a function for each of some numbers: on the processor several at a time, each on one core."""
+    if not threads:
+        yield lambda work, numbers: list(map(work, numbers)).clear()
+        return
+    with ThreadPoolExecutor(physical_cores(), "probe", torch.set_num_threads, (1,)) as pool:
+        yield lambda work, numbers: list(pool.map(work, numbers)).clear()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moec.compiler.damage import Distance
+from moec.compiler.damage import Distance, Tally
 from moec.compiler.errors import MoecError
 from moec.compiler.interpreter import Interpreter
 from moec.compiler.ir import Dim, Graph, dim_symbols, dim_value
@@ -122,22 +122,14 @@ class Reference:
     @torch.no_grad()
     def __call__(self, model: Model, progress: Progress = _QUIET, name: str = "evaluate") -> Distance:
         """The distance of a model, in nats a token."""
-        sums = torch.zeros(4, dtype=torch.float64)
+        tally = Tally()
 
         def score(at: int, logits: Tensor) -> None:
-            truth = torch.from_numpy(np.array(self._truth[at : at + len(logits)])).to(
-                logits.device
-            )  # a copy: the file is mapped for reading only
-            wanted = self.targets[at : at + len(logits), None].to(logits.device)
-            logp = logits.float().log_softmax(-1)
-            kl = (truth.exp() * (truth - logp)).sum(-1)
-            parts = (-logp.gather(-1, wanted), kl, truth.argmax(-1) == logp.argmax(-1), -truth.gather(-1, wanted))
-            sums.add_(torch.stack([p.double().sum() for p in parts]))
+            truth = torch.from_numpy(np.array(self._truth[at : at + len(logits)]))  # a copy: the file is mapped for reading only
+            tally.add(truth.to(logits.device), logits, self.targets[at : at + len(logits)].to(logits.device))
 
         each_logits(model, self.ids, score, progress, name)
-        tokens = len(self.targets)
-        nll, kl, agree, reference_nll = (sums / tokens).tolist()
-        return Distance(tokens, nll, kl, agree, reference_nll)
+        return tally.distance()
 
 
 def pooled(distances: Sequence[Distance]) -> Distance:

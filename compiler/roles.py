@@ -66,3 +66,83 @@ def layer_of(parameter: str) -> int | None:
     """
     match = re.search(r"\.(\d+)\.", f".{parameter}.")
     return int(match[1]) if match else None
+
+
+Kind = Literal["experts", "attention", "shared", "dense", "embedding", "head"]
+KINDS: tuple[Kind, ...] = ("experts", "attention", "shared", "dense", "embedding", "head")
+"""What matrices are for, finer than `Role`: `linear` is one of three, and the two uses of `embedding` are told apart."""
+
+_VIEWS = ("aten.view.default", "aten.reshape.default")
+
+
+def node_kinds(graph: Graph) -> dict[str, Kind]:
+    """The kind of every node that multiplies by a matrix, by the node's name; routers are left out.
+
+    `attention`: what leads to an attention op or from it, within a block. `shared`: a linear layer that reads what experts read, or what
+    such a layer makes of it (shared experts, and their gates). `dense`: any other linear layer.
+    """
+    roles, found = parameter_roles(graph), dict[str, Kind]()
+    read = {_viewed(graph, node.inputs[0]) for node in graph.nodes if node.op == "experts"}
+    for node in graph.nodes:
+        if node.op in ("experts", "embedding"):
+            found[node.name] = "experts" if node.op == "experts" else "embedding"
+        elif node.op == "linear" and node.inputs[1] in graph.params and roles[node.inputs[1]] != "router":
+            if node.name in graph.outputs:
+                found[node.name] = "head"
+            elif _meets(graph, node, {"attention", "linear_attention"}, forward=True) or _meets(
+                graph, node, {"attention", "linear_attention"}, forward=False
+            ):
+                found[node.name] = "attention"
+            else:
+                makers = _makers(graph, node)
+                shared = _viewed(graph, node.inputs[0]) in read or any(found.get(maker) == "shared" for maker in makers)
+                found[node.name] = "shared" if shared else "dense"
+    return found
+
+
+def _viewed(graph: Graph, value: str) -> str:
+    """What a value is a view of."""
+    while (node := graph.producers.get(value)) is not None and node.op in _VIEWS:
+        value = node.inputs[0]
+    return value
+
+
+def _ends_block(graph: Graph, node: Node) -> bool:
+    """Whether a node adds to the residual stream, or decides on experts: blocks do not reach beyond."""
+    values = [name for name in node.inputs if name and name not in graph.params]
+    added = node.op == "aten.add.Tensor" and len(values) == 2 and all(len(graph.type_of(name).shape) == 3 for name in values)
+    return added or node.op in ("experts", "router", "embedding")
+
+
+def _meets(graph: Graph, start: Node, ops: set[str], *, forward: bool) -> bool:
+    """Whether one of these ops is met within the block."""
+    frontier, seen = [start], {start.name}
+    while frontier:
+        node = frontier.pop()
+        near = (
+            [user for value in node.outputs for user in graph.users.get(value.name, ())]
+            if forward
+            else [graph.producers[name] for name in node.inputs if name in graph.producers]
+        )
+        for other in near:
+            if other.op in ops:
+                return True
+            if other.name not in seen and not _ends_block(graph, other):
+                seen.add(other.name)
+                frontier.append(other)
+    return False
+
+
+def _makers(graph: Graph, node: Node) -> set[str]:
+    """The linear nodes whose results a node reads through other ops, within the block."""
+    frontier, found = [node], set[str]()
+    while frontier:
+        for name in frontier.pop().inputs:
+            other = graph.producers.get(name)
+            if other is None or other.name in found or _ends_block(graph, other):
+                continue
+            if other.op == "linear":
+                found.add(other.name)
+            else:
+                frontier.append(other)
+    return found

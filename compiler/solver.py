@@ -45,7 +45,9 @@ class Solution:
     gap: float
 
 
-def choose(damage: ArrayLike, size: ArrayLike, budget: int, conditions: Sequence[AtLeast] = ()) -> Solution:
+def choose(
+    damage: ArrayLike, size: ArrayLike, budget: int, conditions: Sequence[AtLeast] = (), allowed: ArrayLike | None = None
+) -> Solution:
     """The options of least damage within a budget.
 
     Args:
@@ -53,6 +55,7 @@ def choose(damage: ArrayLike, size: ArrayLike, budget: int, conditions: Sequence
         size: [U, O] integers, in any unit (bits, bytes).
         budget: the most that the sizes may add up to.
         conditions: what else must hold.
+        allowed: [U, O] bool, the options that each unit has, one at least; all unless given. Other damages and sizes are not read.
 
     Raises:
         MoecError: no choice fits the budget; the message says what the smallest needs.
@@ -62,6 +65,10 @@ def choose(damage: ArrayLike, size: ArrayLike, budget: int, conditions: Sequence
     """
     cost, weight = np.asarray(damage, np.float64), np.asarray(size, np.int64)
     assert cost.shape == weight.shape and cost.ndim == 2
+    given = np.ones(cost.shape, bool) if allowed is None else np.asarray(allowed, bool)
+    if cost.size:  # what a unit must not have costs as much as the worst that it may, so that it decides no scale
+        cost = np.where(given, cost, np.where(given, cost, -np.inf).max(1, keepdims=True))
+        weight = np.where(given, weight, np.where(given, weight, 0).max(1, keepdims=True))
     if not np.isfinite(cost).all():
         raise MoecError("the damages of the options are not all finite: the model's outputs on the calibration text are not, either")
     if not cost.size:
@@ -69,7 +76,7 @@ def choose(damage: ArrayLike, size: ArrayLike, budget: int, conditions: Sequence
     least = int(weight.min(1).sum())
     if least > budget:
         raise MoecError(f"the budget of {budget:,} is below the smallest size possible, {least:,}: raise it or offer smaller formats")
-    picked, gap = _solve(cost, weight, budget, conditions)
+    picked, gap = _solve(cost, weight, budget, conditions, given)
     rows = np.arange(len(cost))
     total = int(weight[rows, picked].sum())
     assert total <= budget
@@ -77,7 +84,7 @@ def choose(damage: ArrayLike, size: ArrayLike, budget: int, conditions: Sequence
 
 
 def _solve(
-    cost: NDArray[np.float64], size: NDArray[np.int64], budget: int, conditions: Sequence[AtLeast]
+    cost: NDArray[np.float64], size: NDArray[np.int64], budget: int, conditions: Sequence[AtLeast], given: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int64], float]:
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
@@ -99,7 +106,7 @@ def _solve(
         row[0, [unit * options + option for unit, option in condition.pairs]] = 1
         constraints.append(LinearConstraint(csr_array(row), condition.count, np.inf))
     found = milp(
-        relative.ravel(), integrality=np.ones(len(at)), bounds=Bounds(0, 1), constraints=constraints,
+        relative.ravel(), integrality=np.ones(len(at)), bounds=Bounds(0, given.ravel().astype(np.float64)), constraints=constraints,
         options={"mip_rel_gap": GAP, "time_limit": TIME_LIMIT_S},
     )  # fmt: skip
     if found.x is None:

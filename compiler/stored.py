@@ -1,4 +1,4 @@
-"""The values that an artifact would hold: every weight after its format has rounded it."""
+"""What an artifact holds of a weight: its codes, or the values after its format has rounded them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moec.compiler.ir import Graph
+from moec.compiler.ir import Graph, Param
 from moec.compiler.model import Model
-from moec.compiler.packed import Quantized, format_name, integer_format
+from moec.compiler.packed import Packed, Quantized, format_name, integer_format, pack_plain, rounded
 from moec.compiler.quantizers import get_quantizer
 from moec.compiler.weights import WeightSource, packed_of
-
-_FLOATS = {"bf16": torch.bfloat16, "f16": torch.float16}
+from moec.runtime.formats.int import IntFormat
 
 
 @dataclass(frozen=True)
@@ -30,12 +29,9 @@ class StoredWeights:
         if expert is None and (stacked or not isinstance(param.format, str)):
             return torch.stack([self.load(name, e) for e in range(int(param.type.shape[0]))])
         if (fmt := integer_format(param, expert)) is not None and packed_of(self.base, name, expert) is None:
-            value = self.base.load(name, expert)
-            made = get_quantizer("rtn").quantize(value.float().reshape(-1, value.shape[-1]), fmt)
-            return made.values(fmt).view(value.shape)
-        value = self.base.load(name, expert)
-        plain = _FLOATS.get(format_name(param, expert))
-        return value.to(plain) if plain is not None and value.is_floating_point() else value
+            shape = [int(d) for d in (param.type.shape if expert is None else param.type.shape[1:])]
+            return _codes(self.base, param, expert, fmt).values(fmt).view(shape)
+        return rounded(self.base.load(name, expert), format_name(param, expert))
 
     def packed(self, name: str, expert: int | None = None) -> Quantized | None:
         """See `PackedSource`."""
@@ -45,3 +41,17 @@ class StoredWeights:
 def as_stored(model: Model) -> Model:
     """A model whose weights have the values that an artifact of it would hold."""
     return Model(model.graph, StoredWeights(model.weights, model.graph))
+
+
+def pack(weights: WeightSource, param: Param, expert: int | None) -> Packed:
+    """A weight (or one expert of a stacked weight) in the parameter's format: the codes that passes made, or rounded to nearest."""
+    if (fmt := integer_format(param, expert)) is None:
+        return pack_plain(param, weights.load(param.name, expert), expert)
+    return _codes(weights, param, expert, fmt)
+
+
+def _codes(weights: WeightSource, param: Param, expert: int | None, fmt: IntFormat) -> Quantized:
+    if (made := packed_of(weights, param.name, expert)) is not None:
+        return made
+    value = weights.load(param.name, expert)
+    return get_quantizer("rtn").quantize(value.reshape(-1, value.shape[-1]), fmt)

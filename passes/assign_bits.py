@@ -4,8 +4,9 @@
     ->                                                             budget: 2.5, formats: [int2_g128, int3_g128, int4_g128]
     param @layers.0.mlp.experts.up: f32[16, 384, 384] as [int2_g128, int4_g128, int2_g128, ...]
 
-An integer program chooses (`compiler/solver.py`) for damages that an objective measures (`compiler/sensitivity/`), over the whole model or
-layer by layer; then a quantiser makes the values. `uniform_experts` makes layers of mixed formats runnable.
+What else than experts takes a share of the budget (`others`) is in the same program. An integer program chooses (`compiler/solver.py`) for
+damages that an objective measures (`compiler/sensitivity/`), over the whole model or layer by layer; then a quantiser makes the values.
+`uniform_experts` makes layers of mixed formats runnable.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from moec.compiler.allocation import KINDS, Problem, Unit, make_units
+from moec.compiler.allocation import Problem, Unit, make_units
 from moec.compiler.context import Context
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Param
@@ -26,7 +29,7 @@ from moec.compiler.neurons import neuron_orders, split_neurons
 from moec.compiler.packed import is_quantized
 from moec.compiler.plan import parse_size
 from moec.compiler.quantizers import get_quantizer
-from moec.compiler.roles import parameter_roles
+from moec.compiler.roles import KINDS, node_kinds, parameter_roles
 from moec.compiler.sensitivity import Objective, get_objective
 from moec.compiler.solver import Solution, choose
 from moec.passes.quantize import apply_quantizer
@@ -39,15 +42,19 @@ class AssignBits:
     """Formats by unit under a budget; without a budget nothing changes.
 
     Args:
-        budget: average bits of a weight, scales and zero points counted (2.5), or the bytes of all that is included (`12MiB`).
-        formats: what may be chosen.
+        budget: average bits of a weight, scales and zero points counted (2.5), or bytes (`12MiB`), of the experts and `others` together.
+        formats: what may be chosen for experts.
+        others: what else the budget is for: from `attention`, `shared`, `dense`, `embedding`, `head` to the formats that each may get; or a
+            list of these, with the experts' formats. `[]` is experts alone. A matrix that is embedding and head in one is one unit,
+            and both names mean it; where both are given they have the same formats.
         units: `expert` or `projection` (gate and up together, and down, each have a format).
         neurons: cut experts into parts of so many neurons, the most salient first, which are units of their own
             (`compiler/neurons.py`); 0 leaves them whole.
-        include: which weights the budget is for: `experts`, `linear` (attention, shared experts, dense layers).
-        objective: what damage is, a file of `compiler/sensitivity`.
+        objective: what damage is, a file of `compiler/sensitivity`. With `others` it must measure them in the unit that it measures experts
+            in: `gauss_newton` and `kl` do, `fisher` all but the head; `output`, `hessian` and `mc_moe` do not.
         objective_options: options of the objective.
-        scope: `model`, one program for all layers; or `layer`, one for each with the same share of the budget a weight.
+        scope: `model`, one program for everything; or `layer`, one for the experts of each layer with the same share of
+            the budget a weight.
         probe: the quantiser whose values the objective tries.
         method, options, weighted: the quantiser that makes the final values, as in `quantize`.
     """
@@ -56,7 +63,7 @@ class AssignBits:
     formats: Sequence[str] = ("int2_g64", "int3_g64", "int4_g64")
     units: str = "projection"
     neurons: int = 0
-    include: Sequence[str] = ("experts",)
+    others: Mapping[str, Sequence[str]] | Sequence[str] = ()
     objective: str = "gauss_newton"
     objective_options: Mapping[str, Any] = field(default_factory=dict)
     scope: str = "model"
@@ -66,7 +73,7 @@ class AssignBits:
     weighted: bool = True
 
     def __post_init__(self) -> None:
-        get_objective(self.objective, self.objective_options)
+        objective = get_objective(self.objective, self.objective_options)
         get_quantizer(self.method, self.options)
         get_quantizer(self.probe)
         if self.scope not in ("model", "layer"):
@@ -75,17 +82,36 @@ class AssignBits:
             raise unknown("units of assign_bits", self.units, ["expert", "projection"])
         if self.neurons < 0:
             raise MoecError(f"assign_bits: neurons={self.neurons}: expected the width of an expert's parts, or 0")
-        for kind in self.include:
-            if kind not in KINDS:
-                raise unknown("part for assign_bits to include", kind, KINDS)
-        if isinstance(self.formats, str) or len(set(self.formats)) < max(1, len(self.formats)):
-            raise MoecError(f"assign_bits: formats={self.formats!r}: expected a list of different formats, such as [int2_g64, int4_g64]")
-        for name in self.formats:
-            get_format(name)
+        self._check_menus(objective)
         if isinstance(self.budget, str):
             parse_size(self.budget)
         elif self.budget is not None and not 0 < self.budget <= 32:
             raise MoecError(f"assign_bits: budget={self.budget}: expected average bits of a weight, such as 2.5, or a size, such as 12MiB")
+
+    def _check_menus(self, objective: Objective) -> None:
+        if isinstance(self.others, str):
+            raise MoecError(f"assign_bits: others={self.others!r}: expected a mapping from kinds to formats, or a list of kinds")
+        for kind, formats in self.menus.items():
+            if kind not in KINDS:
+                raise unknown("kind of weights for assign_bits", kind, KINDS[1:])
+            if kind not in objective.kinds:
+                raise MoecError(
+                    f"assign_bits: the objective {self.objective} does not measure {kind} in one unit with experts: "
+                    f"use gauss_newton or kl, or take {kind} out of `others`"
+                )
+            what = "formats" if kind == "experts" else f"others, {kind}"
+            if isinstance(formats, str) or len(set(formats)) < max(1, len(formats)):
+                raise MoecError(f"assign_bits: {what}={formats!r}: expected a list of different formats, such as [int2_g64, int4_g64]")
+            for name in formats:
+                get_format(name)
+        if self.others and self.scope == "layer":
+            raise MoecError("assign_bits: scope=layer is for experts; with `others` everything is in one program: use scope=model")
+
+    @property
+    def menus(self) -> dict[str, Sequence[str]]:
+        """The formats of each kind that takes part."""
+        others = self.others if isinstance(self.others, Mapping) else dict.fromkeys(self.others, self.formats)
+        return {"experts": self.formats, **others}
 
     def run(self, model: Model, context: Context) -> Model:
         if self.budget is None:
@@ -93,31 +119,49 @@ class AssignBits:
         if self.neurons:
             whole = Problem(model, context, tuple(make_units(model, "expert", ["experts"])), tuple(self.formats), get_quantizer(self.probe))
             model = split_neurons(model, neuron_orders(whole), self.neurons, "assign_bits")
-        units = make_units(model, self.units, self.include)
-        problem = Problem(model, context, tuple(units), tuple(self.formats), get_quantizer(self.probe))
-        budget = self._budget(problem)
+        units = make_units(model, self.units, self.menus)
+        formats = tuple(dict.fromkeys(fmt for menu in self.menus.values() for fmt in menu))
+        problem = Problem(model, context, tuple(units), formats, get_quantizer(self.probe), self.menus)
         objective = get_objective(self.objective, self.objective_options)
-        damages = _known(objective.damages(problem))
+        self._check(problem, objective)
+        budget = self._budget(problem)
+        damages = _known(objective.damages(problem), problem)
         chosen, solutions = self._solve(problem, objective, damages, budget)
         size, weights = sum(s.size for s in solutions), int(problem.weights.sum())
         context.note(
             "assign_bits",
             objective=self.objective, scope=self.scope, budget_bytes=budget, bytes=size, bits_per_weight=8 * size / weights,
             damage=sum(s.damage for s in solutions), gap=max(s.gap for s in solutions),
-            units=dict(Counter(self.formats[option] for option in chosen)),
-            formats={unit.name: self.formats[option] for unit, option in zip(units, chosen, strict=True)},
+            units=dict(Counter(formats[option] for option in chosen)),
+            formats={unit.name: formats[option] for unit, option in zip(units, chosen, strict=True)},
         )  # fmt: skip
-        return self._quantized(model, units, [self.formats[option] for option in chosen], context)
+        return self._quantized(model, units, [formats[option] for option in chosen], context)
+
+    def _check(self, problem: Problem, objective: Objective) -> None:
+        """Check what the options and the model must be together."""
+        found = node_kinds(problem.model.graph)
+        for unit in problem.units:
+            kinds = [found[name] for name in unit.uses]
+            where = f"assign_bits: @{unit.members[0]} is {' and '.join(kinds)} in one"
+            if lost := set(kinds) - set(objective.kinds):
+                raise MoecError(f"{where}; the objective {self.objective} does not measure {lost.pop()}: use gauss_newton or kl")
+            menus = [set(self.menus[kind]) for kind in kinds if kind in self.menus]
+            if any(menu != menus[0] for menu in menus):
+                raise MoecError(f"{where}: give both the same formats, or name one of them")
+        present = {found[name] for unit in problem.units for name in unit.uses}
+        if missing := set(self.menus) - present:
+            raise MoecError(f"assign_bits: the model has no weights of the kinds {', '.join(sorted(missing))}: take them out of `others`")
 
     def _budget(self, problem: Problem) -> int:
         """Bytes."""
         assert self.budget is not None
-        weights, least = int(problem.weights.sum()), int(problem.sizes.min(1).sum())
+        weights, least = int(problem.weights.sum()), int(np.where(problem.allowed, problem.sizes, problem.sizes.max()).min(1).sum())
         budget = parse_size(self.budget) if isinstance(self.budget, str) else int(self.budget * weights / 8 + 1e-6)
         if budget < least:
             raise MoecError(
                 f"assign_bits: budget={self.budget} is {budget:,} bytes for {weights:,} weights; the smallest of the formats "
-                f"{', '.join(self.formats)} need {least:,} bytes ({8 * least / weights:.4g} bits a weight): raise the budget or add formats"
+                f"{', '.join(problem.formats)} need {least:,} bytes ({8 * least / weights:.4g} bits a weight): "
+                "raise the budget or add formats"
             )
         return budget
 
@@ -132,7 +176,7 @@ class AssignBits:
             share = budget if self.scope == "model" else int(budget * problem.weights[members].sum() / problem.weights.sum())
             conditions = objective.conditions(problem, members) if self.scope == "layer" else []
             try:
-                found = choose(damages.cpu().numpy()[members], problem.sizes[members], share, conditions)
+                found = choose(damages.numpy()[members], problem.sizes[members], share, conditions, problem.allowed[members])
             except MoecError as error:
                 raise MoecError(f"assign_bits, {problem.units[members[0]].node}: {error}") from error
             solutions.append(found)
@@ -163,12 +207,14 @@ class AssignBits:
         )
 
 
-def _known(damages: Tensor) -> Tensor:
-    """Damages in which units that no token reached are as sensitive as the least sensitive one that some did."""
+def _known(damages: Tensor, problem: Problem) -> Tensor:
+    """Damages in which experts' units that no token reached are as sensitive as the least sensitive one that some did."""
+    damages = damages.cpu()
+    experts = torch.tensor([unit.expert is not None for unit in problem.units], device="cpu")
     silent = (damages == 0).all(1)
-    if silent.any() and not silent.all():
+    if (lost := experts & silent).any() and (heard := experts & ~silent).any():
         damages = damages.clone()
-        damages[silent] = damages[~silent][damages[~silent].sum(1).argmin()]
+        damages[lost] = damages[heard][damages[heard].sum(1).argmin()]
     return damages
 
 

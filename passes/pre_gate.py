@@ -21,8 +21,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moec.compiler import ops
@@ -31,6 +29,7 @@ from moec.compiler.errors import MoecError
 from moec.compiler.ir import Node, Param, TensorType
 from moec.compiler.layers import MoeLayer, need_layers
 from moec.compiler.model import Model
+from moec.compiler.tensor_file import save_tensors
 from moec.compiler.weights import constant
 from moec.passes.routing.draws import Draws
 from moec.passes.routing.insert import namer
@@ -99,7 +98,8 @@ class PreGate:
         each_block(model, text, fit, context.progress, "fit early routers")
         context.note("pre_gate", mode=self.mode, recall=recalls)
         if self.save is not None:
-            _save(Path(self.save), early, recalls)
+            parts = {f"{name}.{part}": v for name, pair in early.items() for part, v in zip(("weight", "bias"), pair, strict=True)}
+            save_tensors(Path(self.save), parts, {"recall": json.dumps(recalls)}, "pre_gate's early routers")
         return self._replaced(model, layers, early) if self.mode == "replace" else model
 
     def _replaced(self, model: Model, layers: list[MoeLayer], early: Mapping[str, tuple[Tensor, Tensor]]) -> Model:
@@ -158,21 +158,6 @@ def recall(model: Model, layer: MoeLayer, logits: Tensor, ids: Tensor) -> float:
     bias = model.load(router.inputs[1]) if len(router.inputs) > 1 and router.inputs[1] else None
     guess = ops.router(logits, bias, **router.attrs)[1]
     return float((guess[:, :, None] == ids[:, None]).any(1).float().mean())
-
-
-def _save(path: Path, early: Mapping[str, tuple[Tensor, Tensor]], recalls: Mapping[str, Mapping[str, float]]) -> None:
-    tensors = {
-        f"{name}.{part}": value.cpu().contiguous()
-        for name, pair in early.items()
-        for part, value in zip(("weight", "bias"), pair, strict=True)
-    }
-    written = path.with_name(path.name + ".part")
-    try:
-        save_file(tensors, written, metadata={"recall": json.dumps(recalls)})
-        written.replace(path)
-    except (OSError, SafetensorError) as error:
-        written.unlink(missing_ok=True)
-        raise MoecError(f"pre_gate: cannot write {path}: {error}") from error
 
 
 PASS = PreGate

@@ -16,7 +16,7 @@ from moec.compiler.backends.onnx import Activations, OnnxBackend
 from moec.compiler.interpreter import Interpreter
 from moec.compiler.ir import Graph
 from moec.compiler.packed import Quantized
-from moec.compiler.pipeline import pack
+from moec.compiler.stored import pack
 from moec.compiler.weights import MemoryWeights, WeightSource
 from moec.runtime.executors.onnx import OnnxExecutor
 from moec.runtime.formats import get_format

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-
 from moec.compiler.backends.base import Backend
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph
+from moec.compiler.plugins import file_names, load_file
 from moec.runtime.errors import unknown
 from moec.targets import Target
 
 
 def known_backends() -> list[str]:
     """The names of all backends."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.ispkg)
+    return file_names(__name__, folders=True)
 
 
 def make_backend(
@@ -29,8 +27,7 @@ def make_backend(
     Raises:
         MoecError: there is no such backend, or it cannot lower the graph.
     """
-    if name not in known_backends():
-        raise unknown("backend", name, known_backends())
+    module = load_file(__name__, "backend", name, folders=True)
     if portable and name != "onnx":
         raise MoecError(f"--portable is an option of the onnx backend, not of {name}")
     if activations not in ("float", "int8"):
@@ -38,5 +35,5 @@ def make_backend(
     if activations != "float" and name != "onnx":
         raise MoecError(f"--activations {activations} is an option of the onnx backend; {name} computes with 16-bit activations or better")
     options = {"activations": activations, "terms": terms} if name == "onnx" else {}
-    backend: Backend = importlib.import_module(f"{__name__}.{name}").make(graph, target, portable, **options)
+    backend: Backend = module.make(graph, target, portable, **options)
     return backend

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moec.compiler.errors import MoecError
 from moec.compiler.interpreter import States
+from moec.compiler.tensor_file import save_tensors
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Statistics:
         linear_square: by the name of a weight of a `linear` op, the mean of the square of each input channel: [K].
         domains: names of the domains.
         window: tokens of a window (the trace is cut into windows of so many).
-        fingerprint: of the model and the text.
+        fingerprint: of the model and of the text, one after the other.
     """
 
     layers: Mapping[str, LayerStatistics]
@@ -104,6 +104,11 @@ class Statistics:
         found = self.layers[name]
         return replace(found, **{f.name: getattr(found, f.name).to(torch.get_default_device()) for f in fields(found)})
 
+    @property
+    def model_fingerprint(self) -> str:
+        """The model's part of the fingerprint, which `moec.compiler.calibration.collect.model_fingerprint` makes."""
+        return self.fingerprint[: len(self.fingerprint) // 2]
+
     def save(self, path: Path, states: tuple[int, States] | None = None) -> None:
         """Write a safetensors file, whole or not at all.
 
@@ -112,9 +117,9 @@ class Statistics:
         """
         tensors = {f"linear:{n}": t for n, t in self.linear_square.items()}
         for name, layer in self.layers.items():
-            tensors |= {f"layer:{name}:{f.name}": getattr(layer, f.name).contiguous() for f in fields(LayerStatistics)}
+            tensors |= {f"layer:{name}:{f.name}": getattr(layer, f.name) for f in fields(LayerStatistics)}
         for index, state in enumerate(states[1] if states else ()):
-            tensors |= {f"state:{index}:{n}": t.contiguous().clone() for n, t in state.items()}  # views would be saved as one tensor
+            tensors |= {f"state:{index}:{n}": t.clone() for n, t in state.items()}  # views would be saved as one tensor
         facts = {
             "version": VERSION,
             "domains": self.domains,
@@ -123,13 +128,7 @@ class Statistics:
             "fingerprint": self.fingerprint,
             "states": [states[0], len(states[1])] if states else None,
         }
-        part = path.with_name(path.name + ".part")
-        try:
-            save_file(tensors, part, metadata={"moec": json.dumps(facts)})
-            part.replace(path)
-        except (OSError, SafetensorError) as error:
-            part.unlink(missing_ok=True)
-            raise MoecError(f"cannot write the statistics {path}: {error}") from error
+        save_tensors(path, tensors, {"moec": json.dumps(facts)}, "the statistics")
 
 
 def load_statistics(path: Path) -> Statistics:
@@ -151,7 +150,7 @@ def load_unfinished(path: Path) -> tuple[Statistics, tuple[int, States] | None]:
         MoecError: there is no such file, or it is something else.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt", device=str(torch.get_default_device())) as file:
             facts: dict[str, Any] = json.loads((file.metadata() or {}).get("moec", "{}"))
             if facts.get("version") != VERSION:
                 raise MoecError(

@@ -15,6 +15,10 @@ from moec.runtime.errors import MoecError
 
 ArtifactArgument = Annotated[str, typer.Argument(metavar="ARTIFACT", help="A compiled model: a folder NAME.moec.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", metavar="cpu|cuda|cuda:N", help="What the interpreter and passes compute on; torch's default unless given."),
+]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Threads; all cores unless given.")]
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moec.compiler.cli.common import import_extra, print_json
+from moec.compiler.cli.common import DeviceOption, import_extra, print_json
 from moec.runtime.errors import MoecError
 
 
@@ -22,6 +22,7 @@ def command(
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="About how many tokens of each text.")] = 1 << 15,
     context: Annotated[int | None, typer.Option(metavar="N", min=1, help="Tokens of a window.")] = None,
     max_kl: Annotated[float | None, typer.Option(metavar="X", help="The most KL divergence that searching passes may cost.")] = None,
+    device: DeviceOption = None,
     output: Annotated[str | None, typer.Option("--output", "-o", metavar="FOLDER", help="Keep finished rows there, and resume.")] = None,
     plot: Annotated[str | None, typer.Option(metavar="FILE.svg", help="Draw bytes against KL and perplexity.")] = None,
     markdown: Annotated[str | None, typer.Option(metavar="FILE", help="Write the table there.")] = None,
@@ -46,6 +47,7 @@ def command(
         max_tokens=max_tokens,
         context=context,
         max_kl=max_kl,
+        device=device,
         output=output,
     )
     result, table = found.to_json(), found.table()

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moec.compiler.cli.common import JsonOption, format_size, import_extra, print_json
+from moec.compiler.cli.common import DeviceOption, JsonOption, format_size, import_extra, print_json
 
 
 def command(
@@ -28,6 +28,7 @@ def command(
         str | None, typer.Option(metavar="FILE", help="Keeps what calibration measured: read if it is there, written if not.")
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of everything that is random.")] = 0,
+    device: DeviceOption = None,
     resume: Annotated[bool, typer.Option(help="Keep what an interrupted run of the same work finished.")] = True,
     portable: Annotated[bool, typer.Option("--portable", help="ONNX backend: standard operators only.")] = False,
     activations: Annotated[str, typer.Option(metavar="float|int8", help="ONNX backend: int8 is faster and about 1 % off.")] = "float",
@@ -52,6 +53,7 @@ def command(
         calibration_tokens=calibration_tokens,
         statistics=statistics,
         seed=seed,
+        device=device,
         resume=resume,
         dry_run=dry_run,
         portable=portable,

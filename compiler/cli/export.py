@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moec.compiler.cli.common import import_extra
+from moec.compiler.cli.common import DeviceOption, import_extra
 
 
 def command(
@@ -17,6 +17,7 @@ def command(
     calibration: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Text that passes may look at; repeatable.")] = None,
     calibration_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="About how many tokens of it.")] = 1 << 16,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of everything that is random.")] = 0,
+    device: DeviceOption = None,
     dtype: Annotated[str | None, typer.Option(metavar="bf16|f16|f32", help="Of the tensors; the checkpoint's own unless given.")] = None,
     packed: Annotated[bool, typer.Option("--packed", help="Write integer codes: not available in this version.")] = False,
 ) -> None:
@@ -34,6 +35,7 @@ def command(
         calibration=calibration,
         calibration_tokens=calibration_tokens,
         seed=seed,
+        device=device,
         dtype=dtype,
         packed=packed,
     )

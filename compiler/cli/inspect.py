@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moec.compiler.cli.common import JsonOption, format_size, import_extra, print_json
+from moec.compiler.cli.common import DeviceOption, JsonOption, format_size, import_extra, print_json
 from moec.runtime.artifact import open_artifact
 from moec.runtime.errors import MoecError
 from moec.runtime.manifest import MANIFEST, Manifest
@@ -27,6 +27,7 @@ def command(
         str | None, typer.Option(metavar="FILE", help="Keeps what was measured: read if it is there, written if not.")
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the choice of text.")] = 0,
+    device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
     """Say what an artifact or a checkpoint holds, and with --stats what the experts of a checkpoint do."""
@@ -42,6 +43,7 @@ def command(
             calibration_tokens=calibration_tokens,
             statistics=statistics,
             seed=seed,
+            device=device,
         )
         if json:
             print_json(found.summary)

@@ -7,6 +7,7 @@ from pathlib import Path
 from moec.compiler.artifact_weights import open_artifact
 from moec.compiler.calibration.text import Files, calibration_text
 from moec.compiler.context import Context
+from moec.compiler.device import on_device
 from moec.compiler.errors import MoecError
 from moec.compiler.export.checkpoint import DTYPES, CheckpointWriter
 from moec.compiler.frontend import huggingface
@@ -35,6 +36,7 @@ def export_model(
     calibration: Files | None = None,
     calibration_tokens: int = 1 << 16,
     seed: int = 0,
+    device: str | None = None,
     dtype: str | None = None,
     packed: bool = False,
     progress: Progress | None = None,
@@ -46,14 +48,14 @@ def export_model(
         output: the folder to write, which must not exist yet.
         to: `hf`: config.json, safetensors files under the hub's names, the tokenizer.
         recipe: what to do to a checkpoint first; quantised weights are written as the values that their codes stand for.
-        calibration, calibration_tokens, seed: as in `compile_model`.
+        calibration, calibration_tokens, seed, device: as in `compile_model`.
         dtype: `bf16`, `f16` or `f32`; the checkpoint's own unless given.
 
     Raises:
         MoecError: bad input, or a model that transformers' class cannot express (layers with different numbers of experts, skipped
             slots, mixed widths). Nothing is left at `output`.
     """
-    out, progress = Path(output), progress or Progress()
+    out, progress, place = Path(output), progress or Progress(), on_device(device)
     if to not in FORMATS:
         raise unknown("export format", to, FORMATS)
     if packed:
@@ -81,7 +83,8 @@ def export_model(
         graph, weights = huggingface.load(folder)
     loaded = Model(graph, weights)
     text = None if calibration is None else calibration_text(calibration, folder, loaded, calibration_tokens, seed)
-    changed = run_passes(loaded, chosen.passes, Context(text, loaded, get_target("cpu"), seed=seed, progress=progress))
+    with place:
+        changed = run_passes(loaded, chosen.passes, Context(text, loaded, get_target("cpu"), seed=seed, progress=progress))
     stored = weights.stored if isinstance(weights, GraphWeights) else None
     with progress.step("configuration"):
         writer = CheckpointWriter(changed, graph, stored, weights, huggingface.config_of(folder), dtype, what)

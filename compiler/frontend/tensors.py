@@ -90,7 +90,7 @@ class Tensors:
             while len(self._open) >= _OPEN_FILES:  # what was read of a mapped file counts as this process's memory
                 self._open.pop(next(iter(self._open)))
             try:
-                self._open[file] = safe_open(file, framework="pt").__enter__()  # type: ignore[no-untyped-call]  # kept open
+                self._open[file] = safe_open(file, framework="pt", device="cpu").__enter__()  # type: ignore[no-untyped-call]  # kept open
             except (SafetensorError, OSError, ValueError) as error:
                 raise MoecError(f"{file}: truncated or damaged ({error}); download the file again") from error
         return self._open[file]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moec.compiler.error_feedback import Rounded, best_of, descend, factor, round_with_feedback
+from moec.compiler.error_feedback import Rounded, descend, factor, round_with_feedback, with_feedback
 from moec.compiler.errors import MoecError
 from moec.compiler.grid import half, positive, round_to_nearest
 from moec.compiler.packed import Quantized
@@ -28,7 +28,7 @@ def quantize(
     Args:
         weight: [N, K], any float type, finite.
         fmt: bits, group size and symmetry.
-        moment: [K, K]; without it, or where no input was ever seen, weights are rounded to nearest.
+        moment: [K, K]; see `with_feedback`.
         damp: as of `gptq`.
         rounds: how often codes and scales take turns.
         sweeps: passes of coordinate descent over the codes in each.
@@ -38,20 +38,19 @@ def quantize(
     """
     if damp < 0 or rounds < 1 or sweeps < 0:
         raise MoecError(f"decoupleq: damp={damp} and sweeps={sweeps} must be at least 0, and rounds={rounds} at least 1")
-    plain = round_to_nearest(weight, fmt)
-    if moment is None or not bool(moment.diagonal().any()):
-        return plain
-    w = weight.to(moment.device, torch.float32).T.contiguous()  # [K, N]
-    size, groups = fmt.group_size(len(w)), fmt.groups(len(w))
-    h, r = factor(moment, damp)
-    found = [Rounded.of(plain, fmt, w.device)]
-    current = Rounded.of(round_to_nearest(weight, fmt, positive(moment.diagonal())), fmt, w.device)
-    for _ in range(rounds):
-        current = Rounded(current.codes, fitted_scales(w, h, current, size), current.zero)
-        current = round_with_feedback(w, h, r, fmt, range(groups), (current.scale, current.zero))
-        current = descend(w, h, fmt, current, sweeps, scales=False)
-        found.append(Rounded(current.codes, fitted_scales(w, h, current, size), current.zero))
-    return best_of(w, moment, found, size).quantized(size)
+
+    def work(w: Tensor, moment: Tensor) -> list[Rounded]:
+        size, groups = fmt.group_size(len(w)), fmt.groups(len(w))
+        h, r = factor(moment, damp)
+        found, current = list[Rounded](), Rounded.of(round_to_nearest(weight, fmt, positive(moment.diagonal())), fmt, w.device)
+        for _ in range(rounds):
+            current = Rounded(current.codes, fitted_scales(w, h, current, size), current.zero)
+            current = round_with_feedback(w, h, r, fmt, range(groups), (current.scale, current.zero))
+            current = descend(w, h, fmt, current, sweeps, scales=False)
+            found.append(Rounded(current.codes, fitted_scales(w, h, current, size), current.zero))
+        return found
+
+    return with_feedback(weight, fmt, moment, work)
 
 
 def fitted_scales(w: Tensor, h: Tensor, found: Rounded, size: int) -> Tensor:

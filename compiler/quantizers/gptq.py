@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moec.compiler.error_feedback import Rounded, best_of, descend, factor, round_with_feedback
+from moec.compiler.error_feedback import Rounded, descend, factor, round_with_feedback, with_feedback
 from moec.compiler.errors import MoecError
-from moec.compiler.grid import round_to_nearest
 from moec.compiler.packed import Quantized
 from moec.compiler.quantizers import Needs
 from moec.runtime.formats.int import IntFormat
@@ -29,7 +28,7 @@ def quantize(
     Args:
         weight: [N, K], any float type, finite.
         fmt: bits, group size and symmetry.
-        moment: [K, K]; without it, or where no input was ever seen, weights are rounded to nearest.
+        moment: [K, K]; see `with_feedback`.
         damp: share of the mean of the moment's diagonal that is added to it; more where it could not be factored otherwise.
         act_order: round groups in the order of their inputs' mean square, largest first. Groups stay whole, so that each still
             gets the scale that fits it when it is reached, and the order costs nothing at run time.
@@ -41,17 +40,16 @@ def quantize(
     """
     if damp < 0 or sweeps < 0 or block < 1:
         raise MoecError(f"gptq: damp={damp} and sweeps={sweeps} must be at least 0, and block={block} at least 1")
-    nearest = round_to_nearest(weight, fmt)
-    if moment is None or not bool(moment.diagonal().any()):
-        return nearest
-    w = weight.to(moment.device, torch.float32).T.contiguous()  # [K, N]
-    size, groups = fmt.group_size(len(w)), fmt.groups(len(w))
-    order = list(range(groups))
-    if act_order:
-        order.sort(key=[-float(part.mean()) for part in moment.diagonal().split(size)].__getitem__)
-    channels = torch.cat([torch.arange(g * size, min(g * size + size, len(w))) for g in order]).to(w.device)
-    h, r = factor(moment[channels][:, channels], damp)
-    back = channels.argsort()
-    h = h[back][:, back]
-    found = descend(w, h, fmt, round_with_feedback(w, h, r, fmt, order, block=block), sweeps)
-    return best_of(w, moment, [found, Rounded.of(nearest, fmt, w.device)], size).quantized(size)
+
+    def work(w: Tensor, moment: Tensor) -> list[Rounded]:
+        size, groups = fmt.group_size(len(w)), fmt.groups(len(w))
+        order = list(range(groups))
+        if act_order:
+            order.sort(key=[-float(part.mean()) for part in moment.diagonal().split(size)].__getitem__)
+        channels = torch.cat([torch.arange(g * size, min(g * size + size, len(w))) for g in order]).to(w.device)
+        h, r = factor(moment[channels][:, channels], damp)
+        back = channels.argsort()
+        h = h[back][:, back]
+        return [descend(w, h, fmt, round_with_feedback(w, h, r, fmt, order, block=block), sweeps)]
+
+    return with_feedback(weight, fmt, moment, work)

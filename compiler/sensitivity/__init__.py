@@ -2,7 +2,8 @@
 
 Each file has `damages(problem) -> [U, O]`, whose sum over units the solver minimises; options are keyword-only arguments. A file may
 also have `conditions(problem, members) -> list of AtLeast` for what must hold among the units `members` of a layer, which
-it numbers from 0.
+it numbers from 0; and `KINDS`, the kinds of weights whose damages it measures in one unit (`experts` alone unless given: errors of
+outputs tell layers of one kind apart, not attention from experts).
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ Conditions = Callable[[Problem, Sequence[int]], list[AtLeast]]
 
 @dataclass(frozen=True)
 class Objective:
-    """An objective: its name, its function, and what it demands of a layer's units."""
+    """An objective: its name, its function, what it demands of a layer's units, and which kinds of weights it can tell apart."""
 
     name: str
     damages: Callable[[Problem], Tensor]
     conditions: Conditions
+    kinds: Sequence[str] = ("experts",)
 
 
 def known_objectives() -> list[str]:
@@ -42,4 +44,5 @@ def get_objective(name: str, options: Mapping[str, Any] | None = None) -> Object
     """
     module = load_file(__name__, "objective", name)
     damages = with_options(module.damages, options, f"objective {name}")
-    return Objective(name, damages, getattr(module, "conditions", lambda _problem, _members: []))
+    conditions: Conditions = getattr(module, "conditions", lambda _problem, _members: [])
+    return Objective(name, damages, conditions, getattr(module, "KINDS", ("experts",)))

@@ -4,7 +4,8 @@
 
 G [D] is the gradient of the log-likelihood of the window by the layer's output at the token, delta [D] the change that one unit's format
 makes. https://arxiv.org/abs/2605.23078 takes the text's own next tokens as labels (`labels: text`); labels drawn from the model's own
-distribution (`labels: sampled`) make it the Fisher information of the reference, which is what the KL divergence expands to.
+distribution (`labels: sampled`) make it the Fisher information of the reference, which is what the KL divergence
+expands to. Not for the projection to the logits, whose gradients are as many as the logits.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from moec.compiler.allocation import Problem
-from moec.compiler.probe import Change, output_gradients, probe
+from moec.compiler.change import Change
+from moec.compiler.probe import probe
+
+KINDS = ("experts", "attention", "shared", "dense", "embedding")
 
 
 def damages(problem: Problem, *, labels: str = "text", samples: int = 1) -> Tensor:
@@ -20,7 +24,8 @@ def damages(problem: Problem, *, labels: str = "text", samples: int = 1) -> Tens
     tokens = problem.text.tokens
 
     def score(change: Change) -> float:
-        assert change.gradients is not None
-        return float((change.gradients * change.delta).square().sum()) / (2 * tokens * len(change.gradients))
+        gradients = change.reached.gradients
+        assert gradients is not None
+        return float((gradients * change.delta).square().sum()) / (2 * tokens * len(gradients))
 
-    return probe(problem, score, output_gradients(problem, samples, labels))
+    return probe(problem, score, labels, samples)

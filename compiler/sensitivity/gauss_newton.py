@@ -5,6 +5,9 @@
 G [D] is the gradient of a window's log-likelihood by the layer's output at a token, for labels drawn from the reference itself, and delta
 [D] the change that one unit's format makes: the generalised Gauss-Newton matrix (https://arxiv.org/abs/1412.1193) by its samples, with the
 products within a token kept (`fisher` has the diagonal alone) and those between tokens taken to average out. Nats a token.
+
+Any matrix is measured alike, so that all may share one budget. Of the projection to the logits the mean over labels is taken exactly: it is
+the variance of the logits' change under the model's own distribution. What the two uses of a tied matrix do is added up.
 """
 
 from __future__ import annotations
@@ -12,7 +15,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from moec.compiler.allocation import Problem
-from moec.compiler.probe import Change, output_gradients, probe
+from moec.compiler.probe import probe
+from moec.compiler.roles import KINDS as EVERY
+
+KINDS = EVERY
 
 
 def damages(problem: Problem, *, samples: int = 2) -> Tensor:
@@ -23,8 +29,4 @@ def damages(problem: Problem, *, samples: int = 2) -> Tensor:
     """
     tokens = problem.text.tokens
 
-    def score(change: Change) -> float:
-        assert change.gradients is not None
-        return float((change.gradients * change.delta).sum(-1).square().sum()) / (2 * tokens * len(change.gradients))
-
-    return probe(problem, score, output_gradients(problem, samples, "sampled"))
+    return probe(problem, lambda change: float(change.squares.sum()) / (2 * tokens), "sampled", samples)

@@ -11,7 +11,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from moec.compiler.allocation import Problem
-from moec.compiler.probe import Change, probe
+from moec.compiler.change import Change
+from moec.compiler.probe import probe
 
 
 def damages(problem: Problem) -> Tensor:
@@ -19,7 +20,7 @@ def damages(problem: Problem) -> Tensor:
     tokens = problem.text.tokens
 
     def score(change: Change) -> float:
-        reached = len(change.routed) / tokens
-        return sum(float(((error.double() @ moment) * error).sum()) for error, moment in change.errors) * reached
+        reached = len(change.reached.token) / tokens
+        return sum(float(((error.double() @ moment.double()) * error).sum()) for error, moment in change.errors) * reached
 
     return probe(problem, score)

@@ -19,7 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from moec.compiler.allocation import Problem
-from moec.compiler.probe import Change, probe
+from moec.compiler.change import Change
+from moec.compiler.probe import probe
 from moec.compiler.solver import AtLeast
 
 
@@ -53,9 +54,10 @@ def damages(problem: Problem, *, alpha: float = 1.0, beta: float = 1.5, gamma: f
     used: dict[str, tuple[float, float]] = {}
 
     def score(change: Change) -> float:
-        used[change.unit.name] = len(change.routed), float(change.routed.sum())
-        squares = torch.zeros(int(change.window.max()) + 1, device=change.delta.device) if len(change.window) else change.delta.new_zeros(1)
-        squares.index_add_(0, change.window, change.delta.square().sum(1))
+        reached = change.reached
+        used[change.unit.name] = len(reached.token), float(reached.routed.sum())
+        squares = change.delta.new_zeros(problem.text.ids.shape[0])
+        squares.index_add_(0, reached.window, change.delta.square().sum(1))
         return float(squares.sqrt().sum())
 
     loss = probe(problem, score).cpu().numpy()

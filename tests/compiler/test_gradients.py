@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,10 +47,12 @@ def test_gradients_of_parameters_are_the_central_differences() -> None:
 
 
 def test_gradients_of_values_are_those_of_a_tape_over_the_whole_graph() -> None:
-    model, found = graphs.model(), {}
+    model = graphs.model()
+    found: dict[str, tuple[Any, Tensor | None]] = {}
     tape = Tape(model.graph, model.weights, device="cpu", keep=True)
     assert len(tape.segments) == 2
-    tape.backward(batches(), loss, {"e", "h1"}, lambda name, index, gradient: found.update({(name, index): gradient}))
+    tape.backward(batches(), loss, {"e", "h1", "out"}, lambda node, inputs, gradient: found.update({node.name: (inputs, gradient)}))
+    assert found["out"][1] is None
     for index, batch in enumerate(batches()):
         kept: dict[str, Tensor] = {}
 
@@ -65,7 +69,35 @@ def test_gradients_of_values_are_those_of_a_tape_over_the_whole_graph() -> None:
         run = Interpreter.run.__wrapped__  # type: ignore[attr-defined]  # without no_grad
         run(whole, [batch], lambda _, outputs, index=index: loss(index, outputs).backward())
         for name in ("e", "h1"):
-            torch.testing.assert_close(found[name, index], kept[name].grad)
+            inputs, gradient = found[name]
+            assert gradient is not None
+            assert gradient.shape == (1, 3 * 14, 16)
+            torch.testing.assert_close(gradient[0, 14 * index : 14 * index + 14].view(2, 7, 16), kept[name].grad)
+            assert all(x is None or not x.requires_grad for x in inputs[index])
+            assert [x is None for x in inputs[index]] == [False, False] + ([] if name == "h1" else [False, True, True])
+
+
+def test_samples_are_runs_of_their_own() -> None:
+    model, drawn = graphs.model(), iter(range(1000))
+
+    def other(index: int, outputs: tuple[Tensor, ...]) -> Tensor:
+        return outputs[0][..., (7 * next(drawn) + index) % 40].square().sum()
+
+    def run(samples: int) -> tuple[dict[str, Any], Tensor]:
+        found: dict[str, Any] = {}
+        leaf = model.load(GATE).clone().requires_grad_()
+        Tape(model.graph, model.weights, {GATE: leaf}, device="cpu").backward(
+            batches(), other, {"q", "e"}, lambda node, _, gradient: found.update({node.name: gradient}), samples
+        )
+        assert leaf.grad is not None
+        return found, leaf.grad
+
+    together, total = run(3)
+    drawn = iter(range(1000))
+    apart = [run(1) for _ in range(3)]
+    for name in ("q", "e"):
+        torch.testing.assert_close(together[name], torch.cat([found[name] for found, _ in apart]))
+    torch.testing.assert_close(total, sum(gradient for _, gradient in apart))
 
 
 def test_segments_hand_on_what_is_used_later() -> None:

@@ -42,6 +42,22 @@ def test_as_good_as_trying_everything(units: int, options: int, seed: int, tight
     assert found.gap < 1e-6
 
 
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 9999), tight=st.floats(0, 1))
+def test_options_that_a_unit_does_not_have_are_not_chosen(seed: int, tight: float) -> None:
+    rng = np.random.default_rng(seed)
+    damage, size = rng.lognormal(0, 3, (5, 4)), rng.integers(1, 40, (5, 4)) * 96
+    allowed = rng.random((5, 4)) < 0.6
+    allowed[np.arange(5), rng.integers(0, 4, 5)] = True
+    low, high = (np.where(allowed, size, end).min(1).sum() if end else np.where(allowed, size, 0).max(1).sum() for end in (1 << 40, 0))
+    budget = int(low + tight * (high - low))
+    expected = enumerated(np.where(allowed, damage, 1e30), np.where(allowed, size, 1 << 40), budget, [])
+    found = choose(np.where(allowed, damage, np.nan), np.where(allowed, size, -1), budget, (), allowed)
+    assert all(allowed[u, o] for u, o in enumerate(found.options))
+    assert found.damage == pytest.approx(expected, rel=1e-6, abs=1e-6 * damage.max())
+    assert found.size <= budget
+
+
 def test_a_larger_budget_is_never_worse() -> None:
     rng = np.random.default_rng(0)
     size = np.tile([2, 3, 4], (200, 1)) * rng.integers(1, 4, (200, 1))

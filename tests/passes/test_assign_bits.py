@@ -43,7 +43,7 @@ def context(model: Model) -> Context:
 
 
 def problem(model: Model, context: Context, grain: str = "projection") -> Problem:
-    return Problem(model, context, tuple(make_units(model, grain, ["experts", "linear"])), FORMATS, get_quantizer("rtn"))
+    return Problem(model, context, tuple(make_units(model, grain, ["experts", "attention"])), FORMATS, get_quantizer("rtn"))
 
 
 def expert_bytes(model: Model) -> int:
@@ -149,19 +149,17 @@ def test_significance_is_the_published_formula() -> None:
     assert choose(found, size, 5, widest(size, [0, 1])).options == (2, 1)
 
 
-def test_linear_layers_can_take_part(model: Model, context: Context) -> None:
-    result = AssignBits(budget="1900B", formats=FORMATS[:2], include=["experts", "linear"], objective="hessian").run(model, context)
-    formats = {str(result.graph.params[f"layers.0.{n}.weight"].format) for n in "qkvo"}
-    assert formats <= set(FORMATS)
-    assert result.graph.params["embed.weight"].format == "f32"
-
-
 def test_bad_options(model: Model, context: Context) -> None:
     with pytest.raises(MoecError, match=r"smallest of the formats int4_channel need 2,\d+ bytes \(.* bits a weight\): raise the budget"):
         AssignBits(budget=2.0, formats=["int4_channel"]).run(model, context)
     for options, message in (
         ({"budget": 0}, "expected average bits"), ({"formats": "int4_g64"}, "expected a list"), ({"scope": "all"}, "unknown scope"),
-        ({"units": "row"}, "unknown units"), ({"objective": "outputs"}, "did you mean 'output'"), ({"include": ["expert"]}, "did you mean"),
+        ({"units": "row"}, "unknown units"), ({"objective": "outputs"}, "did you mean 'output'"),
+        ({"others": ["atention"]}, "did you mean"),
+        ({"others": "attention"}, "expected a mapping"), ({"others": {"attention": []}}, "others, attention=\\[\\]: expected a list"),
+        ({"others": ["shared"], "objective": "output"}, "output does not measure shared in one unit with experts: use gauss_newton or kl"),
+        ({"others": ["head"], "objective": "fisher"}, "fisher does not measure head"),
+        ({"others": ["dense"], "scope": "layer"}, "use scope=model"),
         ({"objective_options": {"sample": 2}}, "did you mean 'samples'"), ({"neurons": -1}, "neurons=-1"),
     ):  # fmt: skip
         with pytest.raises(MoecError, match=message):

@@ -13,7 +13,7 @@ from moec.compiler.backends.tvm.backend import TvmBackend
 from moec.compiler.interpreter import Interpreter
 from moec.compiler.ir import Graph, Param
 from moec.compiler.packed import Quantized
-from moec.compiler.pipeline import pack
+from moec.compiler.stored import pack
 from moec.compiler.weights import MemoryWeights, WeightSource
 from moec.runtime.executors.tvm import TvmExecutor
 from moec.runtime.formats import get_format

@@ -11,16 +11,19 @@ import torch
 from torch import Tensor
 
 from moec.compiler.calibration import collect as module
-from moec.compiler.calibration.collect import collect, load_or_collect
+from moec.compiler.calibration.collect import collect, load_or_collect, model_fingerprint
 from moec.compiler.calibration.locality import expert_use
 from moec.compiler.calibration.statistics import LayerStatistics, Statistics, load_statistics
 from moec.compiler.calibration.text import Text
 from moec.compiler.errors import MoecError
+from moec.compiler.frontend import huggingface
 from moec.compiler.heatmap import use_section, use_table
+from moec.compiler.inspection import inspect_checkpoint
 from moec.compiler.ir import Node
 from moec.compiler.model import Model
 from moec.compiler.progress import Progress
 from moec.compiler.text import parse_graph
+from moec.compiler.weights import constant
 from tests import graphs
 
 QUIET = Progress(quiet=True)
@@ -86,6 +89,29 @@ def test_a_cut_off_run_goes_on_after_the_last_layer(tmp_path: Path, monkeypatch:
     file.unlink()
     unfinished.write_bytes(kept)  # of another text: measured from the beginning
     assert same(load_or_collect(model, text(1), file, QUIET), other)
+
+
+@pytest.mark.parametrize("name", ["embed.weight", "layers.0.q.weight", "layers.0.gate.weight", "layers.0.experts.up", "norm.weight"])
+def test_a_model_of_the_same_shape_is_another_model(name: str) -> None:
+    value = MODEL.load(name).clone()
+    value[len(value) - 1] *= 1.01
+    other = MODEL.edited(MODEL.graph, {name: constant(value)})
+    assert model_fingerprint(other) != model_fingerprint(MODEL) == model_fingerprint(graphs.model())
+    assert collect(MODEL, text()).model_fingerprint == model_fingerprint(MODEL)
+
+
+def test_inspecting_refuses_statistics_of_another_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, folder = tmp_path / "s.safetensors", tmp_path / "checkpoint"
+    collect(MODEL, text()).save(file)
+    monkeypatch.setattr(huggingface, "resolve", lambda _: folder)
+    for seed in (0, 1):
+        source = graphs.model(seed)
+        monkeypatch.setattr(huggingface, "load", lambda _, source=source: (source.graph, source.weights))
+        if not seed:
+            assert inspect_checkpoint(folder, stats=True, statistics=file).uses[0].tokens == text().tokens
+            continue
+        with pytest.raises(MoecError, match=rf"these statistics are of another model: calibrate {folder} with --calibration FILE"):
+            inspect_checkpoint(folder, stats=True, statistics=file)
 
 
 def test_use_of_experts() -> None:
