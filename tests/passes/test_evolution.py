@@ -97,7 +97,7 @@ def test_a_descent_finds_the_bottom_and_goes_on_where_it_was(tmp_path: Path) -> 
     def distance(candidate: Candidate) -> float:
         return -float(sum(((m - goal.numpy()) ** 2).sum() for m in (*candidate.merge, *candidate.route)))
 
-    class Stopped(Exception):
+    class StoppedError(Exception):
         """In the middle."""
 
     def descent(file: Path | None, stop: int | None = None) -> tuple[Candidate, list[float]]:
@@ -106,7 +106,7 @@ def test_a_descent_finds_the_bottom_and_goes_on_where_it_was(tmp_path: Path) -> 
         def worth(candidate: Candidate) -> float:
             measured[0] += 1
             if measured[0] == stop:
-                raise Stopped
+                raise StoppedError
             return distance(candidate)
 
         one = Descent(quadratic(goal), 10, 3, worth, Refine(400, 0.05), 3, file, "x")
@@ -115,7 +115,7 @@ def test_a_descent_finds_the_bottom_and_goes_on_where_it_was(tmp_path: Path) -> 
     whole, losses = descent(None)
     assert whole.fitness > -1e-2 and losses[-1] < 1e-2 and len(losses) == 400
     file = tmp_path / "refine.safetensors"
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         descent(file, stop=MEASURED // 2)
     again, resumed = descent(file)
     assert resumed == losses and again.fitness == whole.fitness

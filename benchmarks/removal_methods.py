@@ -1,0 +1,75 @@
+"""The ways of removing experts that `benchmarks.expert_removal` compares: lists of passes by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+Steps = list[dict[str, Any]]
+"""Passes, each as {name: options}; `seed` beside a name is of the compilation, and `keep` is filled in."""
+
+STARTS = ["frequency", "soft_frequency", "ean", "weighted_ean", "reap", "naee"]
+
+FEW = {"tokens": 4096, "initial": 12, "groups": 0, "start": STARTS, "rates": {"row": 0.05}}
+"""The published search with a matrix a layer, from the choices of criteria: some hundred candidates on few tokens."""
+
+CLIMB = {"tokens": 16384, "questions": 256, "initial": 1, "groups": 0, "start": STARTS, "climb": 1000, "prune_steps": 0, "merge_steps": 0}
+"""A climb in place of the evolution of pruned models."""
+
+EVERYWHERE = {**CLIMB, "budget": "global", "climb": 1200}
+REFINE = {"steps": 300, "rate": 0.003, "tokens": 8192}
+ONE = {"top_k": 1, "phase": "merge", "groups": 0, "tokens": 8192, "initial": 1}
+
+
+def _eep(base: dict[str, Any], phase: str, **options: Any) -> Steps:
+    return [{"eep": {**base, "phase": phase, **options}}]
+
+
+METHODS: dict[str, Steps] = {
+    **{f"random, seed {seed}": [{"remove_experts": {"criterion": "random"}, "seed": seed}] for seed in range(3)},
+    **{
+        name: [{"remove_experts": {"criterion": name}}]
+        for name in ("router_norm", "frequency", "soft_frequency", "weighted_frequency", "ean", "weighted_ean", "reap", "stun", "naee")
+    },
+    "reap, global": [{"remove_experts": {"criterion": "reap", "budget": "global"}}],
+    "weighted_ean, global": [{"remove_experts": {"criterion": "weighted_ean", "budget": "global"}}],
+    "naee, moe_i2": [{"remove_experts": {"criterion": "naee", "budget": "moe_i2"}}],
+    "hc_smoe": [{"merge_experts": {"method": "hc_smoe"}}],
+    "m_smoe": [{"merge_experts": {"method": "m_smoe"}}],
+    "m_smoe, global": [{"merge_experts": {"method": "m_smoe", "budget": "global"}}],
+    "eep prune, 4 groups": [{"eep": {"phase": "prune", "tokens": 4096, "initial": 30, "prune_steps": 100}}],
+    "eep prune, published": _eep(FEW, "prune", prune_steps=120),
+    "eep prune+merge, published": _eep(FEW, "both", prune_steps=120, merge_steps=300),
+    "eep prune": _eep(CLIMB, "prune"),
+    "eep prune+merge": _eep(CLIMB, "both", merge_steps=300, rates={"deviation": 0.02, "element": 0.1}),
+    "eep prune+refine": _eep(CLIMB, "both", refine=REFINE),
+    "eep prune, global": _eep(EVERYWHERE, "prune"),
+    "eep prune+merge, global": _eep(EVERYWHERE, "both", merge_steps=300, rates={"deviation": 0.02, "element": 0.1}),
+    "eep prune+refine, global": _eep(EVERYWHERE, "both", refine=REFINE),
+    "eep prune+refine, global, rate .001": _eep(EVERYWHERE, "both", refine={**REFINE, "rate": 0.001}),
+    "eep prune+refine, global, rate .01": _eep(EVERYWHERE, "both", refine={**REFINE, "rate": 0.01}),
+    "eep task prune": _eep(CLIMB, "prune", fitness="task", climb=800),
+    "eep task prune+merge": _eep(CLIMB, "both", fitness="task", climb=800, merge_steps=300, rates={"deviation": 0.02, "element": 0.1}),
+    "eep task prune+refine": _eep(CLIMB, "both", fitness="task", climb=800, refine=REFINE),
+    "eep task prune, global": _eep(EVERYWHERE, "prune", fitness="task", climb=800),
+    "eep task prune+refine, global": _eep(EVERYWHERE, "both", fitness="task", climb=800, refine=REFINE),
+    "top_k 1": [{"top_k": {"k": 1}}],
+    "eep top_k 1": _eep(ONE, "merge", merge_steps=300, rates={"deviation": 0.02, "element": 0.1}),
+    "eep top_k 1, refined": _eep(ONE, "merge", merge_steps=0, refine={**REFINE, "steps": 600}),
+    "eep task top_k 1, refined": _eep(ONE, "merge", merge_steps=0, fitness="task", refine={**REFINE, "steps": 600}),
+}
+
+
+def chains(methods: Sequence[str]) -> list[list[str]]:
+    """Methods that share a climb together, in order; every other one by itself.
+
+    >>> chains(["naee", "eep prune", "eep prune+merge", "reap"])
+    [['naee'], ['eep prune', 'eep prune+merge'], ['reap']]
+    """
+    found: dict[str, list[str]] = {}
+    for name in methods:
+        options = METHODS[name][0].get("eep", {})
+        climb = {k: options.get(k) for k in ("climb", "budget", "fitness", "tokens", "top_k")} if options.get("climb") else name
+        found.setdefault(json.dumps(climb), []).append(name)
+    return list(found.values())
