@@ -133,7 +133,8 @@ def lines(args: argparse.Namespace, tasks: list[tuple[str, int, list[str]]]) -> 
             yield from work(args, *task)
         return
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(work, args, *task) for task in tasks]):
+        longest_first = sorted(tasks, key=lambda task: -len(task[2]))
+        for done in as_completed([pool.submit(work, args, *task) for task in longest_first]):
             yield from done.result()
 
 

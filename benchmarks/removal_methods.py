@@ -18,6 +18,8 @@ CLIMB = {"tokens": 16384, "questions": 256, "initial": 1, "groups": 0, "start": 
 """A climb in place of the evolution of pruned models."""
 
 EVERYWHERE = {**CLIMB, "budget": "global", "climb": 1200}
+NEAR = {"deviation": 0.02, "element": 0.1, "crossover": 0.1, "mutation_points": 0.1, "crossover_points": 0.1}
+"""Rates of small steps from the best few candidates."""
 REFINE = {"steps": 300, "rate": 0.003, "tokens": 8192}
 ONE = {"top_k": 1, "phase": "merge", "groups": 0, "tokens": 8192, "initial": 1}
 
@@ -42,23 +44,35 @@ METHODS: dict[str, Steps] = {
     "eep prune, published": _eep(FEW, "prune", prune_steps=120),
     "eep prune+merge, published": _eep(FEW, "both", prune_steps=120, merge_steps=300),
     "eep prune": _eep(CLIMB, "prune"),
-    "eep prune+merge": _eep(CLIMB, "both", merge_steps=300, rates={"deviation": 0.02, "element": 0.1}),
+    "eep prune+merge": _eep(CLIMB, "both", merge_steps=300, rates=NEAR),
     "eep prune+refine": _eep(CLIMB, "both", refine=REFINE),
     "eep prune, global": _eep(EVERYWHERE, "prune"),
-    "eep prune+merge, global": _eep(EVERYWHERE, "both", merge_steps=300, rates={"deviation": 0.02, "element": 0.1}),
+    "eep prune+merge, global": _eep(EVERYWHERE, "both", merge_steps=300, rates=NEAR),
     "eep prune+refine, global": _eep(EVERYWHERE, "both", refine=REFINE),
-    "eep prune+refine, global, rate .001": _eep(EVERYWHERE, "both", refine={**REFINE, "rate": 0.001}),
-    "eep prune+refine, global, rate .01": _eep(EVERYWHERE, "both", refine={**REFINE, "rate": 0.01}),
+    "eep perplexity prune": _eep(CLIMB, "prune", fitness="perplexity"),
+    "eep perplexity prune+refine": _eep(CLIMB, "both", fitness="perplexity", refine=REFINE),
+    "eep perplexity prune, global": _eep(EVERYWHERE, "prune", fitness="perplexity"),
+    "eep perplexity prune+merge, global": _eep(EVERYWHERE, "both", fitness="perplexity", merge_steps=300, rates=NEAR),
+    "eep perplexity prune+refine, global": _eep(EVERYWHERE, "both", fitness="perplexity", refine=REFINE),
+    **{
+        f"eep{kind} prune+refine, global, rate {rate}": _eep(EVERYWHERE, "both", fitness=fitness, refine={**REFINE, "rate": rate})
+        for kind, fitness in (("", "kl"), (" perplexity", "perplexity"))
+        for rate in (0.001, 0.01)
+    },
     "eep task prune": _eep(CLIMB, "prune", fitness="task", climb=800),
-    "eep task prune+merge": _eep(CLIMB, "both", fitness="task", climb=800, merge_steps=300, rates={"deviation": 0.02, "element": 0.1}),
+    "eep task prune+merge": _eep(CLIMB, "both", fitness="task", climb=800, merge_steps=300, rates=NEAR),
     "eep task prune+refine": _eep(CLIMB, "both", fitness="task", climb=800, refine=REFINE),
     "eep task prune, global": _eep(EVERYWHERE, "prune", fitness="task", climb=800),
     "eep task prune+refine, global": _eep(EVERYWHERE, "both", fitness="task", climb=800, refine=REFINE),
     "top_k 1": [{"top_k": {"k": 1}}],
-    "eep top_k 1": _eep(ONE, "merge", merge_steps=300, rates={"deviation": 0.02, "element": 0.1}),
+    "eep top_k 1": _eep(ONE, "merge", merge_steps=300, rates=NEAR),
     "eep top_k 1, refined": _eep(ONE, "merge", merge_steps=0, refine={**REFINE, "steps": 600}),
     "eep task top_k 1, refined": _eep(ONE, "merge", merge_steps=0, fitness="task", refine={**REFINE, "steps": 600}),
 }
+
+
+CLIMB_FACTS = {"climb": 0, "budget": "per_layer", "fitness": "kl", "tokens": 0, "top_k": None}
+"""Options that tell climbs from each other."""
 
 
 def chains(methods: Sequence[str]) -> list[list[str]]:
@@ -70,6 +84,6 @@ def chains(methods: Sequence[str]) -> list[list[str]]:
     found: dict[str, list[str]] = {}
     for name in methods:
         options = METHODS[name][0].get("eep", {})
-        climb = {k: options.get(k) for k in ("climb", "budget", "fitness", "tokens", "top_k")} if options.get("climb") else name
+        climb = {k: options.get(k, default) for k, default in CLIMB_FACTS.items()} if options.get("climb") else name
         found.setdefault(json.dumps(climb), []).append(name)
     return list(found.values())

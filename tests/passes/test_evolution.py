@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from moec.passes.evolution import fitness
 from moec.passes.evolution.climb import Climb, candidate_of, kept_of
 from moec.passes.evolution.genes import Candidate
 from moec.passes.evolution.measure import on_task, on_text
-from moec.passes.evolution.refine import MEASURED, Descent, Refine
+from moec.passes.evolution.refine import MEASURED, Descent, Loss, Refine
 from tests import graphs, tiny
 
 QUIET = Progress(quiet=True)
@@ -82,8 +83,8 @@ def test_a_climb_goes_the_same_way_again(tmp_path: Path) -> None:
         climb(5, file)
 
 
-def quadratic(goal: Tensor) -> Any:
-    def loss(merge: Any, route: Any, rows: Tensor) -> Tensor:
+def quadratic(goal: Tensor) -> Loss:
+    def loss(merge: Sequence[Tensor], route: Sequence[Tensor], rows: Tensor) -> Tensor:
         noise = torch.stack([torch.randn(goal.shape, generator=torch.Generator().manual_seed(int(r))) for r in rows]).mean(0)
         return ((merge[0] - goal - 0.01 * noise) ** 2).sum() + ((route[0] - goal) ** 2).sum()
 
@@ -197,7 +198,7 @@ def test_losses_by_hand_and_their_gradients(tmp_path: Path) -> None:
         for at, gradient in enumerate(gradients):
             way = torch.randn(3, 6, generator=torch.Generator().manual_seed(at))
             steps = [[m.detach() + s * 1e-3 * way * (i == at) for i, m in enumerate((merge, route))] for s in (1, -1)]
-            ends = [float(measure.loss([Choice(*s)], torch.tensor([0, 2]))) for s in steps]
+            ends = [float(measure.loss([Choice(s[0], s[1])], torch.tensor([0, 2]))) for s in steps]
             assert float((gradient * way).sum()) == pytest.approx((ends[0] - ends[1]) / 2e-3, rel=0.05, abs=2e-3)
 
 
