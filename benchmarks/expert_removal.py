@@ -56,7 +56,6 @@ class Bench:
         with self.device:
             self.scores = {path.stem: held(self.source, path, self.tokenizer, args.context, limits[path]) for path in data}
         self.asked = None if args.task is None else [json.loads(line) for line in args.task.read_text().splitlines()][: args.n]
-        # Without a reference, passes do not measure what is measured here.
         self.context = Context(text=text, work=args.work)
         self.questions = None if args.questions is None else self._reasoned(calibration)
 
@@ -84,11 +83,14 @@ class Bench:
     def run(self, method: str, keep: int) -> Entry:
         """One line."""
         start, model = time.monotonic(), self.source
+        # Without a reference, passes do not measure what is measured here; but some learn from it.
+        self.context.reference = self.source if any("tune_routers" in step for step in METHODS[method]) else None
         with self.device:
             for step in METHODS[method]:
                 self.context.seed = int(step.get("seed", 0))
                 ((kind, given),) = ((k, v) for k, v in step.items() if k != "seed")
-                options = dict(given) if kind == "top_k" else {**given, "keep": keep}
+                counts = kind in ("eep", "merge_experts", "remove_experts")
+                options = {**given, "keep": keep} if counts else dict(given)
                 if options.get("fitness") == "task":
                     if self.questions is None:
                         sys.exit(f"{method}: needs --questions FILE")
@@ -107,11 +109,17 @@ _benches: dict[str, Bench] = {}
 
 
 def work(args: argparse.Namespace, domain: str, keep: int, methods: list[str]) -> list[Entry]:
-    """Some lines, in this process."""
+    """Some lines, in this process, each of which is kept at once; no `keep` means the model as it is."""
     bench = _benches.get(domain) or _benches.setdefault(domain, Bench(args, domain))
-    if not methods:
-        return [{"domain": domain, "method": "none", "keep": "all", "seconds": 0.0, **bench.score(bench.source)}]
-    return [{"domain": domain, **bench.run(name, keep)} for name in methods]
+    found = []
+    for name in methods:
+        line = bench.run(name, keep) if keep else {"method": name, "keep": "all", "seconds": 0.0, **bench.score(bench.source)}
+        found.append({"domain": domain, **line})
+        print(f"{domain} {name} {line['keep']}: {line['seconds']:.0f} s", file=sys.stderr, flush=True)
+        if args.log is not None:
+            with args.log.open("a") as file:
+                file.write(json.dumps(found[-1]) + "\n")
+    return found
 
 
 def held(source: Model, path: Path, tokenizer: Any, context: int, limit: int) -> Damage:
@@ -147,16 +155,10 @@ def main() -> None:
     keeps, methods = [int(k) for k in args.keep.split(",")], args.methods.split(";")
     done = {(e.get("domain", ""), e["method"], e["keep"]) for e in entries(args.log)}
     parts = [(d, k, [m for m in chain if (d, m, k) not in done]) for k in keeps for chain in chains(methods) for d in domains]
-    tasks = [(d, 0, list[str]()) for d in domains if (d, "none", "all") not in done] + [part for part in parts if part[2]]
+    tasks = [(d, 0, ["none"]) for d in domains if (d, "none", "all") not in done] + [part for part in parts if part[2]]
     if args.work is not None:
         args.work.mkdir(parents=True, exist_ok=True)
-    table = entries(args.log)
-    for entry in lines(args, tasks):
-        table.append(entry)
-        print(f"{entry['domain']} {entry['method']} {entry['keep']}: {entry['seconds']:.0f} s", file=sys.stderr, flush=True)
-        if args.log is not None:
-            with args.log.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+    table = [*entries(args.log), *lines(args, tasks)]
     for domain in domains:
         print_table([e for e in table if e.get("domain", "") == domain], keeps, methods)
 

@@ -46,9 +46,9 @@ from moec.runtime.errors import unknown
 WHAT = "eep"
 PHASES = ("prune", "merge", "both")
 BUDGETS = ("per_layer", "global")
-MEASURED_BY = ("groups", "top_k", "fitness", "task", "questions", "tokens")
+MEASURED_BY = ("groups", "top_k", "fitness", "task", "questions", "tokens", "window")
 """What the fitness of a candidate depends on, of the options."""
-LEAST = {"groups": 0, "questions": 1, "tokens": 1, "initial": 1, "prune_steps": 0, "merge_steps": 0, "climb": 0}
+LEAST = {"groups": 0, "questions": 1, "tokens": 1, "window": 1, "initial": 1, "prune_steps": 0, "merge_steps": 0, "climb": 0}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Eep:
         fitness: `kl`, `perplexity` or `task` (see `moec.passes.evolution.fitness`).
         task: a JSONL file of questions, for the fitness `task`.
         questions: so many of them.
-        tokens: of calibration text for the other two.
+        tokens, window: of calibration text for the other two, and how many of them follow each other at most.
         initial: candidates at first, random ones and those of `start`.
         start: criteria of `remove_experts` whose choices are among the first candidates (a group takes the experts with the largest
             scores summed over its layers, each layer's as shares of its mean; criteria that choose experts together need groups=0).
@@ -82,6 +82,7 @@ class Eep:
     task: str | None = None
     questions: int = 48
     tokens: int = 2048
+    window: int = 128
     initial: int = 30
     start: Sequence[str] = ()
     prune_steps: int = 70
@@ -170,7 +171,7 @@ class Eep:
         text = context.need_text(WHAT)
         if self.task is not None:
             return on_task(model, self.task, text, self.questions, WHAT)
-        return on_text(model, self.fitness, text, self.tokens, WHAT)
+        return on_text(model, self.fitness, text.sample(self.tokens, self.window).ids, text.ids, WHAT)
 
     def _kept_in(self, model: Model, measure: Measure, context: Context, options: Sequence[str], kind: str) -> tuple[Path | None, str]:
         """Where to keep a part of the search, and what tells it from any other: everything that it depends on, these options of ours."""

@@ -56,13 +56,12 @@ class Measure:
         return fitness.loss_of_distance(logits, truth)
 
 
-def on_text(model: Model, kind: str, text: Text, tokens: int, what: str) -> Measure:
-    """The fitness `kl` or `perplexity` on about so many tokens, which are spread over the text."""
-    ids = text.sample(tokens).ids
+def on_text(model: Model, kind: str, ids: Tensor, pool: Tensor, what: str) -> Measure:
+    """The fitness `kl` or `perplexity` on windows of text [W, T], and its loss on windows of a pool."""
     candidates = Candidates(model, ids, what)
     truth = candidates.logits([None] * len(candidates.layers))
     of = fitness.of_distance(truth) if kind == "kl" else fitness.of_text(ids, truth)
-    return Measure(candidates, of, f"{ids.numel()} tokens of calibration text", kind, text.ids)
+    return Measure(candidates, of, f"{ids.numel()} tokens of calibration text", kind, pool)
 
 
 def on_task(model: Model, path: str, text: Text, questions: int, what: str) -> Measure:

@@ -188,7 +188,7 @@ def test_losses_by_hand_and_their_gradients(tmp_path: Path) -> None:
     found = candidates.differentiable([Choice(merge, route)], text.ids)
     torch.testing.assert_close(found, kept, rtol=1e-5, atol=1e-5)  # one-hot rows are the experts themselves, and their scores
     for kind in ("kl", "perplexity"):
-        measure = on_text(model, kind, text, 64, "test")
+        measure = on_text(model, kind, text.ids, text.ids, "test")
         value = measure.loss([Choice(merge, route)], torch.tensor([0, 2]))
         p = candidates.differentiable([None], text.ids[[0, 2]]).double().log_softmax(-1)
         q = kept[[0, 2]].double().log_softmax(-1)
