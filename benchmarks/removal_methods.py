@@ -21,8 +21,8 @@ CLIMB = {**ON, "start": STARTS, "climb": 1000, "prune_steps": 0, "merge_steps": 
 EVERYWHERE = {**CLIMB, "budget": "global", "climb": 1000}
 NEAR = {"deviation": 0.02, "element": 0.1, "crossover": 0.1, "mutation_points": 0.1, "crossover_points": 0.1}
 """Rates of small steps from the best few candidates."""
-TUNED = {"steps": 300, "what": ["router", "norm"], "windows": 16}
-REFINE = {"steps": 300, "rate": 0.003, "tokens": 8192}
+TUNED = {"steps": 300, "what": ["router", "norm"], "windows": 16, "rate": 0.002}
+REFINE = {"steps": 300, "rate": 0.01, "tokens": 8192}
 DOMAIN = {"fitness": "perplexity"}
 """What is wanted of a model for one domain is that it predicts it, not that it is what it was."""
 ONE = {**ON, "top_k": 1}
@@ -54,16 +54,18 @@ METHODS: dict[str, Steps] = {
     "eep prune+merge, global": _eep(EVERYWHERE, "both", merge_steps=300, rates=NEAR),
     "eep prune+refine, global": _eep(EVERYWHERE, "both", refine=REFINE),
     "eep prune, global, tuned": [*_eep(EVERYWHERE, "prune"), {"tune_routers": TUNED}],
+    "eep prune+refine, global, tuned": [*_eep(EVERYWHERE, "both", refine=REFINE), {"tune_routers": TUNED}],
     "eep perplexity prune": _eep(CLIMB, "prune", **DOMAIN),
     "eep perplexity prune+refine": _eep(CLIMB, "both", refine=REFINE, **DOMAIN),
     "eep perplexity prune, global": _eep(EVERYWHERE, "prune", **DOMAIN),
     "eep perplexity prune, global, tuned": [*_eep(EVERYWHERE, "prune", **DOMAIN), {"tune_routers": TUNED}],
+    "eep perplexity prune+refine, global, tuned": [*_eep(EVERYWHERE, "both", refine=REFINE, **DOMAIN), {"tune_routers": TUNED}],
     "eep perplexity prune+merge, global": _eep(EVERYWHERE, "both", merge_steps=300, rates=NEAR, **DOMAIN),
     "eep perplexity prune+refine, global": _eep(EVERYWHERE, "both", refine=REFINE, **DOMAIN),
     **{
         f"eep{kind} prune+refine, global, rate {rate}": _eep(EVERYWHERE, "both", refine={**REFINE, "rate": rate}, **given)
         for kind, given in (("", {}), (" perplexity", DOMAIN))
-        for rate in (0.0003, 0.001, 0.01)
+        for rate in (0.003, 0.03)
     },
     "eep task prune": _eep(CLIMB, "prune", fitness="task", climb=800),
     "eep task prune+merge": _eep(CLIMB, "both", fitness="task", climb=800, merge_steps=300, rates=NEAR),

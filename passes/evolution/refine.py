@@ -6,7 +6,8 @@
         task         negative log-likelihood of the answers
 
 The E' x E numbers of a merging and of a routing matrix enter everything smoothly, but for which experts a token gets: that choice is a
-constant of each step, as in `moec.compiler.gradients`. Adam (https://arxiv.org/abs/1412.6980), whose step size falls to nothing along a
+constant of each step, as in `moec.compiler.gradients`. Sums of experts that were trained apart are noise at first, and scores are not: the
+merging matrices move in smaller steps. Adam (https://arxiv.org/abs/1412.6980), whose step size falls to nothing along a
 cosine. Some times on the way the matrices are measured as the search measures candidates; the best are the result, the first ones included.
 """
 
@@ -38,16 +39,18 @@ class Refine:
     Args:
         steps: of Adam.
         rate: the step size at the start, in units of the matrices' entries.
+        merging: the merging matrices' step size, as a share of that.
         tokens: of text, or of questions and answers, in a step.
     """
 
     steps: int = 0
     rate: float = 0.01
+    merging: float = 0.1
     tokens: int = 4096
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.rate <= 0 or self.tokens < 1:
-            raise MoecError("eep: refine: steps must be at least 0, the rate above 0, and tokens at least 1")
+        if self.steps < 0 or self.rate <= 0 or self.merging < 0 or self.tokens < 1:
+            raise MoecError("eep: refine: steps and merging must be at least 0, the rate above 0, and tokens at least 1")
 
 
 Loss = Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], Tensor]
@@ -80,14 +83,15 @@ class Descent:
         """The best candidate on the way from `start`, whose fitness is known."""
         half, steps = len(start.merge), self.options.steps
         leaves = [torch.from_numpy(m.copy()).to(torch.get_default_device()).requires_grad_() for m in (*start.merge, *start.route)]
-        optimiser = torch.optim.Adam(leaves, lr=self.options.rate, betas=(0.9, 0.95))
+        rates = [(leaves[:half], self.options.rate * self.options.merging), (leaves[half:], self.options.rate)]
+        optimiser = torch.optim.Adam([{"params": part, "lr": rate} for part, rate in rates], betas=(0.9, 0.95))
         best = self._restore(leaves, optimiser, start)
         every = max(1, -(-steps // MEASURED))
         order = self._order()
         with progress.counter("refine experts") as count:
             for step in range(len(self.losses), steps):
-                for group in optimiser.param_groups:
-                    group["lr"] = self.options.rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+                for group, (_, rate) in zip(optimiser.param_groups, rates, strict=True):
+                    group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
                 optimiser.zero_grad()
                 value = self.loss(leaves[:half], leaves[half:], order[step * self.size : (step + 1) * self.size])
                 value.backward()

@@ -110,7 +110,7 @@ def test_a_descent_finds_the_bottom_and_goes_on_where_it_was(tmp_path: Path) -> 
                 raise StoppedError
             return distance(candidate)
 
-        one = Descent(quadratic(goal), 10, 3, worth, Refine(400, 0.05), 3, file, "x")
+        one = Descent(quadratic(goal), 10, 3, worth, Refine(400, 0.05, merging=1.0), 3, file, "x")
         return one.run(Candidate(start.merge, start.route, distance(start)), QUIET), one.losses
 
     whole, losses = descent(None)
