@@ -22,6 +22,7 @@ EVERYWHERE = {**CLIMB, "budget": "global", "climb": 1000}
 NEAR = {"deviation": 0.02, "element": 0.1, "crossover": 0.1, "mutation_points": 0.1, "crossover_points": 0.1}
 """Rates of small steps from the best few candidates."""
 TUNED = {"steps": 300, "what": ["router", "norm"], "windows": 16, "rate": 0.002}
+TAUGHT = {**TUNED, "loss": "text"}
 REFINE = {"steps": 300, "rate": 0.01, "tokens": 8192}
 DOMAIN = {"fitness": "perplexity"}
 """What is wanted of a model for one domain is that it predicts it, not that it is what it was."""
@@ -58,8 +59,16 @@ METHODS: dict[str, Steps] = {
     "eep perplexity prune": _eep(CLIMB, "prune", **DOMAIN),
     "eep perplexity prune+refine": _eep(CLIMB, "both", refine=REFINE, **DOMAIN),
     "eep perplexity prune, global": _eep(EVERYWHERE, "prune", **DOMAIN),
-    "eep perplexity prune, global, tuned": [*_eep(EVERYWHERE, "prune", **DOMAIN), {"tune_routers": TUNED}],
-    "eep perplexity prune+refine, global, tuned": [*_eep(EVERYWHERE, "both", refine=REFINE, **DOMAIN), {"tune_routers": TUNED}],
+    "eep perplexity prune, global, tuned": [*_eep(EVERYWHERE, "prune", **DOMAIN), {"tune_routers": TAUGHT}],
+    "eep perplexity prune, global, tuned by kl": [*_eep(EVERYWHERE, "prune", **DOMAIN), {"tune_routers": TUNED}],
+    "eep perplexity prune, tuned": [*_eep(CLIMB, "prune", **DOMAIN), {"tune_routers": TAUGHT}],
+    "eep prune, tuned": [*_eep(CLIMB, "prune"), {"tune_routers": TUNED}],
+    "weighted_ean, tuned": [{"remove_experts": {"criterion": "weighted_ean"}}, {"tune_routers": TUNED}],
+    "naee, tuned": [{"remove_experts": {"criterion": "naee"}}, {"tune_routers": TUNED}],
+    "eep perplexity prune+refine, global, tuned": [
+        *_eep(EVERYWHERE, "both", refine=REFINE, **DOMAIN),
+        {"tune_routers": TAUGHT},
+    ],
     "eep perplexity prune+merge, global": _eep(EVERYWHERE, "both", merge_steps=300, rates=NEAR, **DOMAIN),
     "eep perplexity prune+refine, global": _eep(EVERYWHERE, "both", refine=REFINE, **DOMAIN),
     **{
