@@ -1,6 +1,6 @@
 """What each way of removing or merging experts costs in quality: one table of methods and numbers of experts, as Markdown.
 
-    python -m benchmarks.expert_removal CHECKPOINT --calibration TEXT... --data TEXT... [--keep 12,8,4] [--methods "reap;naee;..."]
+    python -m benchmarks.expert_removal CHECKPOINT --calibration TEXT... --data TEXT... [--keep 12,8,4] [--methods "mixed" | "reap;naee;..."]
         [--single-domain] [--questions FILE --task FILE] [--max-tokens N] [--device cuda] [--jobs N] [--work FOLDER] [--log FILE]
 
 Methods see the calibration text only. Every text of `--data` is scored by `--max-tokens` tokens from its beginning, in windows of
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks.exact_match import exact_match, with_reasoning
-from benchmarks.removal_methods import METHODS, chains
+from benchmarks.removal_methods import METHODS, SETS, chains
 from moec.compiler.calibration.text import read_text
 from moec.compiler.context import Context
 from moec.compiler.damage import Damage, Distance
@@ -152,7 +152,7 @@ def main() -> None:
     domains = sorted(common) if args.single_domain else [""]
     if not domains:
         sys.exit("--single-domain: no calibration text has the name of a text of --data")
-    keeps, methods = [int(k) for k in args.keep.split(",")], args.methods.split(";")
+    keeps, methods = [int(k) for k in args.keep.split(",")], SETS.get(args.methods) or args.methods.split(";")
     done = {(e.get("domain", ""), e["method"], e["keep"]) for e in entries(args.log)}
     parts = [(d, k, [m for m in chain if (d, m, k) not in done]) for k in keeps for chain in chains(methods) for d in domains]
     tasks = [(d, 0, ["none"]) for d in domains if (d, "none", "all") not in done] + [part for part in parts if part[2]]
@@ -191,7 +191,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--calibration-tokens", type=int, default=1 << 15)
     parser.add_argument("--data", type=Path, nargs="+", required=True)
     parser.add_argument("--keep", default="12,8,4")
-    parser.add_argument("--methods", default=";".join(m for m in METHODS if "task" not in m), help="separated by semicolons")
+    parser.add_argument(
+        "--methods", default=";".join(m for m in METHODS if "task" not in m), help="separated by semicolons, or one of " + ", ".join(SETS)
+    )
     parser.add_argument("--single-domain", action="store_true")
     parser.add_argument("--questions", type=Path, help="JSONL of prompt and answer, to search on")
     parser.add_argument("--task", type=Path, help="JSONL of prompt and answer, for exact match")

@@ -88,6 +88,29 @@ METHODS: dict[str, Steps] = {
 }
 
 
+_CRITERIA = ["frequency", "reap", "naee", "weighted_ean", "weighted_ean, global"]
+SETS: dict[str, list[str]] = {
+    "mixed": [
+        *_CRITERIA,
+        *("eep prune", "eep prune+merge", "eep prune+refine", "eep prune, tuned", "naee, tuned", "weighted_ean, tuned"),
+        *("eep prune, global", "eep prune+merge, global", "eep prune+refine, global", "eep prune, global, tuned"),
+        "eep prune+refine, global, tuned",
+    ],
+    "single": [
+        *_CRITERIA,
+        *("eep perplexity prune", "eep perplexity prune+refine", "eep perplexity prune, tuned"),
+        *("eep perplexity prune, global", "eep perplexity prune+refine, global", "eep perplexity prune+refine, global, rate 0.003"),
+        *("eep perplexity prune, global, tuned", "eep perplexity prune, global, tuned by kl"),
+        *("eep perplexity prune+refine, global, tuned",),
+    ],
+    "task": [
+        *_CRITERIA,
+        *("eep task prune", "eep task prune+merge", "eep task prune+refine", "eep task prune, global", "eep task prune+refine, global"),
+    ],
+    "one active": ["top_k 1", "eep top_k 1", "eep top_k 1, refined", "eep task top_k 1, refined"],
+}
+"""Names for methods that are compared with each other."""
+
 CLIMB_FACTS = {"climb": 0, "budget": "per_layer", "fitness": "kl", "tokens": 0, "top_k": None}
 """Options that tell climbs from each other."""
 

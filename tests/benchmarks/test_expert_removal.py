@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.exact_match import _write, with_reasoning
-from benchmarks.removal_methods import METHODS, chains
+from benchmarks.removal_methods import METHODS, SETS, chains
 from moec.compiler.frontend.tokenizer import load_tokenizer
 from moec.compiler.gradients import Tape
 from moec.compiler.interpreter import Interpreter
@@ -21,6 +21,7 @@ def test_methods_are_passes() -> None:
         for step in steps:
             ((kind, options),) = ((k, v) for k, v in step.items() if k != "seed")
             make_pass(kind, {**options, "task": "questions.jsonl"} if options.get("fitness") == "task" else options)
+    assert {name for names in SETS.values() for name in names} <= set(METHODS)
     assert sorted(name for chain in chains(list(METHODS)) for name in chain) == sorted(METHODS)
 
 

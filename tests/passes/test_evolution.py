@@ -136,7 +136,7 @@ def test_a_descent_that_only_harms_changes_nothing() -> None:
 def test_refined_experts_are_not_worse_on_what_they_are_searched_on(measure: str) -> None:
     model = graphs.model()
     context = graphs.context(model)
-    found = Eep(**REFINED, climb=40, fitness=measure, refine={"steps": 24, "rate": 0.02, "tokens": 48}).run(model, context)
+    found = Eep(**REFINED, climb=40, fitness=measure, refine={"steps": 24, "rate": 0.02, "merging": 1.0, "tokens": 48}).run(model, context)
     verify(found.graph)
     note = context.journal[-1]
     trail, losses = note["fitness_by_evaluation"], note["refine_losses"]
