@@ -1,6 +1,6 @@
 """What each way of removing or merging experts costs in quality: one table of methods and numbers of experts, as Markdown.
 
-    python -m benchmarks.expert_removal CHECKPOINT --calibration TEXT... --data TEXT... [--keep 12,8,4] [--methods "mixed" | "reap;naee;..."]
+    python -m benchmarks.expert_removal CHECKPOINT --calibration TEXT... --data TEXT... [--keep 12,8,4] [--methods mixed | "reap;naee;..."]
         [--single-domain] [--questions FILE --task FILE] [--max-tokens N] [--device cuda] [--jobs N] [--work FOLDER] [--log FILE]
 
 Methods see the calibration text only. Every text of `--data` is scored by `--max-tokens` tokens from its beginning, in windows of

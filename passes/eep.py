@@ -40,7 +40,7 @@ from moec.passes.evolution.genes import Candidate, Rates, one_hot, random_candid
 from moec.passes.evolution.measure import Measure, on_task, on_text
 from moec.passes.evolution.refine import Descent, Refine
 from moec.passes.evolution.search import Plan, Search
-from moec.passes.removal.budgets import check_keep, kept_count
+from moec.passes.removal.budgets import check_keep, global_counts, kept_count
 from moec.runtime.errors import unknown
 
 WHAT = "eep"
@@ -131,7 +131,7 @@ class Eep:
         for group, (kept, _) in zip(groups, sizes, strict=True):
             if self.top_k is not None and self.top_k > kept:
                 raise MoecError(f"{WHAT}: top_k is {self.top_k}, and %{group[0].name} would have {kept} experts")
-        start = [self._start(model, groups, sizes, name, context) for name in self.start]
+        start = [candidate for name in self.start for candidate in self._starts(model, groups, sizes, name, context)]
         if all(kept == count for kept, count in sizes):
             every = tuple(one_hot(range(count), count) for _, count in sizes)
             start.insert(0, Candidate(every, every))
@@ -234,20 +234,24 @@ class Eep:
             found += [Choice(first, second, self._top_k(layer, len(merge))) for layer in group]
         return found
 
-    def _start(
+    def _starts(
         self, model: Model, groups: Sequence[Sequence[MoeLayer]], sizes: Sequence[tuple[int, int]], name: str, context: Context
-    ) -> Candidate:
-        criterion, rows = get_criterion(name), []
+    ) -> list[Candidate]:
+        """What a criterion chooses in each group, and in all of them together where places may go from one to another."""
+        criterion = get_criterion(name)
         looks = {
             v.layer.name: v for v in views(model, [m for g in groups for m in g], criterion.needs, context, f"{WHAT} with start={name}")
         }
-        for group, (kept, count) in zip(groups, sizes, strict=True):
-            if criterion.score is None:
-                rows.append(one_hot(criterion.keep(looks[group[0].name], kept), count))
-                continue
-            shares = [s / s.mean().clamp_min(1e-30) for s in (criterion.scores(looks[layer.name]) for layer in group)]
-            rows.append(one_hot(best(torch.stack(shares).sum(0), kept), count))
-        return Candidate(tuple(rows), tuple(rows))
+        if criterion.score is None:
+            kept = [criterion.keep(looks[group[0].name], keep) for group, (keep, _) in zip(groups, sizes, strict=True)]
+            return [_keeping(kept, sizes)]
+        scores = [torch.stack([_shares(criterion.scores(looks[layer.name])) for layer in group]).sum(0) for group in groups]
+        counts = [keep for keep, _ in sizes]
+        several = [counts]
+        if self.budget == "global" and len({len(group) for group in groups}) == 1:
+            several.append(global_counts(scores, [group[0] for group in groups], counts))
+        chosen = [[best(s, count) for s, count in zip(scores, each, strict=True)] for each in several if sum(each) == sum(counts)]
+        return [_keeping(kept, sizes) for kept in chosen]
 
     def _applied(self, model: Model, groups: Sequence[Sequence[MoeLayer]], winner: Candidate) -> Model:
         """The model with the experts of a candidate."""
@@ -263,6 +267,17 @@ class Eep:
             elif kept != list(range(layer.count)):
                 model = (keep_experts if layer.normalized else mask_experts)(model, layer, kept, WHAT)
         return model
+
+
+def _shares(scores: Tensor) -> Tensor:
+    """Scores as shares of their mean."""
+    return scores / scores.mean().clamp_min(1e-30)
+
+
+def _keeping(kept: Sequence[Sequence[int]], sizes: Sequence[tuple[int, int]]) -> Candidate:
+    """The candidate with these experts of each group."""
+    rows = tuple(one_hot(experts, count) for experts, (_, count) in zip(kept, sizes, strict=True))
+    return Candidate(rows, rows)
 
 
 PASS = Eep

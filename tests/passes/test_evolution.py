@@ -178,6 +178,19 @@ def test_places_can_go_from_layer_to_layer() -> None:
     assert torch.isfinite(graphs_logits(found, context.need_text("test").ids)).all()
 
 
+def test_a_climb_with_free_places_also_begins_with_the_best_of_all_layers() -> None:
+    model = tiny.model()
+    context = graphs.context(model)
+    options: dict[str, Any] = {"keep": 4, "initial": 1, "phase": "prune", "groups": 0, "prune_steps": 0, "tokens": 64}
+    Eep(**options, start=["ean"], climb=2, budget="global").run(model, context)
+    found = context.journal[-1]["experts"]
+    kept: list[list[int]] = []
+    for budget in ("per_layer", "global"):
+        make_pass("remove_experts", {"criterion": "ean", "keep": 4, "budget": budget}).run(model, context)
+        kept.append([context.journal[-1]["kept"][m.name] for m in moe_layers(model.graph)])
+    assert found in kept and kept[0] != kept[1]
+
+
 def test_losses_by_hand_and_their_gradients(tmp_path: Path) -> None:
     model = graphs.model()
     text = graphs.context(model).need_text("test")
