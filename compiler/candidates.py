@@ -2,13 +2,14 @@
 
 Float weights stay in memory, all windows are one batch, nothing before the first layer that differs from an earlier candidate is
 computed again, and an expert that is an old one is not copied. The meaning is that of `regroup.map_experts` (tests hold the two together).
+The same walk can be differentiated in the choices' matrices.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
@@ -28,8 +29,8 @@ T = TypeVar("T")
 WEIGHT_BYTES = 1 << 32
 """Weights are kept in memory up to this size; the others are read again for each candidate."""
 
-_PREFIXES = 96
-"""So many states before a layer are kept for candidates that have the earlier layers in common."""
+_PREFIX_BYTES = 1 << 30
+"""States before a layer are kept up to this size, but those of two candidates in any case, for others whose earlier layers are the same."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +65,8 @@ class Choice:
     @cached_property
     def kept(self) -> list[int] | None:
         """The old expert of each new one, where every new one is an old one by weights and by score."""
+        if self.merge.requires_grad or self.route.requires_grad:
+            return None
         same = self.merge is self.route or torch.equal(self.merge, self.route)
         return _one_hot(self.merge) if same else None
 
@@ -79,6 +82,11 @@ class _Recent:
 
     size: int
     found: OrderedDict[object, object] = field(default_factory=OrderedDict)
+
+    def get(self, key: object) -> object:
+        if key in self.found:
+            self.found.move_to_end(key)
+        return self.found.get(key)
 
     def put(self, key: object, value: T) -> T:
         self.found[key] = value
@@ -128,27 +136,51 @@ class Candidates:
         self._last = {name: at for at, node in enumerate(graph.nodes) for name in node.inputs if name not in graph.params}
         self._weights: dict[str, Tensor] = {}
         self._bytes = 0
-        self._prefixes, self._merged = _Recent(_PREFIXES), _Recent(8 * len(self.layers))
+        state = 4 * self.ids.numel() * 3 * self.layers[0].hidden  # about: the residual stream, its norm, and what else is alive
+        self._prefixes = _Recent(max(2 * len(self.layers), min(96, _PREFIX_BYTES // state)))
+        self._merged = _Recent(8 * len(self.layers))
 
     @torch.no_grad()
     def logits(self, choices: Sequence[Choice | None]) -> Tensor:
         """The logits [W, T, V] of the model with these choices, one a layer (None: as it is)."""
+        keys = [None if c is None else c.key for c in choices]
+        start, state = 0, self._inputs(self.ids)
+        for layer in reversed(range(len(self.layers))):
+            if (found := self._prefixes.get((layer, *keys[:layer]))) is not None:
+                assert isinstance(found, tuple)
+                start, state = found[0], dict(found[1])
+                break
+
+        def keep(layer: int, at: int, environment: Mapping[str, Tensor]) -> None:
+            self._prefixes.put((layer, *keys[:layer]), (at, dict(environment)))
+
+        return self._walk(self.ids, choices, start, state, keep)
+
+    def differentiable(self, choices: Sequence[Choice | None], ids: Tensor) -> Tensor:
+        """The logits [W, T, V] for other windows of tokens [W, T], on the tape of whatever the choices' matrices are on."""
+        ids = ids.to(self.device)
+        return self._walk(ids, choices, 0, self._inputs(ids), lambda *_: None)
+
+    def _inputs(self, ids: Tensor) -> dict[str, Tensor]:
+        values = (ids, torch.arange(ids.shape[1], device=self.device).expand(len(ids), -1))
+        return dict(zip((v.name for v in self.model.graph.inputs), values, strict=False))
+
+    def _walk(
+        self,
+        ids: Tensor,
+        choices: Sequence[Choice | None],
+        start: int,
+        environment: dict[str, Tensor],
+        before_router: Callable[[int, int, Mapping[str, Tensor]], None],
+    ) -> Tensor:
+        """Run the nodes from `start` on, with what is alive before it."""
         if len(choices) != len(self.layers):
             raise MoecError(f"{len(choices)} choices for a model of {len(self.layers)} Mixture-of-Experts layers")
         graph = self.model.graph
-        inputs = {"ids": self.ids, "positions": torch.arange(self.ids.shape[1], device=self.device).expand(len(self.ids), -1)}
-        inputs = dict(zip((v.name for v in graph.inputs), inputs.values(), strict=False))
-        symbols = bind_symbols(graph, inputs)
-        keys = [None if c is None else c.key for c in choices]
-        start, environment = 0, inputs
-        for layer in reversed(range(len(self.layers))):
-            if (state := self._prefixes.found.get((layer, *keys[:layer]))) is not None:
-                assert isinstance(state, tuple)
-                start, environment = state[0], dict(state[1])
-                break
+        symbols = bind_symbols(graph, self._inputs(ids))
         for at, node in enumerate(graph.nodes[start:], start):
             if (layer_at := self._routers.get(node.name)) is not None:
-                self._prefixes.put((layer_at, *keys[:layer_at]), (at, dict(environment)))
+                before_router(layer_at, at, environment)
             results = self._run(node, environment, choices, symbols)
             environment.update(zip((o.name for o in node.outputs), results, strict=True))
             for name in (*node.inputs, *(o.name for o in node.outputs)):
@@ -189,10 +221,12 @@ class Candidates:
 
     def _combined(self, name: str, stack: Tensor, choice: Choice) -> Tensor | _Stack:
         """The choice's experts of one stacked parameter."""
+        if choice.merge.requires_grad:
+            return (choice.merge @ stack.flatten(1)).view(-1, *stack.shape[1:])
         if (members := _one_hot(choice.merge)) is not None:
             return stack[members] if stack.dim() == 2 else _Stack(stack, members)
         key = name, choice.merge.cpu().numpy().tobytes()
-        if (found := self._merged.found.get(key)) is not None:
+        if (found := self._merged.get(key)) is not None:
             assert isinstance(found, Tensor)
             return found
         merged: Tensor = (choice.merge @ stack.flatten(1)).view(-1, *stack.shape[1:])

@@ -2,11 +2,12 @@
 
     param @layers.0.gate.weight: f32[E, D]      the same parameter, other values; nothing else changes
 
-    loss = mean over calibration tokens of KL(reference || model)
+    loss = mean over calibration tokens of KL(reference || model), or of -log p(next token)
 
-Quantised experts differ from the ones that their router was trained with. GEMQ (https://arxiv.org/abs/2605.23078) tunes the routers alone
-on the text's next tokens; the reference's distribution says more with each token and asks for no text that the model was trained on. Norms
-and the scales of quantised experts can be tuned with them: the artifact's size does not change. Runs after the passes that choose formats.
+Quantised experts, and those that take the place of removed ones, differ from the ones that their router was trained with. GEMQ
+(https://arxiv.org/abs/2605.23078) tunes the routers alone on the text's next tokens; the reference's distribution says more with each token
+and asks for no text that the model was trained on, but of a model for one domain that domain's text is the better teacher. Norms and the
+scales of quantised experts can be tuned with them: the artifact's size does not change. Runs after the passes that choose formats.
 """
 
 from __future__ import annotations
@@ -26,16 +27,19 @@ from moec.compiler.model import Model
 from moec.compiler.tuning import KINDS, Trained, trained
 from moec.runtime.errors import unknown
 
+LOSSES = ("kl", "text")
+
 
 @dataclass(frozen=True)
 class TuneRouters:
     """Train routers by distillation; without steps nothing changes.
 
-    The result is kept only if it is closer to the reference on the held-out part of the calibration text.
+    The result is kept only if the loss has become less on the held-out part of the calibration text.
 
     Args:
         steps: steps of Adam (https://arxiv.org/abs/1412.6980).
         what: `router`, `norm`, `scale`: what is trained.
+        loss: `kl` to the reference, or `text`: the negative log-likelihood of the next tokens.
         windows: windows of calibration text in a step.
         rate: the step size of routers and norms at the start; it falls to a tenth along a cosine.
         scale_rate: that of scales, as a share of a weight's mean scale.
@@ -43,6 +47,7 @@ class TuneRouters:
 
     steps: int = 0
     what: Sequence[str] = ("router",)
+    loss: str = "kl"
     windows: int = 4
     rate: float = 1e-3
     scale_rate: float = 1e-2
@@ -53,6 +58,8 @@ class TuneRouters:
                 raise unknown("kind for tune_routers to train", kind, KINDS)
         if isinstance(self.what, str) or not self.what:
             raise MoecError(f"tune_routers: what={self.what!r}: expected a list of {', '.join(KINDS)}")
+        if self.loss not in LOSSES:
+            raise unknown("loss of tune_routers", self.loss, LOSSES)
         if self.steps < 0 or self.windows < 1 or self.rate <= 0 or self.scale_rate <= 0:
             raise MoecError("tune_routers: steps must be at least 0, windows at least 1, and the rates above 0")
 
@@ -65,15 +72,17 @@ class TuneRouters:
         found = trained(model, self.what)
         if not found.leaves:
             raise MoecError(f"tune_routers: the model has nothing of the kinds {', '.join(self.what)} to train at this place in the recipe")
-        before = context.damage(model, "tune_routers").kl_divergence
+        before = context.damage(model, "tune_routers")
         losses = self._train(found, Tape(reference.graph, reference.weights, keep=True), text, context)
         result = found.result()
-        after = context.damage(result, "tune_routers").kl_divergence
+        after = context.damage(result, "tune_routers")
+        better = after.nll < before.nll if self.loss == "text" else after.kl_divergence < before.kl_divergence
         context.note(
             "tune_routers", trained=list(self.what), steps=self.steps, first_loss=losses[0], last_loss=losses[-1],
-            heldout_kl_before=before, heldout_kl_after=after, kept=after < before,
+            loss=self.loss, heldout_kl_before=before.kl_divergence, heldout_kl_after=after.kl_divergence, heldout_nll_before=before.nll,
+            heldout_nll_after=after.nll, kept=better,
         )  # fmt: skip
-        return result if after < before else model
+        return result if better else model
 
     def _train(self, found: Trained, reference: Tape, text: Text, context: Context) -> list[float]:
         """Train in place; the loss of each step."""
@@ -86,10 +95,12 @@ class TuneRouters:
         for step in context.progress.track(range(self.steps), "tune"):
             ids = text.ids[order[step * self.windows : (step + 1) * self.windows].to(text.ids.device)]
             batch = {"ids": ids, "positions": torch.arange(ids.shape[1]).expand(len(ids), -1)}
-            truth = reference.logits([batch])[0].log_softmax(-1)
+            truth = reference.logits([batch])[0].log_softmax(-1) if self.loss == "kl" else None
 
-            def loss(_: int, outputs: tuple[Tensor, ...], truth: Tensor = truth) -> Tensor:
+            def loss(_: int, outputs: tuple[Tensor, ...], ids: Tensor = ids, truth: Tensor | None = truth) -> Tensor:
                 logp = outputs[0].log_softmax(-1)
+                if truth is None:
+                    return -logp[:, :-1].gather(-1, ids[:, 1:, None].to(logp.device)).mean()
                 return (truth.exp() * (truth - logp)).sum(-1).mean()
 
             optimiser.zero_grad()

@@ -5,6 +5,8 @@
     task         the per cent of questions all of whose answer tokens are the candidate's first choice, each after the right ones before
                  it (teacher forcing), plus exp of the mean log-likelihood of those tokens, less than one point, which orders ties
 
+Each has a smooth loss a token, for descent: KL(model before || candidate), and negative log-likelihoods of the text or of the answers.
+
 Teacher forcing takes one forward for all questions, where generation would take one a token; it is the same measure as exact match where
 the answer follows the prompt at once. `benchmarks/task_accuracy.py` measures exact match by generation, with a compiled artifact.
 """
@@ -12,7 +14,7 @@ the answer follows the prompt at once. `benchmarks/task_accuracy.py` measures ex
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,8 +67,8 @@ class Questions:
     answer: Tensor
 
 
-def read_questions(path: str | Path, tokenizer: Any, count: int, context: int) -> Questions:
-    r"""The first questions of a JSONL file that fit into `context` tokens.
+def read_questions(path: str | Path, tokenizer: Any, count: int | None, context: int) -> Questions:
+    r"""The first `count` questions of a JSONL file that fit into `context` tokens, or all of them.
 
     Each line has `prompt` and `answer`, texts. A `completion`, where there is one, is what follows the prompt: the reasoning up to the
     answer and the answer. Without one the answer follows at once: after a prompt that ends in "Answer:", or else after "\nAnswer:".
@@ -120,6 +122,17 @@ def of_task(questions: Questions) -> Worth:
     return worth
 
 
-def names(of: Sequence[str] = FITNESS) -> str:
-    """The names, for messages."""
-    return ", ".join(of)
+def loss_of_distance(logits: Tensor, truth: Tensor) -> Tensor:
+    """KL(truth || logits), the mean over tokens: logits [W, T, V]."""
+    logp = truth.log_softmax(-1)
+    return (logp.exp() * (logp - logits.log_softmax(-1))).sum(-1).mean()
+
+
+def loss_of_text(logits: Tensor, ids: Tensor, wanted: Tensor | None = None) -> Tensor:
+    """The mean negative log-likelihood of the next tokens, of those where `wanted` (bool [W, T]) is true: logits [W, T, V]."""
+    targets = ids.roll(-1, 1).to(logits.device)
+    if wanted is None:
+        wanted = torch.ones_like(targets, dtype=torch.bool)
+        wanted[:, -1] = False
+    wanted = wanted.to(logits.device)
+    return torch.nn.functional.cross_entropy(logits[wanted], targets[wanted])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moec.compiler.context import Context
+from moec.compiler.damage import each_logits
 from moec.compiler.errors import MoecError
 from moec.compiler.model import Model
 from moec.compiler.packed import integer_format
@@ -44,6 +45,19 @@ def test_tuning_brings_the_model_closer_on_text_it_has_not_seen(what: list[str])
     assert not torch.equal(result.load(GATE), compressed.load(GATE))
 
 
+def test_the_text_itself_can_be_the_teacher() -> None:
+    model = graphs.model()
+    context = graphs.context(model)
+    text = context.need_text("test")
+    result = TuneRouters(steps=20, what=["router", "norm"], loss="text", windows=len(text.ids), rate=1e-2).run(model, context)
+    note = context.journal[-1]
+    parts: list[torch.Tensor] = []
+    each_logits(model, text.ids, lambda _, part: parts.append(part.log_softmax(-1)))
+    nll = -torch.cat(parts)[:, :-1].gather(-1, text.ids[:, 1:, None]).mean()
+    assert note["first_loss"] == pytest.approx(float(nll), rel=1e-4) and note["last_loss"] < note["first_loss"]
+    assert note["kept"] == (note["heldout_nll_after"] < note["heldout_nll_before"]) == (result is not model)
+
+
 def test_weights_made_of_leaves_are_the_weights() -> None:
     _, compressed, _ = quantized()
     found = trained(compressed, ["scale"])
@@ -63,6 +77,8 @@ def test_bad_options() -> None:
     assert TuneRouters().run(compressed, context) is compressed
     with pytest.raises(MoecError, match="did you mean 'router'"):
         TuneRouters(what=["routers"])
+    with pytest.raises(MoecError, match="unknown loss of tune_routers 'nll'"):
+        TuneRouters(loss="nll")
     with pytest.raises(MoecError, match="expected a list"):
         TuneRouters(what="router")
     with pytest.raises(MoecError, match="rates above 0"):
