@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from tvm.tirx.script import builder as T
 
@@ -14,18 +15,42 @@ PREFETCH_BYTES = 1536
 """How far ahead of its use a tile's next codes are asked for."""
 
 Codes = Callable[[int], Expr]
-"""From a step to codes 2 * step and 2 * step + 1 of a chunk as two 16-bit integers a lane; steps are asked for in order."""
+"""From a step of a run to a pair of neighbouring codes as two 16-bit integers a lane; steps are asked for in order."""
 
 
-def read_chunk(layout: LaneLayout, codes: Buffer, tile: tuple[Expr, ...], chunk: Expr, lane: int, lanes: int) -> Codes:
-    """Emit reads of a chunk of `lanes` rows of a tile."""
+class Run(NamedTuple):
+    """Steps of a chunk, a pair of codes each, that are emitted once and repeated with other words: the first step, how many, how often."""
+
+    first: int
+    steps: int
+    repeats: int = 1
+
+
+def runs(layout: LaneLayout, part: int, parts: int) -> list[Run]:
+    """The runs of one of the equal parts of a chunk."""
+    steps = layout.chunk // 2 // parts
+    first, stop, found = part * steps, part * steps + steps, list[Run]()
+    if not layout.ternary:
+        return [Run(first, steps)]
+    own = trits.WORDS * trits.TRITS
+    if parts == 1:
+        return [Run(0, trits.TRITS, trits.WORDS), Run(own, stop - own)]
+    while first < stop:
+        end = min(stop, (first // trits.TRITS + 1) * trits.TRITS)
+        found.append(Run(first, end - first))
+        first = end
+    return found
+
+
+def read_run(layout: LaneLayout, codes: Buffer, tile: tuple[Expr, ...], chunk: Expr, run: Run, turn: Expr, lane: int, lanes: int) -> Codes:
+    """Emit reads of the words of a run, in one of its repetitions, of `lanes` rows of a tile."""
     integer = layout.integer
     assert integer is not None
     if layout.ternary:
-        return _Trits(codes, tile, chunk, lane, lanes).pair
+        return _Trits(codes, tile, chunk, run, turn, lane, lanes).pair
     words = [T.Bind(vector(codes, *tile, chunk, w, lane, lanes=lanes)) for w in range(integer.bits)]
     cut = planes(integer)
-    return lambda step: _pair(words, cut, step, lanes)
+    return lambda step: _pair(words, cut, run.first + step, lanes)
 
 
 def prefetch_chunk(layout: LaneLayout, codes: Buffer, tile: tuple[Expr, ...], chunk: Expr) -> None:
@@ -66,32 +91,30 @@ def _first_word(chunk: Expr) -> Expr:
     return chunk * trits.WORDS + chunk // trits.SHARING + 1
 
 
+def _shared_word(chunk: Expr) -> Expr:
+    """The word that a chunk shares."""
+    return chunk // trits.SHARING * (trits.WORDS * trits.SHARING + 1)
+
+
 class _Trits:
-    """The digits of a chunk, one pair after the other: the next one is the integer part of 3 x, and x becomes the fraction."""
+    """The digits of a word, one pair after the other: the next one is the integer part of 3 x, and x becomes the fraction."""
 
-    def __init__(self, codes: Buffer, tile: tuple[Expr, ...], chunk: Expr, lane: int, lanes: int) -> None:
-        self._lanes, self._at = lanes, 0
-        first = T.Bind(_first_word(chunk))
-        words = [vector(codes, *tile, first + w, lane, lanes=lanes) for w in range(trits.WORDS)]
-        words.append(vector(codes, *tile, chunk // trits.SHARING * (trits.WORDS * trits.SHARING + 1), lane, lanes=lanes))
-        self._words = [T.Bind(T.reinterpret(f"uint16x{2 * lanes}", word)) for word in words]
-        self._shared_power = _power(chunk % trits.SHARING)
+    def __init__(self, codes: Buffer, tile: tuple[Expr, ...], chunk: Expr, run: Run, turn: Expr, lane: int, lanes: int) -> None:
+        self._lanes = lanes
+        if run.first < trits.WORDS * trits.TRITS:
+            word, power = _first_word(chunk) + run.first // trits.TRITS + turn, T.uint16(3 ** (run.first % trits.TRITS))
+        else:
+            word, power = _shared_word(chunk), _power(chunk % trits.SHARING)
+        halves = T.reinterpret(f"uint16x{2 * lanes}", vector(codes, *tile, T.Bind(word), lane, lanes=lanes))
+        self._fraction = T.Bind(halves * splat(power, "uint16", 2 * lanes))
 
-    def pair(self, step: int) -> Expr:
-        """Codes 2 * step and 2 * step + 1."""
-        word, digit = divmod(step, trits.TRITS)
-        if self._at != step or digit == 0:
-            self._fraction = self._start(word, digit)
-        self._at = step + 1
-        pairs, words = f"uint16x{2 * self._lanes}", f"uint32x{2 * self._lanes}"
-        product = T.cast(self._fraction, words) * splat(3, "uint32", 2 * self._lanes)
-        found = T.cast(T.shift_right(product, splat(16, "uint32", 2 * self._lanes)), pairs)
-        self._fraction = T.Bind(self._fraction * splat(3, "uint16", 2 * self._lanes))
+    def pair(self, _: int) -> Expr:
+        """The next two codes."""
+        pairs, wide = 2 * self._lanes, f"uint32x{2 * self._lanes}"
+        product = T.cast(self._fraction, wide) * splat(3, "uint32", pairs)
+        found = T.cast(T.shift_right(product, splat(16, "uint32", pairs)), f"uint16x{pairs}")
+        self._fraction = T.Bind(self._fraction * splat(3, "uint16", pairs))
         return T.reinterpret(lane_type("int32", self._lanes), found)
-
-    def _start(self, word: int, digit: int) -> Expr:
-        power = self._shared_power if word == trits.WORDS else T.uint16(3**digit)
-        return T.Bind(self._words[word] * splat(power, "uint16", 2 * self._lanes))
 
 
 def _power(turn: Expr) -> Expr:
@@ -126,7 +149,7 @@ def one_code(layout: LaneLayout, codes: Buffer, tile: Expr, chunk: Expr, lane: E
 def _one_trit(codes: Buffer, tile: Expr, chunk: Expr, lane: Expr) -> Callable[[int], Expr]:
     first = T.Bind(_first_word(chunk))
     words = [T.Bind(codes[tile, first + w, lane]) for w in range(trits.WORDS)]
-    shared = T.Bind(codes[tile, chunk // trits.SHARING * (trits.WORDS * trits.SHARING + 1), lane])
+    shared = T.Bind(codes[tile, _shared_word(chunk), lane])
     shared_power = T.Bind(T.cast(_power(chunk % trits.SHARING), "uint32"))
 
     def code(i: int) -> Expr:

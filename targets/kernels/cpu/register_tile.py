@@ -13,7 +13,7 @@ from typing import NamedTuple
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cpu.activations import Activations
-from moec.targets.kernels.cpu.codes import Codes, prefetch_chunk, read_chunk
+from moec.targets.kernels.cpu.codes import Run, prefetch_chunk, read_run, runs
 from moec.targets.kernels.cpu.emit import Buffer, Expr, Register, argument, lane_type, splat, to_float, vector, when
 from moec.targets.kernels.cpu.isa import DOTS, Isa, multiply_add
 from moec.targets.kernels.cpu.layout import FLOAT_STORAGE, LANES, LaneLayout
@@ -68,7 +68,6 @@ class RegisterTile:
     def _integer(self, rows: list[Rows], tokens: Sequence[Expr], sums: list[list[Register]]) -> None:
         integer, lanes, act = self.layout.integer, self.isa.lanes, self.activations
         assert integer is not None
-        dot = DOTS[self.isa.dot]
         chains = max(1, CHAINS // (len(rows) * len(tokens)))
         partial = [[[Register("int32", lanes) for _ in range(chains)] for _ in tokens] for _ in rows]
         chunk_steps = self.layout.chunk // 2
@@ -79,24 +78,33 @@ class RegisterTile:
                 self._start(rows, tokens, partial, g)
                 with T.serial(chunks) as c:
                     chunk = T.Bind(outer * chunks + c)
-                    codes = self._chunk(rows, chunk, ahead=part == 0)
-                    for step in range(chunk_steps // parts):
-                        at = part * chunk_steps // parts + step
-                        pairs = [T.Bind(read(at)) for read in codes]
-                        for t, token in enumerate(tokens):
-                            x = T.Bind(splat(act.q.load(token, chunk * chunk_steps + at, first=step + t == 0), "int32", lanes))
-                            for r, pair in enumerate(pairs):
-                                register = partial[r][t][step % chains]
-                                register.set(dot(register.get(), pair, x, lanes))
+                    if part == 0:
+                        self._prefetch(rows, chunk)
+                    for run in runs(self.layout, part, parts):
+                        with T.serial(run.repeats) as turn:
+                            first = T.Bind(chunk * chunk_steps + run.first + turn * run.steps)
+                            self._run(rows, tokens, partial, chunk, run, turn, first)
                 self._finish(rows, tokens, partial, sums, g)
 
-    def _chunk(self, rows: list[Rows], chunk: Expr, *, ahead: bool) -> list[Codes]:
-        """The codes of a chunk of each row; `ahead`: ask for those of later chunks."""
-        codes = self.weights["codes"]
+    def _prefetch(self, rows: list[Rows], chunk: Expr) -> None:
         for row in rows:
-            if ahead and row.lane == 0:
-                prefetch_chunk(self.layout, codes, row.tile, chunk)
-        return [read_chunk(self.layout, codes, row.tile, chunk, row.lane, self.isa.lanes) for row in rows]
+            if row.lane == 0:
+                prefetch_chunk(self.layout, self.weights["codes"], row.tile, chunk)
+
+    def _run(
+        self, rows: list[Rows], tokens: Sequence[Expr], partial: list[list[list[Register]]], chunk: Expr, run: Run, turn: Expr, first: Expr
+    ) -> None:
+        """Add the products of a run, whose activations begin at the word `first`."""
+        lanes, act, dot = self.isa.lanes, self.activations, DOTS[self.isa.dot]
+        codes = [read_run(self.layout, self.weights["codes"], row.tile, chunk, run, turn, row.lane, lanes) for row in rows]
+        for step in range(run.steps):
+            pairs = [T.Bind(read(step)) for read in codes]
+            for t, token in enumerate(tokens):
+                x = T.Bind(splat(act.q.load(token, first + step, first=step + t == 0), "int32", lanes))
+                for r, pair in enumerate(pairs):
+                    chains = partial[r][t]
+                    register = chains[step % len(chains)]
+                    register.set(dot(register.get(), pair, x, lanes))
 
     def _weight_group(self, g: Expr) -> Expr:
         """The weights' group that holds the g-th group of activations."""
