@@ -22,8 +22,8 @@ from moec.compiler.frontend.layout import Computed, Layout
 from moec.compiler.ir import Param
 from moec.compiler.model import Model
 from moec.compiler.packed import Quantized, is_quantized
-from moec.compiler.pipeline import pack as packed_weight
 from moec.compiler.roles import parameter_roles
+from moec.compiler.stored import pack as packed_weight
 from moec.runtime.formats import get_format
 from moec.runtime.formats.int import IntFormat, pack_bits
 
