@@ -197,7 +197,7 @@ def measure(machine: Machine, kernel: str, format: str, tokens: int, mib: int, r
         for call in arguments:
             run(*call)
 
-    bandwidth, peak = machine.bandwidth(), machine.peak_gflop_s(integer=format.startswith("int"))
+    bandwidth, peak = machine.bandwidth(), machine.peak_gflop_s(integer=LaneLayout(n, k, format).integer is not None)
     seconds = machine.seconds(run_all, repetitions) / calls
     gb_s, gflop_s = touched / seconds / 1e9, flops / seconds / 1e9
     return Result(kernel, format, tokens, seconds * 1e6, gb_s, gb_s / bandwidth, gflop_s, gflop_s / peak)

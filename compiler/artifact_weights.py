@@ -13,7 +13,7 @@ from moec.compiler.backends import make_backend
 from moec.compiler.backends.base import Backend
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph, Param
-from moec.compiler.packed import Quantized
+from moec.compiler.packed import Quantized, is_quantized
 from moec.compiler.text import parse_graph
 from moec.runtime.artifact import Artifact
 from moec.runtime.artifact import open_artifact as open_for_reading
@@ -35,11 +35,19 @@ class ArtifactWeights:
             raise MoecError(f"the artifact has no weight {name!r}")
         if self.backend.stacked(param) and expert is None:
             return torch.stack([self.load(name, e) for e in range(int(param.type.shape[0]))])
-        arrays = {
-            component: self.arrays[name, component] if expert is None else self.arrays[name, component][expert]
-            for component in self.backend.storage(param)
-        }
-        return _value(param, expert, self.backend.restore(param, arrays))
+        return _value(param, expert, self.backend.restore(param, self._arrays(param, expert)))
+
+    def packed(self, name: str, expert: int | None = None) -> Quantized | None:
+        """See `PackedSource`."""
+        param = self.backend.graph.params[name]
+        if not is_quantized(param) or (self.backend.stacked(param) and expert is None):
+            return None
+        restored = self.backend.restore(param, self._arrays(param, expert))
+        return restored if isinstance(restored, Quantized) else None
+
+    def _arrays(self, param: Param, expert: int | None) -> dict[str, np.ndarray]:
+        stored = {component: self.arrays[param.name, component] for component in self.backend.storage(param)}
+        return stored if expert is None else {component: array[expert] for component, array in stored.items()}
 
 
 def _value(param: Param, expert: int | None, packed: Quantized | np.ndarray) -> Tensor:

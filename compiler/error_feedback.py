@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moec.compiler.grid import clamp_codes, fit, half, nearest, round_to_nearest
+from moec.compiler.grid import fit, half, nearest, round_to_nearest, snap
 from moec.compiler.packed import Quantized
 from moec.runtime.formats.int import IntFormat
 
@@ -168,7 +168,7 @@ def descend(w: Tensor, h: Tensor, fmt: IntFormat, start: Rounded, sweeps: int, s
                 s = scale[group] = s + step
             steps, inverse = (1 / inside.diagonal()).tolist(), 1 / s
             for i, (code, wish, column) in enumerate(zip(q.unbind(), pull.unbind(), inside.unbind(), strict=True)):
-                best = clamp_codes(torch.addcmul(code, wish, inverse, value=steps[i]).round_(), zero[group], fmt)
+                best = snap(torch.addcmul(code, wish, inverse, value=steps[i]), zero[group], fmt)
                 pull[i + 1 :].addr_(column[i + 1 :], (best - code).mul_(s), alpha=-1)  # those before are made anew in the next sweep
                 code.copy_(best)
             error[first:last] = w[first:last] - q * s

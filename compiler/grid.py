@@ -4,6 +4,10 @@ A group's values lie on the grid (code - zero) * scale. The search tries clippin
 the scale to the codes by least squares, and keeps what leaves the smallest squared error, each weight's counted with its importance.
 Symmetric formats have one zero point for all groups, but either sign of the scale: the codes reach one step further below zero than
 above, and the sign puts the largest weight on that side.
+
+Binary and ternary groups need no search. With importances h the best scale of {-s, s} is sum h |w| / sum h. That of {-s, 0, s} belongs to
+a set of weights that are not zero, the m largest for some m, as a weight rounds to zero below s / 2 whatever it counts: with A and B the
+sums of h |w| and of h over the set, s = A / B, and the set is the one with the largest A^2 / B (https://arxiv.org/abs/1605.04711, exactly).
 """
 
 from __future__ import annotations
@@ -53,9 +57,9 @@ def fit(groups: Tensor, fmt: IntFormat, importance: Tensor | None = None) -> tup
     weighted = groups if importance is None else groups * importance
     best = groups.new_full((len(groups), 1), -1.0)
     best_scale, best_zero, q = torch.ones_like(best), torch.zeros_like(best), torch.empty_like(groups)
-    for inverse, zero in (_symmetric if fmt.symmetric else _asymmetric)(groups, fmt):
+    for inverse, zero in _candidates(groups, fmt, importance):
         torch.mul(groups, inverse, out=q)
-        clamp_codes(q.round_(), zero, fmt)
+        snap(q, zero, fmt)
         # The scale that fits these codes best is <w, q> / <q, q>, and it leaves the error <w, w> - <w, q>^2 / <q, q>.
         product = torch.linalg.vecdot(weighted, q)[:, None]
         length = torch.linalg.vecdot(q if importance is None else q * importance, q)[:, None].clamp_min_(1e-30)
@@ -64,7 +68,14 @@ def fit(groups: Tensor, fmt: IntFormat, importance: Tensor | None = None) -> tup
         best = torch.where(better, merit, best)
         best_scale = torch.where(better, product / length, best_scale)
         best_zero = torch.where(better, zero, best_zero)
-    return half(torch.where(best_scale == 0, 1.0, best_scale)), best_zero
+    if has_zero(fmt):  # a group of zeros has codes zero, and any scale
+        best_scale = torch.where(best_scale == 0, 1.0, best_scale)
+    return half(best_scale), best_zero
+
+
+def has_zero(fmt: IntFormat) -> bool:
+    """Whether zero is among the values of a format for every scale."""
+    return fmt.middle % fmt.step == 0
 
 
 def _ratios(bits: int) -> list[float]:
@@ -78,8 +89,26 @@ _Candidate = tuple[Tensor, Tensor]
 """One over the scale, and the zero point: [R, 1]."""
 
 
+def _candidates(groups: Tensor, fmt: IntFormat, importance: Tensor | None) -> Iterator[_Candidate]:
+    if not has_zero(fmt):  # codes are signs
+        one = torch.ones_like(groups[:, :1])
+        return iter([(one, fmt.middle * one)])
+    if fmt.levels == 3:
+        return iter([_ternary(groups, importance)])
+    return _symmetric(groups, fmt) if fmt.symmetric else _asymmetric(groups, fmt)
+
+
+def _ternary(groups: Tensor, importance: Tensor | None) -> _Candidate:
+    size, order = groups.abs().sort(1, descending=True)
+    counts = torch.ones_like(groups) if importance is None else importance.expand_as(groups).gather(1, order)
+    inside, total = (size * counts).cumsum(1), counts.cumsum(1).clamp_min(1e-30)
+    best = (inside.square() / total).argmax(1, keepdim=True)
+    scale = inside.gather(1, best) / total.gather(1, best)
+    return 1 / torch.where(scale == 0, 1.0, scale), torch.ones_like(scale)
+
+
 def _symmetric(groups: Tensor, fmt: IntFormat) -> Iterator[_Candidate]:
-    low, high = -(fmt.levels // 2), fmt.levels // 2 - 1
+    low, high = -fmt.middle, fmt.top - fmt.middle
     peak = groups.gather(1, groups.abs().argmax(1, keepdim=True))  # the largest weight, with its sign
     inverse, zero = 1 / torch.where(peak == 0, 1.0, peak), torch.full_like(peak, -low)
     for end, ratios in ((low, _ratios(fmt.bits)), (high, _ratios(fmt.bits)[1::2])):
@@ -88,7 +117,7 @@ def _symmetric(groups: Tensor, fmt: IntFormat) -> Iterator[_Candidate]:
 
 
 def _asymmetric(groups: Tensor, fmt: IntFormat) -> Iterator[_Candidate]:
-    top = fmt.levels - 1
+    top = fmt.top
     # The range holds zero, so that the zero point is one of the codes.
     low, high = groups.amin(1, keepdim=True).clamp_max(0), groups.amax(1, keepdim=True).clamp_min(0)
     for ratio in _ratios(fmt.bits):
@@ -100,14 +129,17 @@ def _asymmetric(groups: Tensor, fmt: IntFormat) -> Iterator[_Candidate]:
 
 def nearest(groups: Tensor, scale: Tensor, zero: Tensor, fmt: IntFormat) -> Tensor:
     """The nearest codes, with the zero point taken off: (code - zero), of the groups' type."""
-    return clamp_codes((groups / scale).round_(), zero, fmt)
+    return snap(groups / scale, zero, fmt)
 
 
-def clamp_codes(codes: Tensor, zero: Tensor, fmt: IntFormat) -> Tensor:
-    """Codes with the zero point taken off, kept (in place) among those that there are."""
+def snap(wanted: Tensor, zero: Tensor, fmt: IntFormat) -> Tensor:
+    """The nearest codes that there are, with zero points taken off as in what is wanted; in place."""
+    if not has_zero(fmt):  # a sign
+        return wanted.ge_(0).mul_(2).sub_(1)
+    wanted.round_()
     if fmt.symmetric:
-        return codes.clamp_(-(fmt.levels // 2), fmt.levels // 2 - 1)
-    return codes.clamp_(-zero, fmt.levels - 1 - zero)
+        return wanted.clamp_(-fmt.middle, fmt.top - fmt.middle)
+    return wanted.clamp_(-zero, fmt.top - zero)
 
 
 def round_to_nearest(weight: Tensor, fmt: IntFormat, importance: Tensor | None = None) -> Quantized:
@@ -125,12 +157,12 @@ def round_to_nearest(weight: Tensor, fmt: IntFormat, importance: Tensor | None =
     zero = torch.empty(n, groups, dtype=torch.uint8, device=weight.device)
     rows, pad = max(1, _CHUNK // k) if weight.is_cpu else n, groups * size - k
     counts = None
-    if importance is not None:
-        importance = positive(importance.to(weight.device)).float()
-        counts = torch.nn.functional.pad(importance, (0, pad), value=1.0).view(1, groups, size)
+    if importance is not None or (pad and not has_zero(fmt)):
+        importance = torch.ones(k, device=weight.device) if importance is None else positive(importance.to(weight.device)).float()
+        counts = torch.nn.functional.pad(importance, (0, pad)).view(1, groups, size)
 
     def chunk(start: int) -> None:
-        # A short last group is filled up with zeros, which every scale represents exactly.
+        # A short last group is filled up with zeros, which every scale represents exactly, or which do not count.
         part = torch.nn.functional.pad(weight[start : start + rows].float(), (0, pad))
         count = len(part)
         part = part.view(-1, size)

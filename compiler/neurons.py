@@ -27,6 +27,8 @@ from moec.compiler.model import Model
 from moec.compiler.ops import expert_activation
 from moec.compiler.probe import Prober, run_probe
 from moec.compiler.weights import Edit, WeightSource
+from moec.runtime.formats import get_format
+from moec.runtime.formats.int import IntFormat
 
 
 def split_neurons(model: Model, orders: Mapping[str, Tensor], width: int, what: str) -> Model:
@@ -121,9 +123,10 @@ def neuron_orders(problem: Problem, samples: int = 2) -> dict[str, Tensor]:
     A neuron's salience is the sum over tokens of (G_t (z' - z)_t)^2, the change of the log-likelihood to first order, squared, when that
     neuron alone has the first of the problem's formats; G as in `output_gradients`.
     """
-    if problem.formats[0].startswith("int") is False:
+    if not isinstance(get_format(problem.formats[0]), IntFormat):
         raise MoecError(
-            f"assign_bits: neurons are ranked by what the first format does, which must be an integer one, got {problem.formats[0]}"
+            f"assign_bits: neurons are ranked by what the first format does, which must be one of codes (int, ternary, binary), "
+            f"got {problem.formats[0]}"
         )
     observer = _Salience(problem, lambda _: 0.0)
     observer.found = {layer.name: torch.zeros(layer.count, layer.width) for layer in moe_layers(problem.model.graph)}

@@ -25,6 +25,7 @@ from moec.compiler.quantization import QuantizedWeights, quantize_in_order
 from moec.compiler.quantizers import Quantizer, get_quantizer
 from moec.compiler.roles import Role, parameter_roles
 from moec.runtime.formats import get_format
+from moec.runtime.formats.float import PlainFormat
 
 KEEP_CODES_BELOW = 1 << 28
 """Parameters of a model whose codes are kept in memory once made; of a larger one they are made again when needed."""
@@ -64,7 +65,7 @@ class Quantize:
         for name in (self.experts, self.linear, self.embedding, self.router, self.other, *self.overrides.values()):
             if name is not None:
                 get_format(name)
-        if self.other is not None and self.other.startswith("int"):
+        if self.other is not None and not isinstance(get_format(self.other), PlainFormat):
             raise MoecError(f"quantize: other={self.other!r} must be a plain format (f32, bf16, f16): it covers norms and biases")
         for pattern in self.overrides:
             try:

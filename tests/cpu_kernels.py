@@ -14,6 +14,7 @@ from tvm.target import Target, codegen
 from moec.targets.kernels.cpu import ExpertsLayout, Isa, LaneLayout
 
 INTEGER = [f"int{b}_{g}{a}" for b in (2, 3, 4, 8) for g in ("g32", "g64", "g128", "channel") for a in ("", "_asym")]
+FEW = [f"{kind}_{g}" for kind in ("ternary", "binary") for g in ("g32", "g64", "g128", "channel")]
 FLOATS = ["f32", "f16", "bf16"]
 TOLERANCE = 6e-5  # 16-bit activations: half a step of 1 / 32767 of a group's largest, against the group's typical value
 HOST = codegen.llvm_get_system_cpu()
@@ -51,7 +52,7 @@ def draw_codes(rng: np.random.Generator, layout: LaneLayout, *lead: int) -> tupl
     integer = layout.integer
     assert integer is not None
     side = (*lead, layout.n, layout.groups)
-    codes = rng.integers(0, integer.levels, (*lead, layout.n, layout.k), np.uint8)
+    codes = rng.integers(0, integer.levels, (*lead, layout.n, layout.k), np.uint8) * np.uint8(integer.step)
     scale = ((0.5 + rng.random(side)) / integer.levels / layout.k**0.5).astype(np.float16)
     return codes, scale, None if integer.symmetric else rng.integers(0, integer.levels, side, np.uint8)
 
@@ -60,7 +61,7 @@ def draw_weight(rng: np.random.Generator, layout: LaneLayout, *lead: int) -> tup
     """Random weights [..., N, K] as float64, and their arrays."""
     if (integer := layout.integer) is not None:
         codes, scale, zero = draw_codes(rng, layout, *lead)
-        full = np.full_like(scale, integer.levels // 2, np.uint8) if zero is None else zero
+        full = np.full_like(scale, integer.middle, np.uint8) if zero is None else zero
         values = integer.dequantize(codes, scale, full).astype(np.float64)
         return values, layout.tile(codes, scale, zero)
     values = rng.standard_normal((*lead, layout.n, layout.k), np.float32) / layout.k**0.5

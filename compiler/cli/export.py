@@ -19,12 +19,12 @@ def command(
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of everything that is random.")] = 0,
     device: DeviceOption = None,
     dtype: Annotated[str | None, typer.Option(metavar="bf16|f16|f32", help="Of the tensors; the checkpoint's own unless given.")] = None,
-    packed: Annotated[bool, typer.Option("--packed", help="Write integer codes: not available in this version.")] = False,
+    packed: Annotated[bool, typer.Option("--packed", help="Write int4 and int8 codes, as compressed-tensors packs them.")] = False,
 ) -> None:
     """Write a pruned, merged, re-routed or quantised model as a checkpoint that plain transformers loads.
 
-    Quantised weights are written as the values that their codes stand for. What a configuration of transformers cannot say (layers with
-    different numbers of experts, experts that are skipped) is an error.
+    Quantised weights are written as the values that their codes stand for, or with --packed as codes, for vLLM and others. What a
+    configuration of transformers cannot say (layers with different numbers of experts, experts that are skipped) is an error.
     """
     export = import_extra("moec.compiler.export", "compile")
     export.export_model(

@@ -47,9 +47,11 @@ def export_model(
         model: a checkpoint folder or hub name, or an artifact.
         output: the folder to write, which must not exist yet.
         to: `hf`: config.json, safetensors files under the hub's names, the tokenizer.
-        recipe: what to do to a checkpoint first; quantised weights are written as the values that their codes stand for.
+        recipe: what to do to a checkpoint first; quantised weights are written as the values that their codes stand for, unless `packed`.
         calibration, calibration_tokens, seed, device: as in `compile_model`.
         dtype: `bf16`, `f16` or `f32`; the checkpoint's own unless given.
+        packed: write the codes of experts and linear layers in symmetric int4 or int8, in compressed-tensors' layout. Scales are written
+            in `dtype`; `f16` keeps all their bits.
 
     Raises:
         MoecError: bad input, or a model that transformers' class cannot express (layers with different numbers of experts, skipped
@@ -58,8 +60,6 @@ def export_model(
     out, progress, place = Path(output), progress or Progress(), on_device(device)
     if to not in FORMATS:
         raise unknown("export format", to, FORMATS)
-    if packed:
-        raise MoecError("--packed: integer codes are not written in this version: leave it out for their values in bf16")
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     if out.exists():
@@ -74,7 +74,7 @@ def export_model(
         changed = Model(*open_artifact(model))
         config = huggingface.config_of(folder)
         source = trace(huggingface.model_of(config, what))[0].graph
-        writer = CheckpointWriter(changed, source, None, None, config, dtype, what)
+        writer = CheckpointWriter(changed, source, None, None, config, dtype, what, packed)
         writer.write(out, [folder, Path(model)], progress)
         return
     folder = huggingface.resolve(model)
@@ -87,5 +87,5 @@ def export_model(
         changed = run_passes(loaded, chosen.passes, Context(text, loaded, get_target("cpu"), seed=seed, progress=progress))
     stored = weights.stored if isinstance(weights, GraphWeights) else None
     with progress.step("configuration"):
-        writer = CheckpointWriter(changed, graph, stored, weights, huggingface.config_of(folder), dtype, what)
+        writer = CheckpointWriter(changed, graph, stored, weights, huggingface.config_of(folder), dtype, what, packed)
     writer.write(out, [folder], progress)

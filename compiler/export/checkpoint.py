@@ -20,6 +20,7 @@ from torch import Tensor
 from moec.compiler.artifact import io_errors
 from moec.compiler.errors import MoecError
 from moec.compiler.export.configuration import Configured, configure
+from moec.compiler.export.packed import PackedTensors
 from moec.compiler.frontend.layout import Computed, Layout
 from moec.compiler.frontend.source import Stored
 from moec.compiler.frontend.tensors import read_json
@@ -47,17 +48,21 @@ class CheckpointWriter:
             model is there (an artifact).
         config: transformers' configuration of the source.
         dtype: element type of float tensors; None for that of the source.
+        packed: write the codes of quantised experts and linear layers, not their values.
     """
 
     def __init__(
-        self, model: Model, source: Graph, stored: Stored | None, original: WeightSource | None, config: Any, dtype: str | None, what: str
-    ) -> None:
+        self, model: Model, source: Graph, stored: Stored | None, original: WeightSource | None, config: Any, dtype: str | None, what: str,
+        packed: bool = False,
+    ) -> None:  # fmt: skip
         self.model, self.stored, self.original, self.what = as_stored(model), stored, original, what
         self.dtype = DTYPES[dtype] if dtype else config.dtype if config.dtype in DTYPES.values() else torch.float32
         self.made: Configured = configure(config, source, model.graph, what)
         self._computed = {
             param.name: name for name, layout in self.made.normal.layouts.items() if isinstance(layout, Computed) for param in layout.inputs
         }
+
+        self.packed = PackedTensors(model, self.made.normal.layouts, self.dtype, what) if packed else None
 
     def write(self, out: Path, folders: Sequence[Path], progress: Progress) -> None:
         """Write everything to a folder that is not there yet.
@@ -101,6 +106,8 @@ class CheckpointWriter:
 
         for layer in progress.track(sorted(groups), "layers"):
             made = self._reverted({name: self._value(name) for name in groups[layer]})
+            if self.packed is not None:
+                made = self.packed.replace(made, groups[layer], self._reverted)
             size = sum(t.nbytes for t in made.values())
             total += size
             if pending and size + sum(t.nbytes for t in pending.values()) > SHARD_BYTES:
@@ -166,6 +173,8 @@ class CheckpointWriter:
         for name in ("torch_dtype", "dtype"):
             if name in data or name == "dtype":
                 data[name] = str(self.dtype).removeprefix("torch.")
+        if self.packed is not None:
+            data["quantization_config"] = self.packed.config()
         (part / "config.json").write_text(json.dumps(data, indent=2) + "\n")
 
 

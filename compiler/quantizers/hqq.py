@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moec.compiler.errors import MoecError
-from moec.compiler.grid import fit, half, nearest
+from moec.compiler.grid import fit, half, has_zero, nearest
 from moec.compiler.packed import Quantized
 from moec.compiler.quantizers import Needs
 from moec.runtime.formats.int import IntFormat
@@ -43,18 +43,22 @@ def quantize(
         )
     n, k = weight.shape
     size, groups = fmt.group_size(k), fmt.groups(k)
-    w = torch.nn.functional.pad(weight.float(), (0, groups * size - k)).view(-1, size)  # [R, G]
-    scale, zero = fit(w, fmt)
-    best, best_error = (scale, zero), _error(w, scale, zero, fmt, norm)
+    pad = groups * size - k
+    w = torch.nn.functional.pad(weight.float(), (0, pad)).view(-1, size)  # [R, G]
+    real = torch.ones_like(w)  # what a short last group is filled up with is left out, unless the format has zero and so costs nothing
+    if pad and not has_zero(fmt):
+        real.view(n, -1)[:, k:] = 0
+    scale, zero = fit(w, fmt, real)
+    best, best_error = (scale, zero), _error(w, scale, zero, fmt, norm, real)
     for _ in range(iterations):
         codes = nearest(w, scale, zero, fmt)
         residue = w / scale - codes
         outlier = residue.sign() * (residue.abs() - residue.abs().clamp_min(1e-8).pow(norm - 1) / beta).clamp_min(0)
         target = w - outlier * scale
-        scale = half((target * codes).sum(1, keepdim=True) / codes.square().sum(1, keepdim=True).clamp_min(1))
+        scale = half((target * codes * real).sum(1, keepdim=True) / (codes.square() * real).sum(1, keepdim=True).clamp_min(1))
         if not fmt.symmetric:
-            zero = (zero + (codes - target / scale).mean(1, keepdim=True)).round().clamp(0, fmt.levels - 1)
-        error = _error(w, scale, zero, fmt, norm)
+            zero = (zero + (codes - target / scale).mean(1, keepdim=True)).round().clamp(0, fmt.top)
+        error = _error(w, scale, zero, fmt, norm, real)
         better = error < best_error
         best = (torch.where(better, scale, best[0]), torch.where(better, zero, best[1]))
         best_error = torch.where(better, error, best_error)
@@ -66,6 +70,6 @@ def quantize(
     )
 
 
-def _error(w: Tensor, scale: Tensor, zero: Tensor, fmt: IntFormat, norm: float) -> Tensor:
-    """The sum of |w - q|^norm of each group: [R, 1]."""
-    return (w - nearest(w, scale, zero, fmt) * scale).abs().pow(norm).sum(1, keepdim=True)
+def _error(w: Tensor, scale: Tensor, zero: Tensor, fmt: IntFormat, norm: float, real: Tensor) -> Tensor:
+    """The sum of |w - q|^norm of each group: [R, 1]; `real` [R, G] is 1 at the weights that count, else 0."""
+    return ((w - nearest(w, scale, zero, fmt) * scale).abs().pow(norm) * real).sum(1, keepdim=True)

@@ -1,6 +1,7 @@
 """Weight formats: how the numbers of a weight are stored.
 
-A format is found by its name, whose first word names the file in this folder (`int4_g64` is in `int.py`, `bf16` in `float.py`).
+A format is found by its name, whose first word names the file in this folder (`int4_g64` is in `int.py`, `ternary_g64` in
+`ternary.py`; the plain ones, such as `bf16`, are all in `float.py`).
 It is stateless: `nbytes(shape)` is exact without data, and `unpack(pack(x)) == x` bit for bit.
 """
 
@@ -57,11 +58,13 @@ def get_format(name: str) -> Format:
             return found
     if re.fullmatch(r"int\d+.*", name):
         raise MoecError(f"unknown format {name!r}: expected int<bits>_g<group>[_asym] or int<bits>_channel[_asym], bits 1 to 8")
+    if (kind := re.match(r"ternary|binary", name)) is not None:
+        raise MoecError(f"unknown format {name!r}: expected {kind[0]}_g<group> or {kind[0]}_channel")
     raise unknown("format", name, known_formats())
 
 
 def known_formats() -> list[str]:
-    """The names of a representative set: every float format, and every integer one at its usual group sizes."""
+    """The names of a representative set: every float format, and every other one at its usual group sizes."""
     names: list[str] = []
     for module in pkgutil.iter_modules(__path__):
         names += importlib.import_module(f"{__name__}.{module.name}").NAMES

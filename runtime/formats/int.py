@@ -38,7 +38,10 @@ def unpack_bits(packed: NDArray[np.generic], bits: int, count: int) -> NDArray[n
 
 @dataclass(frozen=True)
 class IntFormat:
-    """Codes of `bits` bits with a scale every `group` weights of a row (0: one scale a row)."""
+    """Codes of `bits` bits with a scale every `group` weights of a row (0: one scale a row).
+
+    Formats of fewer values than their codes' bits could say (`ternary.py`, `binary.py`) are special cases.
+    """
 
     bits: int
     group: int
@@ -53,6 +56,21 @@ class IntFormat:
     def levels(self) -> int:
         """How many codes there are."""
         return 1 << self.bits
+
+    @property
+    def step(self) -> int:
+        """The distance of neighbouring codes."""
+        return 1
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return (self.levels - 1) * self.step
+
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric format."""
+        return (self.top + 1) // 2
 
     def group_size(self, k: int) -> int:
         """Weights of a full group in a row of k."""
@@ -75,6 +93,14 @@ class IntFormat:
 
     def pack(self, codes: NDArray[np.uint8], scale: NDArray[np.float16], zero: NDArray[np.uint8] | None = None) -> Arrays:
         """Codes [..., N, K], scales [..., N, groups] and (asymmetric) zero points [..., N, groups] -> stored arrays."""
+        arrays = {"codes": self._pack(codes), "scale": scale.astype("<f2")}
+        if not self.symmetric:
+            assert zero is not None
+            arrays["zero"] = pack_bits(zero, self.bits)
+        return arrays
+
+    def _pack(self, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Codes [..., N, K] -> bytes [..., N, bytes of a row]."""
         k = codes.shape[-1]
         size = self.group_size(k)
         full = k // size * size
@@ -82,26 +108,27 @@ class IntFormat:
         packed = packed.reshape(*codes.shape[:-1], -1)
         if full < k:
             packed = np.concatenate([packed, pack_bits(codes[..., full:], self.bits)], axis=-1)
-        arrays = {"codes": packed, "scale": scale.astype("<f2")}
-        if not self.symmetric:
-            assert zero is not None
-            arrays["zero"] = pack_bits(zero, self.bits)
-        return arrays
+        return packed
 
     def codes(self, arrays: Arrays, shape: tuple[int, ...]) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.uint8]]:
         """Codes, scales and zero points of a packed weight: the inverse of `pack` (symmetric: zero points are constant)."""
         *lead, k = shape
-        size, groups = self.group_size(k), self.groups(k)
+        groups = self.groups(k)
+        body = self._unpack(arrays["codes"].reshape(*lead, -1), k)
+        scale = arrays["scale"].reshape(*lead, groups).astype(np.float16)
+        if self.symmetric:
+            return body, scale, np.full(scale.shape, self.middle, np.uint8)
+        return body, scale, unpack_bits(arrays["zero"].reshape(*lead, -1), self.bits, groups)
+
+    def _unpack(self, packed: NDArray[np.generic], k: int) -> NDArray[np.uint8]:
+        """The inverse of `_pack`: bytes [..., N, bytes of a row] -> codes [..., N, K]."""
+        size, lead = self.group_size(k), packed.shape[:-1]
         full = k // size * size
-        packed = arrays["codes"].reshape(*lead, -1)
         split = full // size * -(-size * self.bits // 8)
         body = unpack_bits(packed[..., :split].reshape(*lead, full // size, -1), self.bits, size).reshape(*lead, full)
         if full < k:
             body = np.concatenate([body, unpack_bits(packed[..., split:], self.bits, k - full)], axis=-1)
-        scale = arrays["scale"].reshape(*lead, groups).astype(np.float16)
-        if self.symmetric:
-            return body, scale, np.full(scale.shape, self.levels // 2, np.uint8)
-        return body, scale, unpack_bits(arrays["zero"].reshape(*lead, -1), self.bits, groups)
+        return body
 
     def dequantize(self, codes: NDArray[np.uint8], scale: NDArray[np.float16], zero: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(codes - zero) * scale in float32, group by group: [..., N, K]."""

@@ -15,7 +15,14 @@ from moec.compiler.quantizers import get_quantizer
 from moec.compiler.quantizers.gptq import quantize
 from moec.compiler.quantizers.rtn import quantize as round_to_nearest
 from moec.runtime.errors import MoecError
+from moec.runtime.formats.binary import BinaryFormat
 from moec.runtime.formats.int import IntFormat
+from moec.runtime.formats.ternary import TernaryFormat
+
+GROUPS = st.sampled_from([0, 32, 64])
+FORMATS = st.one_of(
+    st.builds(IntFormat, st.integers(1, 8), GROUPS, st.booleans()), st.builds(TernaryFormat, GROUPS), st.builds(BinaryFormat, GROUPS)
+)
 
 
 def drawn(n: int, k: int, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -40,7 +47,9 @@ def plain_gptq(w: Tensor, h: Tensor, fmt: IntFormat) -> Tensor:
     return values
 
 
-@pytest.mark.parametrize("fmt", [IntFormat(3, 16), IntFormat(2, 32, False), IntFormat(4, 0), IntFormat(2, 64)])
+@pytest.mark.parametrize(
+    "fmt", [IntFormat(3, 16), IntFormat(2, 32, False), IntFormat(4, 0), IntFormat(2, 64), TernaryFormat(16), BinaryFormat(32)]
+)
 def test_equal_to_a_plain_loop(fmt: IntFormat) -> None:
     weight, moment = drawn(7, 72, 300, 3)
     w = weight.T.contiguous().double()
@@ -52,39 +61,36 @@ def test_equal_to_a_plain_loop(fmt: IntFormat) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    bits=st.integers(1, 8), group=st.sampled_from([0, 32, 64]), symmetric=st.booleans(), n=st.integers(1, 9), k=st.integers(1, 150),
-    tokens=st.sampled_from([1, 40, 400]), seed=st.integers(0, 999), act_order=st.booleans(), sweeps=st.integers(0, 3),
+    fmt=FORMATS, n=st.integers(1, 9), k=st.integers(1, 150), tokens=st.sampled_from([1, 40, 400]), seed=st.integers(0, 999),
+    act_order=st.booleans(), sweeps=st.integers(0, 3),
 )  # fmt: skip
-def test_never_worse_than_nearest(
-    bits: int, group: int, symmetric: bool, n: int, k: int, tokens: int, seed: int, act_order: bool, sweeps: int
-) -> None:
-    fmt = IntFormat(bits, group, symmetric)
+def test_never_worse_than_nearest(fmt: IntFormat, n: int, k: int, tokens: int, seed: int, act_order: bool, sweeps: int) -> None:
     weight, moment = drawn(n, k, tokens, seed)
     found = quantize(weight, fmt, moment, act_order=act_order, sweeps=sweeps)
     assert found.codes.shape == (n, k)
-    assert found.codes.max() < fmt.levels
+    assert found.codes.max() <= fmt.top
     assert found.scale.shape == found.zero.shape == (n, fmt.groups(k))
     assert np.isfinite(found.scale).all()
-    if symmetric:
-        assert (found.zero == fmt.levels // 2).all()
+    if fmt.symmetric:
+        assert (found.zero == fmt.middle).all()
     errors = [objective(weight.T, q.values(fmt).T, moment) for q in (found, round_to_nearest(weight, fmt))]
     assert (errors[0] <= errors[1] * (1 + 1e-9) + 1e-12).all()
 
 
-def test_each_step_lowers_the_error() -> None:
+@pytest.mark.parametrize("fmt", [IntFormat(2, 32), TernaryFormat(32), TernaryFormat(0), BinaryFormat(32)])
+def test_each_step_lowers_the_error(fmt: IntFormat) -> None:
     weight, moment = drawn(64, 128, 500, 1)
-    fmt = IntFormat(2, 32)
     errors = [float(objective(weight.T, quantize(weight, fmt, moment, sweeps=sweeps).values(fmt).T, moment).sum()) for sweeps in (0, 1, 3)]
     nearest_error = float(objective(weight.T, round_to_nearest(weight, fmt).values(fmt).T, moment).sum())
-    assert errors[0] < 0.6 * nearest_error
+    assert errors[0] < 0.7 * nearest_error
     assert errors[1] < 0.95 * errors[0]
     assert errors[2] < errors[1]
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_descent_never_rises(symmetric: bool) -> None:
+@pytest.mark.parametrize("fmt", [IntFormat(2, 32, True), IntFormat(2, 32, False), TernaryFormat(32), BinaryFormat(32)])
+def test_descent_never_rises(fmt: IntFormat) -> None:
     weight, moment = drawn(20, 96, 300, 2)
-    fmt, w = IntFormat(2, 32, symmetric), weight.T.contiguous()
+    w = weight.T.contiguous()
     h, r = factor(moment, 0.01)
     found = round_with_feedback(w, h, r, fmt, range(3))
     errors = [objective(w, found.values(32), h)]

@@ -11,10 +11,12 @@ from moec.compiler.quantizers.decoupleq import fitted_scales
 from moec.compiler.quantizers.hqq import quantize as hqq
 from moec.compiler.quantizers.rtn import quantize as round_to_nearest
 from moec.runtime.errors import MoecError
+from moec.runtime.formats.binary import BinaryFormat
 from moec.runtime.formats.int import IntFormat
+from moec.runtime.formats.ternary import TernaryFormat
 from tests.compiler.test_gptq import drawn
 
-FORMATS = [IntFormat(2, 32), IntFormat(3, 64, False), IntFormat(4, 0)]
+FORMATS = [IntFormat(2, 32), IntFormat(3, 64, False), IntFormat(4, 0), TernaryFormat(64), BinaryFormat(64)]
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -12,7 +12,9 @@ from moec.compiler.packed import Quantized
 from moec.compiler.quantizers import get_quantizer, known_quantizers
 from moec.compiler.quantizers.rtn import quantize
 from moec.runtime.errors import MoecError
+from moec.runtime.formats.binary import BinaryFormat
 from moec.runtime.formats.int import IntFormat
+from moec.runtime.formats.ternary import TernaryFormat
 
 
 def plain_round_to_nearest(weight: np.ndarray, fmt: IntFormat) -> float:
@@ -67,7 +69,18 @@ def test_zeros_stay_zero() -> None:
 
 
 @pytest.mark.parametrize("name", known_quantizers())
-@pytest.mark.parametrize("fmt", [IntFormat(1, 32), IntFormat(2, 32, False), IntFormat(3, 64), IntFormat(8, 0), IntFormat(4, 16, False)])
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        IntFormat(1, 32),
+        IntFormat(2, 32, False),
+        IntFormat(3, 64),
+        IntFormat(8, 0),
+        IntFormat(4, 16, False),
+        TernaryFormat(32),
+        BinaryFormat(64),
+    ],
+)
 def test_every_quantizer_makes_what_the_format_can_store(name: str, fmt: IntFormat) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(6, 72, generator=generator), torch.randn(200, 72, generator=generator)
@@ -78,7 +91,7 @@ def test_every_quantizer_makes_what_the_format_can_store(name: str, fmt: IntForm
     assert found.scale.dtype == np.float16
     again = Quantized(*fmt.codes(fmt.pack(found.codes, found.scale, found.zero), (6, 72)))
     assert torch.equal(again.values(fmt), found.values(fmt))
-    assert float((found.values(fmt) - weight).square().mean()) < (0.8 if fmt.bits == 1 else 0.3)
+    assert float((found.values(fmt) - weight).square().mean()) < (0.8 if fmt.bits == 1 else 0.35)
 
 
 def test_unknown_quantizer() -> None:

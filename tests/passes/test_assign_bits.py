@@ -105,6 +105,24 @@ def test_the_budget_is_kept_and_used(units: str, scope: str, model: Model, conte
     torch.testing.assert_close(logits(split, ids), logits(result, ids), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_menu_of_few_values(method: str, model: Model, context: Context) -> None:
+    menu = ("binary_channel", "ternary_channel", "int3_channel")
+    result = AssignBits(budget=3.0, formats=menu, method=method).run(model, context)
+    found = [name for param in (UP, DOWN) for name in result.graph.params[param].format]
+    assert set(found) >= {"binary_channel", "ternary_channel"}
+    sizes = {"binary_channel": (4, 4), "ternary_channel": (6, 5), "int3_channel": (8, 7)}  # bytes of a row of 16 and of 12
+    rows = [(24, 0)] * 6 + [(16, 1)] * 6
+    expected = sum(count * sizes[name][at] for name, (count, at) in zip(found, rows, strict=True))
+    assert expert_bytes(result) == expected <= int(3.0 * 6 * (24 * 16 + 16 * 12) / 8)
+    for expert, name in enumerate(result.graph.params[UP].format):
+        values = result.load(UP, expert)
+        assert max(len(row.unique()) for row in values) <= {"binary_channel": 2, "ternary_channel": 3, "int3_channel": 8}[name]
+    split = uniform_experts(result)
+    ids = context.need_text("").ids[:2]
+    torch.testing.assert_close(logits(split, ids), logits(result, ids), rtol=1e-4, atol=1e-4)
+
+
 def test_larger_budgets_do_less_damage_down_to_that_of_the_widest_format(model: Model, context: Context) -> None:
     found = []
     for budget in (4.0, 5.0, 7.0, 12.0):

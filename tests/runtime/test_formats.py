@@ -16,7 +16,7 @@ from moec.runtime.formats.int import IntFormat, pack_bits, unpack_bits
 SHAPES = [(1, 1), (3, 33), (2, 5, 64), (4, 130), (7, 256)]
 
 
-@pytest.mark.parametrize("name", [*known_formats(), "int1_g32", "int5_g48", "int6_channel", "int7_g128_asym"])
+@pytest.mark.parametrize("name", [*known_formats(), "int1_g32", "ternary_g40", "binary_g40", "int5_g48", "int6_channel", "int7_g128_asym"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_pack_law(name: str, shape: tuple[int, ...]) -> None:
     fmt = get_format(name)
@@ -29,14 +29,14 @@ def test_pack_law(name: str, shape: tuple[int, ...]) -> None:
         assert np.array_equal(again["data"], arrays["data"])
     else:
         assert isinstance(fmt, IntFormat)
-        codes = rng.integers(0, fmt.levels, shape).astype(np.uint8)
+        codes = rng.integers(0, fmt.levels, shape).astype(np.uint8) * np.uint8(fmt.step)
         scale = rng.standard_normal((*shape[:-1], fmt.groups(shape[-1]))).astype(np.float16)
         zero = rng.integers(0, fmt.levels, scale.shape).astype(np.uint8)
         arrays = fmt.pack(codes, scale, zero)
         found = fmt.codes(arrays, shape)
         assert np.array_equal(found[0], codes)
         assert np.array_equal(found[1], scale)
-        assert np.array_equal(found[2], np.full_like(zero, fmt.levels // 2) if fmt.symmetric else zero)
+        assert np.array_equal(found[2], np.full_like(zero, fmt.middle) if fmt.symmetric else zero)
         assert np.array_equal(fmt.unpack(arrays, shape), fmt.dequantize(*found))
     assert sum(a.nbytes for a in arrays.values()) == fmt.nbytes(shape)
 
@@ -61,12 +61,38 @@ def test_bfloat16_rounds_as_torch(value: float) -> None:
     assert np.array_equal(fmt.unpack({"data": bits}, (1,)), expected.float().numpy(), equal_nan=True)
 
 
+@given(
+    name=st.sampled_from(["ternary_g32", "ternary_g128", "ternary_g7", "ternary_channel", "binary_g32", "binary_g7", "binary_channel"]),
+    n=st.integers(1, 5), k=st.integers(1, 300), seed=st.integers(0, 999),
+)  # fmt: skip
+def test_few_values_round_trip(name: str, n: int, k: int, seed: int) -> None:
+    fmt, rng = get_format(name), np.random.default_rng(seed)
+    assert isinstance(fmt, IntFormat)
+    ternary = name.startswith("ternary")
+    signs = rng.integers(-1, 2, (n, k)) if ternary else rng.choice([-1, 1], (n, k))
+    scale = (rng.random((n, fmt.groups(k))) + 0.1).astype(np.float16)
+    arrays = fmt.pack((signs + 1).astype(np.uint8), scale)
+    spread = np.repeat(scale.astype(np.float32), fmt.group_size(k), axis=1)[:, :k]
+    assert np.array_equal(fmt.unpack(arrays, (n, k)), signs * spread)
+    assert sum(a.nbytes for a in arrays.values()) == fmt.nbytes((n, k))
+    row = arrays["codes"][0].tolist()
+    if ternary:  # the definition: five base-3 digits a byte, low digits first
+        digits = [byte // 3**i % 3 for byte in row for i in range(5)]
+        assert digits[:k] == (signs[0] + 1).tolist()
+        assert not any(digits[k:])
+        assert max(row) < 243
+
+
 def test_sizes_in_closed_form() -> None:
     assert get_format("bf16").nbytes((10, 7)) == 140
     assert get_format("int4_g64").nbytes((8, 128)) == 8 * (64 + 2 * 2)
     assert get_format("int3_g32_asym").nbytes((2, 64)) == 2 * (24 + 2 * 2 + 1)
     assert get_format("int2_g32").nbytes((1, 33)) == 8 + 1 + 2 * 2
     assert get_format("int8_channel").nbytes((5, 100)) == 5 * 102
+    assert get_format("ternary_g64").nbytes((3, 384)) == 3 * (77 + 2 * 6)  # 1.85 bits
+    assert get_format("ternary_channel").nbytes((2, 5, 33)) == 10 * (7 + 2)
+    assert get_format("binary_g32").nbytes((2, 33)) == 2 * (4 + 1 + 2 * 2)
+    assert get_format("binary_channel").nbytes((7, 384)) == 7 * (48 + 2)
 
 
 def test_unknown_names() -> None:
@@ -74,3 +100,7 @@ def test_unknown_names() -> None:
         get_format("bf61")
     with pytest.raises(MoecError, match="int<bits>_g<group>"):
         get_format("int4_64")
+    with pytest.raises(MoecError, match="'ternary_64': expected ternary_g<group> or ternary_channel"):
+        get_format("ternary_64")
+    with pytest.raises(MoecError, match="expected binary_g<group>"):
+        get_format("binary_g64_asym")

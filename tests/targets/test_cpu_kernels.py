@@ -17,6 +17,7 @@ from moec.targets.kernels.cpu import (
     linear_func,
 )
 from tests.cpu_kernels import (
+    FEW,
     FLOATS,
     HOST,
     INTEGER,
@@ -50,6 +51,19 @@ def test_untile_inverts_tile(bits: int, group: str, asymmetric: bool, n: int, k:
     np.testing.assert_array_equal(found_zero, 1 << (bits - 1) if zero is None else zero)
 
 
+@given(st.sampled_from(FEW), st.integers(1, 40), st.integers(1, 700), st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=60)
+def test_untile_inverts_tile_of_few_values(name: str, n: int, k: int, seed: int) -> None:
+    layout = LaneLayout(n, k, name)
+    codes, scale, _ = draw_codes(np.random.default_rng(seed), layout, 2)
+    arrays = layout.tile(codes, scale)
+    assert {name: (a.shape, str(a.dtype)) for name, a in arrays.items()} == layout.arrays(2)
+    found_codes, found_scale, found_zero = layout.untile(arrays)
+    np.testing.assert_array_equal(found_codes, codes)
+    np.testing.assert_array_equal(found_scale, scale)
+    assert (found_zero == 1).all()
+
+
 @pytest.mark.parametrize("name", FLOATS)
 def test_untile_values_inverts_tile_values(name: str) -> None:
     layout = LaneLayout(37, 21, name)
@@ -70,6 +84,9 @@ def test_deinterleave_inverts_interleave(gated: bool) -> None:
 def test_bytes_in_closed_form() -> None:
     assert LaneLayout(2048, 2048, "int4_g64").nbytes() == 2048 * 2048 // 2 + 2048 * 32 * 2
     assert LaneLayout(2048, 2048, "int3_g128_asym").nbytes(8) == 8 * (2048 * 2048 * 3 // 8 + 2048 * 16 * 3)
+    assert LaneLayout(2048, 2048, "binary_g128").nbytes() == 2048 * 2048 // 8 + 2048 * 16 * 2
+    assert LaneLayout(2048, 2048, "ternary_g128").nbytes() == 2048 * 4 * (3 * 32 + 7) + 2048 * 16 * 2  # 103 words for 102.4
+    assert LaneLayout(384, 384, "ternary_channel").nbytes() == 384 * (4 * 20 + 2)
     assert LaneLayout(17, 33, "bf16").nbytes() == 32 * 33 * 2
 
 
@@ -82,7 +99,7 @@ def test_formats_without_a_kernel_are_refused(name: str) -> None:
 # linear
 
 
-@pytest.mark.parametrize("name", INTEGER + FLOATS)
+@pytest.mark.parametrize("name", INTEGER + FEW + FLOATS)
 def test_linear_of_one_token(name: str) -> None:
     rng = np.random.default_rng()
     layout = LaneLayout(43, 200, name)  # neither divisible by 16 nor K by a group
@@ -92,7 +109,9 @@ def test_linear_of_one_token(name: str) -> None:
     close(call(run, x, *arrays.values(), out=(1, layout.n)), x.astype(np.float64) @ expected.T, layout)
 
 
-@pytest.mark.parametrize("name", ["int2_g32_asym", "int3_g64", "int4_channel_asym", "int4_g64", "int8_g128_asym", "bf16"])
+@pytest.mark.parametrize(
+    "name", ["int2_g32_asym", "int3_g64", "int4_channel_asym", "int8_g128_asym", "ternary_g32", "ternary_channel", "binary_g64", "bf16"]
+)
 def test_linear_of_any_number_of_tokens(name: str) -> None:
     rng = np.random.default_rng()
     layout = LaneLayout(50, 130, name)
@@ -104,7 +123,7 @@ def test_linear_of_any_number_of_tokens(name: str) -> None:
         close(call(run, x, *arrays.values(), bias, out=(tokens, layout.n)), x @ expected.T + bias, layout)
 
 
-@given(st.sampled_from(INTEGER + FLOATS), st.integers(1, 70), st.integers(1, 300), st.integers(1, 9), st.integers(0, 2**32 - 1))
+@given(st.sampled_from(INTEGER + FEW + FLOATS), st.integers(1, 70), st.integers(1, 300), st.integers(1, 9), st.integers(0, 2**32 - 1))
 @settings(deadline=None, max_examples=8)
 def test_linear_of_any_shape(name: str, n: int, k: int, tokens: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -117,7 +136,7 @@ def test_linear_of_any_shape(name: str, n: int, k: int, tokens: int, seed: int) 
 
 
 @pytest.mark.parametrize("mcpu", ["x86-64-v2", "haswell", "skylake-avx512"])
-@pytest.mark.parametrize("name", ["int3_g32_asym", "f16"])
+@pytest.mark.parametrize("name", ["int3_g32_asym", "ternary_g64", "binary_g32", "f16"])
 def test_linear_on_lesser_instruction_sets(mcpu: str, name: str) -> None:
     if "x86_64" not in codegen.llvm_get_system_triple() or not features(mcpu) & VECTORS <= features(HOST):
         pytest.skip(f"this machine cannot run {mcpu}")

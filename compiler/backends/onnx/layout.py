@@ -5,7 +5,8 @@
     zero  [N, G]  ->  zero: uint8 [N, bytes of a row's blocks], only where zero points differ from the operators' default
 
 The operators know 2, 4 and 8 bits; codes of other widths are stored in the next wider container, symmetric ones moved so that the
-operators' default zero point is theirs: the values are the same to the last bit, at the price of the container's bytes.
+operators' default zero point is theirs: the values are the same to the last bit, at the price of the container's bytes. So are ternary
+and binary weights, whose container has 2 bits.
 `MatMulNBits` computes quickly in float32 only with 4-bit weights. For float activations 8-bit codes are therefore mostly split
 into two 4-bit halves that lie one after the other along K, which costs no bytes:
 
@@ -92,7 +93,7 @@ class IntLayout:
     @property
     def shift(self) -> int:
         """What is added to the codes of a symmetric format so that the container's middle is their zero point."""
-        return (1 << (self.bits - 1)) - (1 << (self.fmt.bits - 1)) if self.fmt.symmetric else 0
+        return (1 << (self.bits - 1)) - self.fmt.middle if self.fmt.symmetric else 0
 
     @property
     def has_zero(self) -> bool:
@@ -141,7 +142,7 @@ class IntLayout:
             first = np.searchsorted(self.group_of_block, np.arange(self.groups))
             zero = self._unpack_zero(arrays["zero"].astype(np.uint8))[:, first]
         else:
-            zero = np.full(scale.shape, 1 << (self.fmt.bits - 1), np.uint8)
+            zero = np.full(scale.shape, self.fmt.middle, np.uint8)
         if self.interleave:
             codes, scale, zero = separated(codes), separated(scale), separated(zero)
         return Quantized(codes, scale, zero)

@@ -70,12 +70,13 @@ class Activations:
         whole = self.layout.k // self.group
         with T.serial(whole) as g:
             self._quantise_group(lambda i: vector(x, source, g * self.group + i, lanes=lanes), row, g, largest, total)
-        if rest := self.layout.k - whole * self.group:
+        if whole < self.groups:
             tail = T.alloc_buffer((self.group,), "float32", scope="global", layout=None)
+        for group in range(whole, self.groups):  # one, or two where whole chunks need another
             with T.serial(self.group) as i:
-                inside = T.min(whole * self.group + i, self.layout.k - 1)
-                store(tail, T.Select(i < rest, x[source, inside], T.float32(0)), i)
-            self._quantise_group(lambda i: vector(tail, i, lanes=lanes), row, whole, largest, total)
+                k = group * self.group + i
+                store(tail, T.Select(k < self.layout.k, x[source, T.min(k, self.layout.k - 1)], T.float32(0)), i)
+            self._quantise_group(lambda i: vector(tail, i, lanes=lanes), row, group, largest, total)
 
     def _quantise_group(self, load: Callable[[Expr], Expr], row: Expr, g: Expr, largest: Register, total: Register) -> None:
         """Quantise the group g of a row; `load(i)` is the vector at the i-th value of the group.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from tvm import relax, tirx
 from tvm.tirx.script import builder as T
 
+from moec.targets.kernels.cpu.codes import one_code
 from moec.targets.kernels.cpu.emit import (
     Buffer,
     Expr,
@@ -19,7 +21,7 @@ from moec.targets.kernels.cpu.emit import (
     to_float,
     when,
 )
-from moec.targets.kernels.cpu.layout import BYTE_ORDER, CHUNK, FLOAT_STORAGE, LANES, LaneLayout, planes
+from moec.targets.kernels.cpu.layout import FLOAT_STORAGE, LANES, LaneLayout
 from moec.targets.kernels.cpu.register_tile import weight_arguments
 
 
@@ -47,32 +49,23 @@ def embedding_func(layout: LaneLayout, tokens: int | None, ids_dtype: str = "int
 def _integer_row(layout: LaneLayout, weights: Mapping[str, Buffer], tile: Expr, lane: Expr, out: Buffer, token: Expr) -> None:
     integer = layout.integer
     assert integer is not None
-    with T.serial(layout.padded_k // CHUNK) as chunk:
-        group = T.Bind(chunk * CHUNK // layout.group)
-        scale = T.Bind(to_float(weights["scale"][tile, group, lane], "float16", 1))
-        zero = T.int32(integer.levels // 2)
-        if not integer.symmetric:
-            zero = T.Bind(T.cast(weights["zero"][tile, group, lane], "int32"))
-        words = [T.Bind(weights["codes"][tile, chunk, w, lane]) for w in range(integer.bits)]
-        for i in range(CHUNK):
-            value = T.Bind(T.cast(_code(words, integer.bits, i) - zero, "float32") * scale)
-            k = chunk * CHUNK + i
-            if layout.k % CHUNK == 0 and layout.padded_k == layout.k:
-                store(out, value, token, k)
-            else:
-                with when(k < layout.k):
+    size = math.gcd(layout.chunk, layout.group)  # codes that have one scale
+    with T.serial(layout.padded_k // layout.chunk) as chunk:
+        code = one_code(layout, weights["codes"], tile, chunk, lane)
+        for first in range(0, layout.chunk, size):
+            group = T.Bind(T.min((chunk * layout.chunk + first) // layout.group, layout.groups - 1))
+            scale = T.Bind(to_float(weights["scale"][tile, group, lane], "float16", 1))
+            zero = T.int32(integer.middle)
+            if not integer.symmetric:
+                zero = T.Bind(T.cast(weights["zero"][tile, group, lane], "int32"))
+            for i in range(first, first + size):
+                value = T.Bind(T.cast(code(i) - zero, "float32") * scale)
+                k = chunk * layout.chunk + i
+                if layout.padded_k == layout.k:
                     store(out, value, token, k)
-
-
-def _code(words: list[Expr], bits: int, i: int) -> Expr:
-    """The i-th code of a chunk, int32, from the chunk's words."""
-    code = T.uint32(0)
-    for width, start in planes(bits):
-        per_word = 32 // width
-        shift = 8 * BYTE_ORDER[i % 4] + width * (i % per_word // 4)
-        plane = T.bitwise_and(T.shift_right(words[start + i // per_word], T.uint32(shift)), T.uint32((1 << width) - 1))
-        code = T.bitwise_or(code, T.shift_left(plane, T.uint32(start)))
-    return T.cast(code, "int32")
+                else:
+                    with when(k < layout.k):
+                        store(out, value, token, k)
 
 
 def embedding(bb: relax.BlockBuilder, ids: relax.Expr, weights: Mapping[str, relax.Expr], layout: LaneLayout) -> relax.Var:

@@ -2,7 +2,7 @@
 
 Rows are cut into tiles of 16, one row per 32-bit lane of a 512-bit vector (narrower vectors take the same tile in parts), and
 every array is contiguous along K within a tile, so that a kernel reads one stream per tile. N is padded to whole tiles, K to
-whole groups (a single group: to whole chunks of 32). Padded codes, scales and values are zero.
+whole groups and whole chunks of 32 (ternary: 64). Padded codes, scales and values are zero.
 
 Floating-point formats keep `values` [..., N/16, K, 16].
 
@@ -10,7 +10,10 @@ Integer formats keep `codes` uint32 [..., N/16, K/32, bits, 16], `scale` float16
 `zero` uint8 of the same shape. A code of `bits` bits is cut into planes of 8, 4, 2 or 1 bits, low bits in the widest plane
 (3 = 2 + 1), and a chunk of 32 codes takes p words of a plane of p bits, 32 / p consecutive codes a word. Within a word the codes
 come in fours, the j-th four at bit p * j of the word's bytes, in byte order 0, 2, 1, 3: so `(word >> p * j) & 0x000m000m` is a
-pair of neighbouring codes as 16-bit integers, and `& 0x0m0m0m0m` is four codes as bytes.
+pair of neighbouring codes as 16-bit integers, and `& 0x0m0m0m0m` is four codes as bytes. Binary codes, 0 and 2, have a plane of their
+second bit alone.
+
+Ternary formats keep `codes` uint32 [..., N/16, words, 16] as `trits.py` has them.
 """
 
 from __future__ import annotations
@@ -25,9 +28,11 @@ from numpy.typing import NDArray
 from moec.runtime.errors import MoecError
 from moec.runtime.formats import get_format
 from moec.runtime.formats.int import IntFormat
+from moec.runtime.formats.ternary import TernaryFormat
+from moec.targets.kernels.cpu import trits
 
 LANES = 16  # rows of a tile
-CHUNK = 32  # codes of a row that are stored together
+CHUNK = 32  # codes of a row that are stored together where they are cut into planes
 BYTE_ORDER = (0, 2, 1, 3)  # which of four consecutive codes each byte of a word holds (its own inverse)
 FLOAT_STORAGE = {"f32": "float32", "f16": "float16", "bf16": "uint16"}
 
@@ -39,18 +44,18 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def planes(bits: int) -> list[tuple[int, int]]:
-    """(width, first bit) of the planes that a code is cut into.
+def planes(fmt: IntFormat) -> list[tuple[int, int, int]]:
+    """(width, first bit, first word) of the planes that a code is cut into.
 
-    >>> planes(4), planes(3), planes(7)
-    ([(4, 0)], [(2, 0), (1, 2)], [(4, 0), (2, 4), (1, 6)])
+    >>> planes(IntFormat(4, 0)), planes(IntFormat(7, 0))
+    ([(4, 0, 0)], [(4, 0, 0), (2, 4, 4), (1, 6, 6)])
     """
     found = []
-    start = 0
+    word = 0
     for width in (8, 4, 2, 1):
-        if bits & width:
-            found.append((width, start))
-            start += width
+        if fmt.bits & width:
+            found.append((width, word + fmt.step // 2, word))
+            word += width
     return found
 
 
@@ -65,7 +70,10 @@ class LaneLayout:
     def __post_init__(self) -> None:
         integer = self.integer
         if integer is None and self.format not in FLOAT_STORAGE:
-            raise MoecError(f"no CPU kernel for weight format {self.format!r}: expected int<bits>_... or one of {list(FLOAT_STORAGE)}")
+            raise MoecError(
+                f"no CPU kernel for weight format {self.format!r}: expected int<bits>_..., ternary_..., binary_... "
+                f"or one of {list(FLOAT_STORAGE)}"
+            )
         if integer is not None and self.groups > 1 and integer.group % CHUNK:
             raise MoecError(f"no CPU kernel for groups of {integer.group}: expected a multiple of {CHUNK}")
 
@@ -74,6 +82,16 @@ class LaneLayout:
         """The integer format, None for floating point."""
         found = get_format(self.format)
         return found if isinstance(found, IntFormat) else None
+
+    @property
+    def ternary(self) -> bool:
+        """Whether codes are stored in base 3."""
+        return isinstance(self.integer, TernaryFormat)
+
+    @property
+    def chunk(self) -> int:
+        """Codes of a row that are stored together."""
+        return trits.CHUNK if self.ternary else CHUNK
 
     @property
     def tiles(self) -> int:
@@ -90,20 +108,23 @@ class LaneLayout:
         """Weights of a group in the layout, padding included."""
         if self.integer is None:
             return self.k
-        return ceil_div(self.k, CHUNK) * CHUNK if self.groups == 1 else self.integer.group
+        return ceil_div(self.k, self.chunk) * self.chunk if self.groups == 1 else self.integer.group
 
     @property
     def padded_k(self) -> int:
         """Weights of a row in the layout."""
-        return self.group * self.groups
+        if self.integer is None:
+            return self.k
+        return ceil_div(self.group * self.groups, self.chunk) * self.chunk
 
     def arrays(self, *lead: int) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype of every array, with leading axes such as [E, parts]."""
         if self.integer is None:
             return {"values": ((*lead, self.tiles, self.k, LANES), FLOAT_STORAGE[self.format])}
         side = (*lead, self.tiles, self.groups, LANES)
-        chunks = self.padded_k // CHUNK
-        found = {"codes": ((*lead, self.tiles, chunks, self.integer.bits, LANES), "uint32"), "scale": (side, "float16")}
+        chunks = self.padded_k // self.chunk
+        words = (trits.word_count(chunks),) if self.ternary else (chunks, self.integer.bits)
+        found = {"codes": ((*lead, self.tiles, *words, LANES), "uint32"), "scale": (side, "float16")}
         return found if self.integer.symmetric else {**found, "zero": (side, "uint8")}
 
     def nbytes(self, *lead: int) -> int:
@@ -117,12 +138,10 @@ class LaneLayout:
         integer = self.integer
         assert integer is not None
         assert (codes.shape[-2:], scale.shape[-2:]) == ((self.n, self.k), (self.n, self.groups))
-        lead = codes.shape[:-2]
         rows = self.tiles * LANES
-        chunks = _padded(codes, rows, self.padded_k).reshape(*lead, self.tiles, LANES, -1, CHUNK)
-        words = np.concatenate([_pack_plane(chunks, *plane) for plane in planes(integer.bits)], axis=-1)
+        padded = _padded(codes, rows, self.padded_k)
         arrays = {
-            "codes": np.ascontiguousarray(np.moveaxis(words, -3, -1)),
+            "codes": _lanes_last(trits.pack(padded)) if self.ternary else _pack(padded, integer),
             "scale": _lanes_last(_padded(scale.astype(np.float16), rows, self.groups)),
         }
         if not integer.symmetric:
@@ -135,14 +154,12 @@ class LaneLayout:
         """The inverse of `tile` (symmetric: zero points are constant)."""
         integer = self.integer
         assert integer is not None
-        words = np.moveaxis(arrays["codes"], -1, -3)  # [..., tiles, 16, chunks, bits]
-        chunks = np.zeros((*words.shape[:-1], CHUNK), np.uint8)
-        for width, start in planes(integer.bits):
-            chunks |= _unpack_plane(np.ascontiguousarray(words[..., start : start + width]), width, start)
-        lead = chunks.shape[:-4]
-        codes = chunks.reshape(*lead, -1, self.padded_k)[..., : self.n, : self.k]
+        if self.ternary:
+            codes = trits.unpack(_rows_first(arrays["codes"], self.n), self.padded_k // self.chunk)[..., : self.k]
+        else:
+            codes = _unpack(arrays["codes"], integer)[..., : self.n, : self.k]
         scale = _rows_first(arrays["scale"], self.n)
-        zero = np.full_like(scale, integer.levels // 2, np.uint8) if integer.symmetric else _rows_first(arrays["zero"], self.n)
+        zero = np.full_like(scale, integer.middle, np.uint8) if integer.symmetric else _rows_first(arrays["zero"], self.n)
         return np.ascontiguousarray(codes), scale.astype(np.float16), zero.astype(np.uint8)
 
     def tile_values(self, values: NDArray[np.generic]) -> dict[str, NDArray[np.generic]]:
@@ -172,6 +189,22 @@ def _rows_first(x: NDArray[np.generic], n: int) -> NDArray[np.generic]:
     """[..., tiles, m, 16] -> [..., n, m]: the inverse of `_lanes_last`, padding dropped."""
     rows = x.swapaxes(-1, -2)
     return np.ascontiguousarray(rows.reshape(*rows.shape[:-3], -1, rows.shape[-1])[..., :n, :])
+
+
+def _pack(codes: NDArray[np.generic], fmt: IntFormat) -> NDArray[np.uint32]:
+    """Codes [..., tiles * 16, K] in planes -> words [..., tiles, chunks, bits, 16]."""
+    chunks = codes.reshape(*codes.shape[:-2], -1, LANES, codes.shape[-1] // CHUNK, CHUNK)
+    words = np.concatenate([_pack_plane(chunks, width, start) for width, start, _ in planes(fmt)], axis=-1)
+    return np.ascontiguousarray(np.moveaxis(words, -3, -1))
+
+
+def _unpack(stored: NDArray[np.generic], fmt: IntFormat) -> NDArray[np.uint8]:
+    """The inverse of `_pack`."""
+    words = np.moveaxis(stored, -1, -3)  # [..., tiles, 16, chunks, bits]
+    chunks = np.zeros((*words.shape[:-1], CHUNK), np.uint8)
+    for width, start, word in planes(fmt):
+        chunks |= _unpack_plane(np.ascontiguousarray(words[..., word : word + width]), width, start)
+    return chunks.reshape(*chunks.shape[:-4], chunks.shape[-4] * LANES, -1)
 
 
 def _pack_plane(chunks: NDArray[np.generic], width: int, start: int) -> NDArray[np.uint32]:

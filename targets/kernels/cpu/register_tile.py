@@ -13,12 +13,12 @@ from typing import NamedTuple
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cpu.activations import Activations
-from moec.targets.kernels.cpu.emit import Buffer, Expr, Register, argument, lane_type, prefetch, splat, to_float, vector, when
+from moec.targets.kernels.cpu.codes import Run, prefetch_chunk, read_run, runs
+from moec.targets.kernels.cpu.emit import Buffer, Expr, Register, argument, lane_type, splat, to_float, vector, when
 from moec.targets.kernels.cpu.isa import DOTS, Isa, multiply_add
-from moec.targets.kernels.cpu.layout import CHUNK, FLOAT_STORAGE, LANES, LaneLayout, planes
+from moec.targets.kernels.cpu.layout import FLOAT_STORAGE, LANES, LaneLayout
 
 CHAINS = 8  # independent accumulators that hide the latency of a multiply-add
-PREFETCH_BYTES = 1536  # how far ahead of its use a tile's next codes are asked for
 
 
 class Rows(NamedTuple):
@@ -68,40 +68,49 @@ class RegisterTile:
     def _integer(self, rows: list[Rows], tokens: Sequence[Expr], sums: list[list[Register]]) -> None:
         integer, lanes, act = self.layout.integer, self.isa.lanes, self.activations
         assert integer is not None
-        dot = DOTS[self.isa.dot]
         chains = max(1, CHAINS // (len(rows) * len(tokens)))
         partial = [[[Register("int32", lanes) for _ in range(chains)] for _ in tokens] for _ in rows]
-        with T.serial(act.groups) as g:
-            self._start(rows, tokens, partial, g)
-            with T.serial(act.group // CHUNK) as c:
-                chunk = T.Bind(g * (act.group // CHUNK) + c)
-                self._prefetch(rows, chunk)
-                words = [[T.Bind(self._word(row, chunk, w)) for w in range(integer.bits)] for row in rows]
-                for step in range(CHUNK // 2):
-                    codes = [T.Bind(_pair(row, integer.bits, step, lanes)) for row in words]
-                    for t, token in enumerate(tokens):
-                        x = T.Bind(splat(act.q.load(token, chunk * (CHUNK // 2) + step, first=step + t == 0), "int32", lanes))
-                        for r, code in enumerate(codes):
-                            register = partial[r][t][step % chains]
-                            register.set(dot(register.get(), code, x, lanes))
-            self._finish(rows, tokens, partial, sums, g)
+        chunk_steps = self.layout.chunk // 2
+        parts, chunks = max(1, self.layout.chunk // act.group), max(1, act.group // self.layout.chunk)  # one of them is 1
+        with T.serial(act.groups // parts) as outer:
+            for part in range(parts):
+                g = T.Bind(outer * parts + part)
+                self._start(rows, tokens, partial, g)
+                with T.serial(chunks) as c:
+                    chunk = T.Bind(outer * chunks + c)
+                    if part == 0:
+                        self._prefetch(rows, chunk)
+                    for run in runs(self.layout, part, parts):
+                        with T.serial(run.repeats) as turn:
+                            first = T.Bind(chunk * chunk_steps + run.first + turn * run.steps)
+                            self._run(rows, tokens, partial, chunk, run, turn, first)
+                self._finish(rows, tokens, partial, sums, g)
 
     def _prefetch(self, rows: list[Rows], chunk: Expr) -> None:
-        """Ask for the codes a little ahead; hardware alone leaves a sixth of the speed of a few tokens on the table."""
-        integer = self.layout.integer
-        assert integer is not None
-        ahead = chunk + PREFETCH_BYTES // (4 * LANES * integer.bits)
         for row in rows:
-            if row.lane == 0:  # a word of all lanes is one cache line
-                for word in range(integer.bits):
-                    prefetch(self.weights["codes"], *row.tile, ahead, word, 0)
+            if row.lane == 0:
+                prefetch_chunk(self.layout, self.weights["codes"], row.tile, chunk)
 
-    def _word(self, row: Rows, chunk: Expr, word: int) -> Expr:
-        return vector(self.weights["codes"], *row.tile, chunk, word, row.lane, lanes=self.isa.lanes)
+    def _run(
+        self, rows: list[Rows], tokens: Sequence[Expr], partial: list[list[list[Register]]], chunk: Expr, run: Run, turn: Expr, first: Expr
+    ) -> None:
+        """Add the products of a run, whose activations begin at the word `first`."""
+        lanes, act, dot = self.isa.lanes, self.activations, DOTS[self.isa.dot]
+        codes = [read_run(self.layout, self.weights["codes"], row.tile, chunk, run, turn, row.lane, lanes) for row in rows]
+        for step in range(run.steps):
+            pairs = [T.Bind(read(step)) for read in codes]
+            for t, token in enumerate(tokens):
+                x = T.Bind(splat(act.q.load(token, first + step, first=step + t == 0), "int32", lanes))
+                for r, pair in enumerate(pairs):
+                    chains = partial[r][t]
+                    register = chains[step % len(chains)]
+                    register.set(dot(register.get(), pair, x, lanes))
 
     def _weight_group(self, g: Expr) -> Expr:
         """The weights' group that holds the g-th group of activations."""
-        return g // (self.layout.group // self.activations.group)
+        group = g // (self.layout.group // self.activations.group)
+        whole = self.layout.group * self.layout.groups == self.layout.padded_k
+        return group if whole else T.min(group, self.layout.groups - 1)  # beyond K activations are zero
 
     def _start(self, rows: list[Rows], tokens: Sequence[Expr], partial: list[list[list[Register]]], g: Expr) -> None:
         """Start a group's sums at -zero * (sum of activations)."""
@@ -109,7 +118,7 @@ class RegisterTile:
         assert integer is not None
         for r, row in enumerate(rows):
             if integer.symmetric:
-                zero = splat(-(integer.levels // 2), "int32", lanes)
+                zero = splat(-integer.middle, "int32", lanes)
             else:
                 stored = vector(self.weights["zero"], *row.tile, self._weight_group(g), row.lane, lanes=lanes)
                 zero = T.Bind(splat(0, "int32", lanes) - T.cast(stored, lane_type("int32", lanes)))
@@ -152,26 +161,6 @@ class RegisterTile:
                 x = T.Bind(splat(self.activations.values[token, k], "float32", lanes))
                 for r, value in enumerate(values):
                     sums[r][t].set(multiply_add(self.isa, value, x, sums[r][t].get()))
-
-
-def _pair(words: list[Expr], bits: int, step: int, lanes: int) -> Expr:
-    """Codes 2 * step and 2 * step + 1 of a chunk as two 16-bit integers a lane, from the chunk's words."""
-    parts = []
-    for width, start in planes(bits):
-        per_word = 32 // width
-        word = words[start + 2 * step // per_word]
-        four, half = divmod(step % (per_word // 2), 2)
-        shift = 8 * half + width * four - start
-        if shift > 0:
-            word = T.shift_right(word, splat(shift, "uint32", lanes))
-        elif shift < 0:
-            word = T.shift_left(word, splat(-shift, "uint32", lanes))
-        mask = ((1 << width) - 1) << start
-        parts.append(T.bitwise_and(word, splat(mask | mask << 16, "uint32", lanes)))
-    pair = parts[0]
-    for part in parts[1:]:
-        pair = T.bitwise_or(pair, part)
-    return T.reinterpret(lane_type("int32", lanes), pair)
 
 
 def token_tiles(count: Expr, most: int, body: Callable[[Expr, int], None]) -> None:

@@ -10,7 +10,8 @@ Floating-point formats keep `values` uint16 [..., N/16, K/128, 2048]: for each j
 Integer formats keep `codes` uint32 [..., N/16, K/128, 64 * bits], `scale` float16 [..., N/16, S, 8, B, 2] and, where asymmetric, `zero`
 uint8 of the same shape: B = 128 / G groups of a block (1 where G >= 128), S blocks of scales, for rows g and g + 8 together. A code is
 cut into planes of 8, 4, 2 or 1 bits, low bits in the widest plane (3 = 2 + 1). In a plane of w bits a lane has w words a row, and
-the i-th pair (o = 0, 1) of a word is at bits w i of its low and of its high half: `(word >> w i) & 0x000m000m`.
+the i-th pair (o = 0, 1) of a word is at bits w i of its low and of its high half: `(word >> w i) & 0x000m000m`. Ternary codes take a
+plane of 2 bits.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ class FragmentLayout:
         integer = self.integer
         if integer is None and self.format not in FLOATS:
             raise MoecError(f"no CUDA kernel for weight format {self.format!r}: expected int<bits>_... or one of {', '.join(FLOATS)}")
+        if integer is not None and integer.step != 1:
+            raise MoecError(f"no CUDA kernel for {self.format}: its codes have a step of {integer.step}; choose ternary_... or int2_...")
         if integer is not None and self.groups > 1 and BLOCK % integer.group and integer.group % BLOCK:
             raise MoecError(f"no CUDA kernel for groups of {integer.group}: expected a divisor or a multiple of {BLOCK}")
         if self.k % 8:

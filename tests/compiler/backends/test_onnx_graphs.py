@@ -153,7 +153,21 @@ def test_attention(text: str, portable: bool) -> None:
     agree(text, portable=portable)
 
 
-FORMATS = ["f32", "bf16", "f16", "int4_g32", "int4_channel_asym", "int8_g64", "int8_g32_asym", "int2_g32", "int3_g64_asym", "int6_g40"]
+FORMATS = [
+    "f32",
+    "bf16",
+    "f16",
+    "int4_g32",
+    "int4_channel_asym",
+    "int8_g64",
+    "int8_g32_asym",
+    "int2_g32",
+    "int3_g64_asym",
+    "int6_g40",
+    "ternary_g32",
+    "ternary_g40",
+    "binary_channel",
+]
 
 
 @pytest.mark.parametrize("portable", [False, True])

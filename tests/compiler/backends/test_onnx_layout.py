@@ -14,18 +14,18 @@ from moec.runtime.formats.int import IntFormat
 def _weight(fmt: IntFormat, n: int, k: int) -> Quantized:
     rng = np.random.default_rng(n * k + fmt.bits)
     shape = (n, fmt.groups(k))
-    zero = np.full(shape, fmt.levels // 2, np.uint8) if fmt.symmetric else rng.integers(0, fmt.levels, shape, dtype=np.uint8)
-    return Quantized(rng.integers(0, fmt.levels, (n, k), dtype=np.uint8), rng.random(shape).astype(np.float16), zero)
+    zero = np.full(shape, fmt.middle, np.uint8) if fmt.symmetric else rng.integers(0, fmt.levels, shape, dtype=np.uint8)
+    return Quantized(rng.integers(0, fmt.levels, (n, k), dtype=np.uint8) * np.uint8(fmt.step), rng.random(shape).astype(np.float16), zero)
 
 
 @pytest.mark.parametrize("shape", [(6, 64), (4, 200), (2, 33), (8, 192)])
 @pytest.mark.parametrize("grouping", ["g32", "g64_asym", "g128", "g40_asym", "channel", "channel_asym"])
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_restore_inverts_store(bits: int, grouping: str, shape: tuple[int, int]) -> None:
-    fmt = get_format(f"int{bits}_{grouping}")
+@pytest.mark.parametrize("kind", [*(f"int{bits}" for bits in range(1, 9)), "ternary", "binary"])
+def test_restore_inverts_store(kind: str, grouping: str, shape: tuple[int, int]) -> None:
+    fmt = get_format(f"{kind}_{grouping if kind.startswith('int') else grouping.removesuffix('_asym')}")
     assert isinstance(fmt, IntFormat)
     n, k = shape
-    weight, block, narrow, wide = _weight(fmt, n, k), common_block(fmt, k), container(bits), max(container(bits), 4)
+    weight, block, narrow, wide = _weight(fmt, n, k), common_block(fmt, k), container(fmt.bits), max(container(fmt.bits), 4)
     layouts = [
         IntLayout(fmt, n, k, narrow, block),
         IntLayout(fmt, n, k, narrow, block, interleave=True),
@@ -55,6 +55,15 @@ def test_three_bits_cost_four() -> None:
     assert isinstance(fmt, IntFormat)
     layout = IntLayout(fmt, 8, 256, container(3), common_block(fmt, 256))
     assert layout.arrays()["weight"].nbytes == 8 * 256 // 2
+
+
+def test_ternary_and_binary_cost_two() -> None:
+    for name in ("ternary_g64", "binary_g64"):
+        fmt = get_format(name)
+        assert isinstance(fmt, IntFormat)
+        layout = IntLayout(fmt, 8, 256, container(fmt.bits), common_block(fmt, 256))
+        assert layout.arrays()["weight"].nbytes == 8 * 256 // 4
+        assert not layout.has_zero
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -154,6 +154,19 @@ def test_statement_of_quantised_activations() -> None:
     assert OnnxBackend(graph, TARGET).activation_quantised() == ["e: QMoE computes 2-bit blocks with int8 activations"]
 
 
+@pytest.mark.parametrize("name", ["int2_g32", "ternary_g32", "binary_g32"])
+@pytest.mark.parametrize("portable", [False, True])
+def test_experts_of_few_values(name: str, portable: bool, tmp_path: Path) -> None:
+    graph = quantized(wide_moe(), Quantize(experts=name))
+    model = build(graph, random_weights(graph), tmp_path, portable=portable)
+    operators = {n.op_type for n in onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.node}
+    assert ("QMoE" in operators) == (not portable)
+    executor, tokens = model.executor(), tokens_of(10)
+    logits, reference = executor.forward([(executor.add(), tokens)], all_logits=True), model.reference(tokens)
+    error = np.sqrt(np.square(logits - reference).mean() / np.square(reference).mean())
+    assert error < (1e-5 if portable else 0.03)  # QMoE computes 2-bit blocks with int8 activations
+
+
 def test_int8_activations_are_close(tmp_path: Path) -> None:
     graph = quantized(wide_moe(), Quantize(experts="int8_g32", linear="int4_g32"))
     model = build(graph, random_weights(graph), tmp_path, activations="int8")

@@ -50,7 +50,9 @@ def test_logits_are_those_of_the_interpreter(small: Compiled, length: int) -> No
     np.testing.assert_allclose(small.logits(ids), small.expected(ids), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["int4_g32", "int8_g32_asym", "int3_channel", "int2_g64_asym", "bf16", "f16"])
+@pytest.mark.parametrize(
+    "name", ["int4_g32", "int8_g32_asym", "int3_channel", "int2_g64_asym", "ternary_g32", "ternary_channel", "binary_g32", "bf16", "f16"]
+)
 def test_formats(name: str, tmp_path: Path) -> None:
     graph = with_format(moe(), name)
     model = Compiled(graph, random_weights(graph), tmp_path)

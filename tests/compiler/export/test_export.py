@@ -38,9 +38,10 @@ def pruned(model: Model, keep: Callable[[int], list[int]]) -> Model:
     return model
 
 
-def writer(model: Model, dtype: str | None = None) -> CheckpointWriter:
+def writer(model: Model, dtype: str | None = None, packed: bool = False) -> CheckpointWriter:
     source = tiny.model()
-    return CheckpointWriter(model, source.graph, source.weights.stored, source.weights, huggingface.config_of(MODEL), dtype, "export")  # type: ignore[attr-defined]
+    stored = source.weights.stored  # type: ignore[attr-defined]
+    return CheckpointWriter(model, source.graph, stored, source.weights, huggingface.config_of(MODEL), dtype, "export", packed)
 
 
 def logits(model: Model, ids: torch.Tensor) -> torch.Tensor:
@@ -110,8 +111,8 @@ def test_what_a_configuration_cannot_say(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(MoecError, match="exists already"):
         export_model(MODEL, tmp_path / "there")
-    with pytest.raises(MoecError, match="--packed: integer codes are not written"):
-        export_model(MODEL, tmp_path / "a", packed=True)
+    with pytest.raises(MoecError, match="--packed: no expert or linear layer is quantised"):
+        export_model(MODEL, tmp_path / "a", packed=True, progress=QUIET)
     with pytest.raises(MoecError, match="unknown dtype 'int4'"):
         export_model(MODEL, tmp_path / "a", dtype="int4")
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
