@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from moec.compiler.calibration.text import Text
 from moec.compiler.context import Context
 from moec.compiler.errors import MoecError
+from moec.compiler.factors import require_no_factors
 from moec.compiler.layers import MoeLayer, moe_layers
 from moec.compiler.model import Model
 from moec.compiler.packed import is_quantized
@@ -51,6 +52,7 @@ def make_units(model: Model, grain: str, include: Sequence[str]) -> list[Unit]:
     Raises:
         MoecError: there are none, or one is quantised already.
     """
+    require_no_factors(model.graph, "assign_bits")
     layers, roles = {layer.name: layer for layer in moe_layers(model.graph)}, parameter_roles(model.graph)
     units: list[Unit] = []
     for node in model.graph.nodes:

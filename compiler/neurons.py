@@ -21,6 +21,7 @@ from torch import Tensor
 from moec.compiler.allocation import Problem
 from moec.compiler.calibration.collect import batches_of
 from moec.compiler.errors import MoecError
+from moec.compiler.factors import require_no_factors
 from moec.compiler.interpreter import Interpreter
 from moec.compiler.ir import Node, Param, TensorType, Value
 from moec.compiler.layers import MoeLayer, moe_layers, require_values
@@ -40,6 +41,7 @@ def split_neurons(model: Model, orders: Mapping[str, Tensor], width: int, what: 
     Raises:
         MoecError: the experts have biases of their outputs and no gate, or are quantised already.
     """
+    require_no_factors(model.graph, what)
     for layer in [found for found in moe_layers(model.graph) if found.name in orders]:
         require_values(model, [layer.up, layer.down], what)
         if width < layer.width:

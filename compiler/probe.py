@@ -147,7 +147,7 @@ class Prober:
         """The weighted outputs [n, D] of an expert, after its units were tried."""
         model = self.problem.model
         biases = [None if bias is None else bias.to(x.device)[expert] for bias in layer.load_biases(model)]
-        plain = {name: model.load(name, expert).to(x.device) for name in (layer.up, layer.down)}
+        plain = {name: layer.matrix(model, name, expert).to(x.device) for name in (layer.up, layer.down)}
 
         def hidden(up: Tensor) -> Tensor:
             return expert_activation(F.linear(x, up, biases[0]), **layer.activation)

@@ -34,6 +34,8 @@ class StoredWeights:
             made = get_quantizer("rtn").quantize(value.float().reshape(-1, value.shape[-1]), fmt)
             return made.values(fmt).view(value.shape)
         value = self.base.load(name, expert)
+        if format_name(param, expert) == "zero":
+            return torch.zeros_like(value)
         plain = _FLOATS.get(format_name(param, expert))
         return value.to(plain) if plain is not None and value.is_floating_point() else value
 

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from moec.compiler.allocation import KINDS, Problem, Unit, make_units
 from moec.compiler.context import Context
+from moec.compiler.corrections import correction_bytes
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Param
+from moec.compiler.low_rank import Correction
 from moec.compiler.model import Model
 from moec.compiler.neurons import neuron_orders, split_neurons
-from moec.compiler.packed import is_quantized
+from moec.compiler.packed import chosen_format, is_quantized
 from moec.compiler.plan import parse_size
 from moec.compiler.quantizers import get_quantizer
 from moec.compiler.roles import parameter_roles
@@ -31,7 +33,6 @@ from moec.compiler.sensitivity import Objective, get_objective
 from moec.compiler.solver import Solution, choose
 from moec.passes.quantize import apply_quantizer
 from moec.runtime.errors import unknown
-from moec.runtime.formats import get_format
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class AssignBits:
         scope: `model`, one program for all layers; or `layer`, one for each with the same share of the budget a weight.
         probe: the quantiser whose values the objective tries.
         method, options, weighted: the quantiser that makes the final values, as in `quantize`.
+        low_rank: low-rank factors of what the experts' codes lose, as in `quantize`; the budget holds them too.
     """
 
     budget: float | str | None = None
@@ -64,11 +66,13 @@ class AssignBits:
     method: str = "rtn"
     options: Mapping[str, Any] = field(default_factory=dict)
     weighted: bool = True
+    low_rank: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         get_objective(self.objective, self.objective_options)
         get_quantizer(self.method, self.options)
         get_quantizer(self.probe)
+        Correction.of(self.low_rank)
         if self.scope not in ("model", "layer"):
             raise unknown("scope of assign_bits", self.scope, ["model", "layer"])
         if self.units not in ("expert", "projection"):
@@ -81,7 +85,7 @@ class AssignBits:
         if isinstance(self.formats, str) or len(set(self.formats)) < max(1, len(self.formats)):
             raise MoecError(f"assign_bits: formats={self.formats!r}: expected a list of different formats, such as [int2_g64, int4_g64]")
         for name in self.formats:
-            get_format(name)
+            chosen_format(name, "assign_bits")
         if isinstance(self.budget, str):
             parse_size(self.budget)
         elif self.budget is not None and not 0 < self.budget <= 32:
@@ -114,12 +118,22 @@ class AssignBits:
         assert self.budget is not None
         weights, least = int(problem.weights.sum()), int(problem.sizes.min(1).sum())
         budget = parse_size(self.budget) if isinstance(self.budget, str) else int(self.budget * weights / 8 + 1e-6)
+        budget = self._without_factors(problem.model, budget)
         if budget < least:
             raise MoecError(
                 f"assign_bits: budget={self.budget} is {budget:,} bytes for {weights:,} weights; the smallest of the formats "
                 f"{', '.join(self.formats)} need {least:,} bytes ({8 * least / weights:.4g} bits a weight): raise the budget or add formats"
             )
         return budget
+
+    def _without_factors(self, model: Model, budget: int) -> int:
+        """What a budget leaves for codes."""
+        correction = Correction.of(self.low_rank)
+        if correction is None:
+            return budget
+        if correction.rank < 1:
+            return int(budget / (1 + correction.rank))
+        return budget - correction_bytes(model, parameter_roles(model.graph), correction)
 
     def _solve(self, problem: Problem, objective: Objective, damages: Tensor, budget: int) -> tuple[list[int], list[Solution]]:
         """The option of each unit, and the solutions of the programs."""
@@ -159,8 +173,9 @@ class AssignBits:
         roles = parameter_roles(model.graph)
         integer = [p for p in changed if is_quantized(p)]
         return apply_quantizer(
-            model, {p.name: roles[p.name] for p in integer}, get_quantizer(self.method, self.options), context, weighted=self.weighted
-        )
+            model, {p.name: roles[p.name] for p in integer}, get_quantizer(self.method, self.options), context,
+            weighted=self.weighted, correction=Correction.of(self.low_rank),
+        )  # fmt: skip
 
 
 def _known(damages: Tensor) -> Tensor:
