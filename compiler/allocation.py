@@ -8,7 +8,9 @@ from functools import cached_property
 from math import prod
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from moec.compiler.calibration.text import Text
 from moec.compiler.context import Context
@@ -20,6 +22,7 @@ from moec.compiler.packed import is_quantized
 from moec.compiler.quantizers import Quantizer
 from moec.compiler.roles import parameter_roles
 from moec.runtime.formats import get_format
+from moec.runtime.formats.int import IntFormat
 
 KINDS = ("experts", "linear")
 GRAINS = ("expert", "projection")
@@ -42,17 +45,18 @@ class Unit:
     members: tuple[str, ...]
 
 
-def make_units(model: Model, grain: str, include: Sequence[str]) -> list[Unit]:
+def make_units(model: Model, grain: str, include: Sequence[str], what: str = "assign_bits") -> list[Unit]:
     """The units of a model, in the order of the graph.
 
     Args:
         grain: `expert` gives an expert's projections one format, `projection` each its own.
         include: which roles take part: `experts`, `linear`.
+        what: who asks, for errors.
 
     Raises:
         MoecError: there are none, or one is quantised already.
     """
-    require_no_factors(model.graph, "assign_bits")
+    require_no_factors(model.graph, what)
     layers, roles = {layer.name: layer for layer in moe_layers(model.graph)}, parameter_roles(model.graph)
     units: list[Unit] = []
     for node in model.graph.nodes:
@@ -61,10 +65,10 @@ def make_units(model: Model, grain: str, include: Sequence[str]) -> list[Unit]:
         elif node.op == "linear" and "linear" in include and roles.get(node.inputs[1]) == "linear":
             units.append(Unit(node.name, node.name, None, (node.inputs[1],)))
     if not units:
-        raise MoecError(f"assign_bits: the model has no weights of the kinds {', '.join(include)}")
+        raise MoecError(f"{what}: the model has no weights of the kinds {', '.join(include)}")
     for name in {member for unit in units for member in unit.members}:
         if is_quantized(model.graph.params[name]):
-            raise MoecError(f"assign_bits: @{name} is already {model.graph.params[name].format}; put assign_bits before quantize")
+            raise MoecError(f"{what}: @{name} is already {model.graph.params[name].format}; put {what} before quantize")
     return units
 
 
@@ -112,3 +116,25 @@ class Problem:
     def weights(self) -> NDArray[np.int64]:
         """How many weights each unit has: [U]."""
         return np.array([sum(prod(member_shape(self.model, unit, m)) for m in unit.members) for unit in self.units], np.int64)
+
+    def changed(self, weight: Tensor, option: str, moment: Tensor | None) -> Tensor:
+        """What a weight [N, K] becomes in a format.
+
+        Args:
+            moment: [K, K], of what it is multiplied with.
+        """
+        chosen, quantizer = get_format(option), self.quantizer
+        if not isinstance(chosen, IntFormat):
+            return weight.to(torch.bfloat16 if option == "bf16" else torch.float16 if option == "f16" else weight.dtype).to(weight.dtype)
+        read = None if moment is None or quantizer.needs == "none" else moment.diagonal() if quantizer.needs == "diagonal" else moment
+        made = quantizer.quantize(weight, chosen, read)
+        return made.values(chosen).to(weight.device)
+
+
+def known_damages(damages: Tensor) -> Tensor:
+    """Damages [U, O] in which units that no token reached are as sensitive as the least sensitive one that some did."""
+    silent = (damages == 0).all(1)
+    if silent.any() and not silent.all():
+        damages = damages.clone()
+        damages[silent] = damages[~silent][damages[~silent].sum(1).argmin()]
+    return damages

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moec.compiler.error_feedback import factor
 from moec.compiler.errors import MoecError
 from moec.compiler.packed import Quantized
 from moec.compiler.plugins import with_options
@@ -26,34 +27,45 @@ from moec.runtime.formats import get_format
 from moec.runtime.formats.int import IntFormat
 
 RIDGE = 1e-6
-"""A share of the mean of H's diagonal that is added to it: directions that no input had come last, not in any order."""
+"""A share of the mean of H's diagonal that is added to it, doubled until rounding leaves H positive definite: directions that no input had
+come last, not in any order."""
 
 
-def ridged(moment: Tensor | None, size: int) -> Tensor:
-    """The matrix H that `factorize` measures errors with: float64 [K, K].
+@dataclass(frozen=True)
+class Norm:
+    """How errors of a matrix are measured: H, and an upper triangular root with H = root root^T; both [K, K] float64."""
 
-    Args:
-        moment: [K, K], or its diagonal [K], or None for the identity.
-        size: K.
-    """
-    device = torch.get_default_device() if moment is None else moment.device
-    eye = torch.eye(size, dtype=torch.float64, device=device)
-    if moment is None or not bool(moment.any()):
-        return eye
-    h = moment.double() if moment.ndim == 2 else moment.double().diag()
-    return h + RIDGE * h.diagonal().mean() * eye
+    h: Tensor
+    root: Tensor
+
+    @classmethod
+    def of(cls, moment: Tensor | None, size: int) -> Norm:
+        """The norm that a second moment makes.
+
+        Args:
+            moment: [K, K], or its diagonal [K], or None for Frobenius's norm.
+            size: K.
+        """
+        if moment is None or not bool(moment.any()):
+            eye = torch.eye(size, dtype=torch.float64, device=None if moment is None else moment.device)
+            return cls(eye, eye)
+        return cls(*factor(moment if moment.ndim == 2 else moment.diag(), RIDGE))
+
+    def rows(self, error: Tensor) -> Tensor:
+        """e H e^T of every row e of an error [N, K]: float64 [N]."""
+        wide = error.double()
+        return ((wide @ self.h.to(error.device)) * wide).sum(1)
 
 
-def factorize(matrix: Tensor, moment: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
-    """The nearest factors: left [N, r] with orthonormal columns, right [r, K], float32.
+def factorize(matrix: Tensor, norm: Norm, rank: int) -> tuple[Tensor, Tensor]:
+    """The nearest factors: left [N, r] with orthonormal columns, right [r, K], float32; those of a smaller rank are their first columns.
 
     Args:
         matrix: [N, K].
-        moment: as in `ridged`.
         rank: r; columns beyond min(N, K) are zero.
     """
     a = matrix.double()
-    weighted = a @ torch.linalg.cholesky(ridged(moment, a.shape[1]).to(a.device))
+    weighted = a @ norm.root.to(a.device)
     n, k = a.shape
     if n <= k:
         left = torch.linalg.eigh(weighted @ weighted.T).eigenvectors.flip(1)[:, :rank]
@@ -64,13 +76,6 @@ def factorize(matrix: Tensor, moment: Tensor | None, rank: int) -> tuple[Tensor,
         left = (weighted @ (right * inverse)).flip(1)[:, :rank]
     left = torch.nn.functional.pad(left, (0, rank - left.shape[1]))
     return left.float(), (left.T @ a).float()
-
-
-def weighted_error(error: Tensor, moment: Tensor | None) -> Tensor:
-    """e H e^T of every row e of an error [N, K]: float64 [N]."""
-    wide = error.double()
-    h = ridged(moment, wide.shape[1]).to(wide.device)
-    return ((wide @ h) * wide).sum(1)
 
 
 @dataclass(frozen=True)
@@ -134,33 +139,33 @@ class Correction:
             quantize: gives the codes of a weight in the format `fmt`.
             moment: [K, K] or [K]; None where nothing is known of the inputs.
         """
-        moment = moment if self.weighted else None
+        norm = Norm.of(moment if self.weighted else None, weight.shape[1])
         best, least = None, torch.inf
         target = weight
         for _ in range(1 + self.rounds):
             made = quantize(target)
             error = weight - made.values(fmt)
-            left, right = self.factors(error, moment, rank)
+            left, right = self.factors(error, norm, rank)
             carried = self._values(left, right)
-            damage = float(weighted_error(error - carried, moment).sum())
+            damage = float(norm.rows(error - carried).sum())
             if best is None or damage < least:
                 best, least = (made, left, right), damage
             target = weight - carried
         assert best is not None
         return best
 
-    def factors(self, error: Tensor, moment: Tensor | None, rank: int) -> tuple[Quantized, Quantized]:
+    def factors(self, error: Tensor, norm: Norm, rank: int) -> tuple[Quantized, Quantized]:
         """The codes of the factors of an error [N, K]. No row's error is larger with them than without.
 
         The right factor is rounded first, and the left one fitted to what it has become.
         """
         fmt, nearest = get_format(self.format), get_quantizer("rtn").quantize
         assert isinstance(fmt, IntFormat)
-        right = nearest(factorize(error, moment, rank)[1], fmt)
-        h, r = ridged(moment, error.shape[1]).to(error.device), right.values(fmt).to(error.device).double()
+        right = nearest(factorize(error, norm, rank)[1], fmt)
+        h, r = norm.h.to(error.device), right.values(fmt).to(error.device).double()
         fitted = error.double() @ h @ r.T @ torch.linalg.pinv(r @ h @ r.T, hermitian=True)
         left = nearest(fitted.float(), fmt)
-        worse = weighted_error(error - self._values(left, right), moment) >= weighted_error(error, moment)
+        worse = norm.rows(error - self._values(left, right)) >= norm.rows(error)
         if bool(worse.any()):
             left = nearest(fitted.float().masked_fill(worse[:, None], 0.0), fmt)
         return left, right

@@ -113,9 +113,9 @@ class _Salience(Prober):
         biases = [None if bias is None else bias[expert] for bias in layer.load_biases(model)]
         up, down = model.load(layer.up, expert), model.load(layer.down, expert)
         fmt = self.problem.formats[0]
-        h, changed = (expert_activation(F.linear(x, w, biases[0]), **layer.activation) for w in (up, self.quantized(up, fmt, None)))
+        h, changed = (expert_activation(F.linear(x, w, biases[0]), **layer.activation) for w in (up, self.problem.changed(up, fmt, None)))
         gradient = self.gradients[layer.name][:, token]  # [S, n, D]
-        product = changed * (gradient @ self.quantized(down, fmt, None)) - h * (gradient @ down)  # [S, n, F]
+        product = changed * (gradient @ self.problem.changed(down, fmt, None)) - h * (gradient @ down)  # [S, n, F]
         row = self.found.setdefault(layer.name, torch.zeros(layer.count, layer.width))
         row[expert] = ((product * g[:, None]).square()).sum((0, 1)).to(row.device)
         return F.linear(h, down, biases[1]) * g[:, None]

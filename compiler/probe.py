@@ -24,8 +24,6 @@ from moec.compiler.ir import Node
 from moec.compiler.layers import MoeLayer, moe_layers
 from moec.compiler.observed import joined, parted
 from moec.compiler.ops import expert_activation
-from moec.runtime.formats import get_format
-from moec.runtime.formats.int import IntFormat
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ class Prober:
         token = torch.arange(len(x), device=x.device)
         for index in self._units[node.name, None]:
             for at, fmt in enumerate(self.problem.formats):
-                error = self.quantized(weight, fmt, moment) - weight
+                error = self.problem.changed(weight, fmt, moment) - weight
                 self._note(index, at, token, x @ error.T, [(error, moment)], torch.ones_like(x[:, 0]))
 
     def _experts(self, layer: MoeLayer, inputs: Sequence[Sequence[Tensor | None]]) -> list[tuple[Tensor, ...]]:
@@ -156,7 +154,7 @@ class Prober:
         base = F.linear(h, plain[layer.down], biases[1])
         moments = {layer.up: _moment(x, g), layer.down: _moment(h, g)}
         for at, fmt in enumerate(self.problem.formats):
-            tried = {name: self.quantized(weight, fmt, moments[name]) for name, weight in plain.items()}
+            tried = {name: self.problem.changed(weight, fmt, moments[name]) for name, weight in plain.items()}
             changed = hidden(tried[layer.up])
             for index in self._units[layer.name, expert]:
                 members = self.problem.units[index].members
@@ -165,15 +163,6 @@ class Prober:
                 errors = [(tried[m] - plain[m], moments[m]) for m in members]
                 self._note(index, at, token, delta, errors, g)
         return base * g[:, None]
-
-    def quantized(self, weight: Tensor, fmt: str, moment: Tensor | None) -> Tensor:
-        """What a weight becomes in a format."""
-        chosen, quantizer = get_format(fmt), self.problem.quantizer
-        if not isinstance(chosen, IntFormat):
-            return weight.to(torch.bfloat16 if fmt == "bf16" else torch.float16 if fmt == "f16" else weight.dtype).to(weight.dtype)
-        read = None if moment is None or quantizer.needs == "none" else moment.diagonal() if quantizer.needs == "diagonal" else moment
-        made = quantizer.quantize(weight, chosen, read)
-        return made.values(chosen).to(weight.device)
 
     def _note(self, index: int, at: int, token: Tensor, delta: Tensor, errors: list[tuple[Tensor, Tensor]], routed: Tensor) -> None:
         unit = self.problem.units[index]

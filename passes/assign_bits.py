@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moec.compiler.allocation import KINDS, Problem, Unit, make_units
+from moec.compiler.allocation import KINDS, Problem, Unit, known_damages, make_units
 from moec.compiler.context import Context
 from moec.compiler.corrections import correction_bytes
 from moec.compiler.errors import MoecError
@@ -101,7 +101,7 @@ class AssignBits:
         problem = Problem(model, context, tuple(units), tuple(self.formats), get_quantizer(self.probe))
         budget = self._budget(problem)
         objective = get_objective(self.objective, self.objective_options)
-        damages = _known(objective.damages(problem))
+        damages = known_damages(objective.damages(problem))
         chosen, solutions = self._solve(problem, objective, damages, budget)
         size, weights = sum(s.size for s in solutions), int(problem.weights.sum())
         context.note(
@@ -176,15 +176,6 @@ class AssignBits:
             model, {p.name: roles[p.name] for p in integer}, get_quantizer(self.method, self.options), context,
             weighted=self.weighted, correction=Correction.of(self.low_rank),
         )  # fmt: skip
-
-
-def _known(damages: Tensor) -> Tensor:
-    """Damages in which units that no token reached are as sensitive as the least sensitive one that some did."""
-    silent = (damages == 0).all(1)
-    if silent.any() and not silent.all():
-        damages = damages.clone()
-        damages[silent] = damages[~silent][damages[~silent].sum(1).argmin()]
-    return damages
 
 
 PASS = AssignBits

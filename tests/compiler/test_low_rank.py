@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moec.compiler.errors import MoecError
-from moec.compiler.low_rank import Correction, factorize, ridged, weighted_error
+from moec.compiler.low_rank import Correction, Norm, factorize
 from moec.compiler.quantizers import get_quantizer
 from moec.runtime.formats import get_format
 from moec.runtime.formats.int import IntFormat
@@ -38,14 +38,13 @@ def values(parts: tuple[object, object, object], fmt: IntFormat, how: Correction
 @given(shape=SHAPES, rank=st.integers(1, 12), seed=st.integers(0, 99), weighted=st.booleans())
 def test_the_error_is_what_eckart_and_young_say(shape: tuple[int, int], rank: int, seed: int, weighted: bool) -> None:
     matrix, moment = draw(shape, seed)
-    moment_or_none = moment if weighted else None
-    left, right = factorize(matrix, moment_or_none, rank)
+    norm = Norm.of(moment if weighted else None, shape[1])
+    left, right = factorize(matrix, norm, rank)
     assert left.shape == (shape[0], rank)
     assert right.shape == (rank, shape[1])
-    h = ridged(moment_or_none, shape[1])
-    root = np.linalg.cholesky(h.numpy())
+    root = np.linalg.cholesky(norm.h.numpy())
     singular = np.linalg.svd(matrix.double().numpy() @ root, compute_uv=False)
-    found = float(weighted_error(matrix - left @ right, moment_or_none).sum())
+    found = float(norm.rows(matrix - left @ right).sum())
     assert found == pytest.approx((singular[rank:] ** 2).sum(), rel=1e-4, abs=1e-6 * (singular**2).sum())
 
 
@@ -53,7 +52,7 @@ def test_the_error_is_what_eckart_and_young_say(shape: tuple[int, int], rank: in
 @given(shape=SHAPES, extra=st.integers(0, 5), seed=st.integers(0, 99))
 def test_a_full_rank_leaves_nothing(shape: tuple[int, int], extra: int, seed: int) -> None:
     matrix, moment = draw(shape, seed, samples=5)  # a moment of low rank: what no input has seen is kept as well
-    left, right = factorize(matrix, moment, min(shape) + extra)
+    left, right = factorize(matrix, Norm.of(moment, shape[1]), min(shape) + extra)
     torch.testing.assert_close(left @ right, matrix, rtol=1e-3, atol=1e-3)
 
 
@@ -63,13 +62,13 @@ def test_a_full_rank_leaves_nothing(shape: tuple[int, int], extra: int, seed: in
 @given(shape=SHAPES, rank=st.integers(1, 8), seed=st.integers(0, 99), rounds=st.integers(0, 2))
 def test_no_row_is_worse_than_without(method: str, format: str, shape: tuple[int, int], rank: int, seed: int, rounds: int) -> None:
     matrix, moment = draw(shape, seed)
-    fmt, how = IntFormat(2, 32), Correction(rank, format, rounds=0)
+    fmt, how, norm = IntFormat(2, 32), Correction(rank, format, rounds=0), Norm.of(moment, shape[1])
     quantize = partial(get_quantizer(method).quantize, fmt=fmt, moment=moment)
-    before = weighted_error(matrix - quantize(matrix).values(fmt), moment)
-    once = weighted_error(matrix - values(how.corrected(matrix, fmt, quantize, moment, rank), fmt, how), moment)
+    before = norm.rows(matrix - quantize(matrix).values(fmt))
+    once = norm.rows(matrix - values(how.corrected(matrix, fmt, quantize, moment, rank), fmt, how))
     assert bool((once <= before * (1 + 1e-9)).all())
     again = Correction(rank, format, rounds=rounds).corrected(matrix, fmt, quantize, moment, rank)
-    assert float(weighted_error(matrix - values(again, fmt, how), moment).sum()) <= float(once.sum()) * (1 + 1e-9)
+    assert float(norm.rows(matrix - values(again, fmt, how)).sum()) <= float(once.sum()) * (1 + 1e-9)
 
 
 def test_eight_bit_factors_come_near_the_bound() -> None:
@@ -77,24 +76,26 @@ def test_eight_bit_factors_come_near_the_bound() -> None:
     fmt, how = IntFormat(2, 32), Correction(8)
     quantize = partial(get_quantizer("rtn").quantize, fmt=fmt)
     error = matrix - quantize(matrix).values(fmt)
-    left, right = factorize(error, moment, 8)
-    bound = float(weighted_error(error - left @ right, moment).sum())
-    found = float(weighted_error(matrix - values(how.corrected(matrix, fmt, quantize, moment, 8), fmt, how), moment).sum())
+    norm = Norm.of(moment, 96)
+    left, right = factorize(error, norm, 8)
+    bound = float(norm.rows(error - left @ right).sum())
+    found = float(norm.rows(matrix - values(how.corrected(matrix, fmt, quantize, moment, 8), fmt, how)).sum())
     assert bound <= found <= 1.05 * bound
 
 
 def test_the_weighted_norm_is_worth_more_than_frobenius() -> None:
     matrix, moment = draw((64, 96), 4)
-    errors = [float(weighted_error(matrix - torch.matmul(*factorize(matrix, m, 8)), moment).sum()) for m in (moment, None)]
+    norm = Norm.of(moment, 96)
+    errors = [float(norm.rows(matrix - torch.matmul(*factorize(matrix, n, 8))).sum()) for n in (norm, Norm.of(None, 96))]
     assert errors[0] < 0.9 * errors[1]
 
 
 def test_alternation_helps() -> None:
     matrix, moment = draw((64, 96), 5)
-    fmt = IntFormat(2, 32)
+    fmt, norm = IntFormat(2, 32), Norm.of(moment, 96)
     quantize = partial(get_quantizer("rtn").quantize, fmt=fmt)
     damages = [
-        float(weighted_error(matrix - values(how.corrected(matrix, fmt, quantize, moment, 8), fmt, how), moment).sum())
+        float(norm.rows(matrix - values(how.corrected(matrix, fmt, quantize, moment, 8), fmt, how)).sum())
         for how in (Correction(8), Correction(8, rounds=3))
     ]
     assert damages[1] < damages[0]
