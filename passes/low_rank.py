@@ -104,7 +104,7 @@ class LowRank:
         changed = [layer for layer in layers if any(name in (layer.up, layer.down) for name, _ in ranks)]
         fitted = fit(model, changed, ranks, self.ridge if self.refit else None, context)
         for layer in changed:
-            model = _with_ranks(model, layer, ranks, fitted)
+            model = with_ranks(model, layer, ranks, fitted)
         return model
 
     def _ranks(self, model: Model, units: Sequence[Unit], shares: Sequence[float]) -> dict[tuple[str, int], int]:
@@ -118,7 +118,7 @@ class LowRank:
         return ranks
 
 
-def _with_ranks(model: Model, layer: MoeLayer, ranks: Ranks, fitted: Fitted) -> Model:
+def with_ranks(model: Model, layer: MoeLayer, ranks: Ranks, fitted: Fitted) -> Model:
     """The model with the factors of a layer, as a node for each combination of ranks."""
     classes: dict[tuple[int | None, int | None], list[int]] = {}
     for expert in range(layer.count):
