@@ -75,7 +75,7 @@ def pack_plain(param: Param, value: Tensor, expert: int | None) -> NDArray[np.ge
     if name == "zero":
         if value.any():
             raise MoecError(f"@{param.name}: a weight that is not zero cannot have the format zero; choose another")
-        return np.zeros(0, np.uint8)
+        return np.zeros(tuple(value.shape), np.uint8)
     fmt = get_format(name)
     assert isinstance(fmt, PlainFormat)
     if name == "bf16" and value.dtype == torch.bfloat16:  # the bits as they are
