@@ -24,6 +24,7 @@ from moec.compiler.quantizers import get_quantizer
 from moec.compiler.roles import parameter_roles
 from moec.compiler.split_experts import uniform_experts
 from moec.compiler.stored import as_stored
+from moec.compiler.tuning import trained
 from moec.compiler.verify import verify
 from moec.compiler.weights import packed_of
 from moec.passes.assign_bits import AssignBits
@@ -141,6 +142,14 @@ def test_factors_that_are_the_whole_matrix_are_quantised_with_their_own_inputs()
         assert {name: made.graph.params[name].format for name in NAMES} == {n: "zero" if n in (UP, DOWN) else "int3_g32" for n in NAMES}
         damages.append(kl(made, context))
     assert 0 < damages[1] < damages[0]
+
+
+def test_scales_of_factors_can_be_tuned() -> None:
+    source = graphs.model()
+    made = Quantize(experts="int2_g32", low_rank={"rank": 3, "weighted": False}).run(source, Context())
+    found = trained(made, ["scale"])
+    assert set(found.leaves) == set(NAMES)
+    torch.testing.assert_close(graphs.logits(found.result()), graphs.logits(made), rtol=1e-6, atol=1e-6)
 
 
 def test_bad_input() -> None:
