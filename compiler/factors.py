@@ -58,7 +58,10 @@ def _folded(model: Model, layer: MoeLayer) -> Model:
         param, fmt = model.graph.params[name], model.graph.params[left].format
         params.append(replace(param, format=fmt if param.format == "zero" else param.format))
         edits[name] = each_expert(partial(layer.matrix, model, name), layer.count)
-    node = replace(layer.experts, inputs=layer.experts.inputs[:7])
+    inputs = layer.experts.inputs[:7]
+    while not inputs[-1]:
+        inputs = inputs[:-1]
+    node = replace(layer.experts, inputs=inputs)
     return model.edited(replace_node(model.graph.with_params(params), layer.experts, [node]), edits)
 
 

@@ -56,6 +56,7 @@ def test_an_expert_is_the_sum_of_its_matrix_and_its_factors(ranks: tuple[int, in
     assert not torch.allclose(graphs.logits(model), graphs.logits(graphs.model()), atol=1e-2)
     torch.testing.assert_close(graphs.logits(folded(model)), graphs.logits(model), rtol=1e-6, atol=1e-6)
     verify(folded(model).graph)
+    assert folded(model).graph.nodes == graphs.moe().nodes
     assert all(p.format == "f32" for p in folded(model).graph.params.values())
 
 
