@@ -46,7 +46,8 @@ class LowRank:
     Args:
         budget: what the experts' projections may take: a share of their bytes now (0.75), or a size (`12MiB`).
         shares: what may be chosen, as shares of a matrix's numbers; 1 leaves it whole.
-        units: `expert` (its projections have one share) or `projection`. A layer becomes a node for each combination that occurs.
+        units: `projection`, or `expert` (its projections have one share): a layer becomes a node for each combination that occurs, so that
+            there are fewer nodes, and more damage.
         multiple: ranks are multiples of this, which packed kernels read at a time.
         objective, objective_options: what damage is, as in `assign_bits`.
         refit: fit down projections to what the factors of the up projections leave of their inputs.
@@ -55,7 +56,7 @@ class LowRank:
 
     budget: float | str | None = None
     shares: Sequence[float] = (1, 0.75, 0.5, 0.25)
-    units: str = "expert"
+    units: str = "projection"
     multiple: int = 16
     objective: str = "gauss_newton"
     objective_options: Mapping[str, Any] = field(default_factory=dict)

@@ -76,7 +76,7 @@ def test_the_choice_is_the_best_of_all(model: Model, context: Context) -> None:
     rows = np.arange(6)
     choices = [np.array(c) for c in itertools.product(range(2), repeat=6) if problem.sizes[rows, list(c)].sum() <= budget]
     best = min(damages[rows, c].sum() for c in choices)
-    LowRank(0.7, (1, 0.5), multiple=1, objective="hessian").run(model, context)
+    LowRank(0.7, (1, 0.5), "expert", multiple=1, objective="hessian").run(model, context)
     assert context.journal[-1]["damage"] == pytest.approx(best, rel=1e-9)
 
 

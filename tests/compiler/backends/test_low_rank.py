@@ -23,7 +23,7 @@ def models() -> dict[str, Model]:
     """A quantised model with corrections, one whose experts have several ranks, and the latter quantised."""
     source = graphs.model()
     context = graphs.context(source)
-    ranks = LowRank(0.6, (1, 0.7, 0.4), multiple=1).run(source, context)
+    ranks = LowRank(0.6, (1, 0.7, 0.4), "expert", multiple=1).run(source, context)
     return {
         "corrected": Quantize(experts="int4_g32", low_rank={"rank": 3}).run(source, context),
         "ranks": ranks,
