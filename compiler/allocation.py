@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from moec.compiler.calibration.text import Text
 from moec.compiler.context import Context
 from moec.compiler.errors import MoecError
+from moec.compiler.factors import require_no_factors
 from moec.compiler.layers import MoeLayer, moe_layers
 from moec.compiler.model import Model
-from moec.compiler.packed import is_quantized
-from moec.compiler.quantizers import Quantizer
+from moec.compiler.packed import is_quantized, rounded
+from moec.compiler.quantizers import Quantizer, get_quantizer
 from moec.compiler.roles import Kind, node_kinds
 from moec.runtime.formats import get_format
+from moec.runtime.formats.int import IntFormat
 
 GRAINS = ("expert", "projection")
 
@@ -50,7 +54,7 @@ class Unit:
         return self.uses[0]
 
 
-def make_units(model: Model, grain: str, kinds: Collection[str]) -> list[Unit]:
+def make_units(model: Model, grain: str, kinds: Collection[str], what: str = "assign_bits") -> list[Unit]:
     """The units of a model, in the order of the graph.
 
     A matrix that several nodes share is one unit, of the kind of the first use that takes part.
@@ -58,10 +62,12 @@ def make_units(model: Model, grain: str, kinds: Collection[str]) -> list[Unit]:
     Args:
         grain: `expert` gives an expert's projections one format, `projection` each its own.
         kinds: which take part.
+        what: who asks, for errors.
 
     Raises:
         MoecError: there are none, or one is quantised already.
     """
+    require_no_factors(model.graph, what)
     layers, found = {layer.name: layer for layer in moe_layers(model.graph)}, node_kinds(model.graph)
     units: list[Unit] = []
     whole: dict[str, Unit] = {}
@@ -76,10 +82,10 @@ def make_units(model: Model, grain: str, kinds: Collection[str]) -> list[Unit]:
     order = {node.name: at for at, node in enumerate(model.graph.nodes)}
     units.sort(key=lambda unit: order[unit.node])
     if not units:
-        raise MoecError(f"assign_bits: the model has no weights of the kinds {', '.join(kinds)}")
+        raise MoecError(f"{what}: the model has no weights of the kinds {', '.join(kinds)}")
     for name in {member for unit in units for member in unit.members}:
         if is_quantized(model.graph.params[name]):
-            raise MoecError(f"assign_bits: @{name} is already {model.graph.params[name].format}; put assign_bits before quantize")
+            raise MoecError(f"{what}: @{name} is already {model.graph.params[name].format}; put {what} before quantize")
     return units
 
 
@@ -134,3 +140,28 @@ class Problem:
     def weights(self) -> NDArray[np.int64]:
         """How many weights each unit has: [U]."""
         return np.array([sum(prod(member_shape(self.model, unit, m)) for m in unit.members) for unit in self.units], np.int64)
+
+    def changed(self, weight: Tensor, option: str, moment: Callable[[], Tensor] | None) -> Tensor:
+        """What a weight [N, K] becomes in a format; several threads may ask at a time.
+
+        Args:
+            moment: gives the second moment [K, K] of what it is multiplied with; without it the weight is rounded to nearest, as what is
+                neither expert nor linear layer is.
+        """
+        chosen, quantizer = get_format(option), self.quantizer if moment is not None else get_quantizer("rtn")
+        if not isinstance(chosen, IntFormat):
+            return rounded(weight, option).to(weight.dtype)
+        full = moment() if moment is not None and quantizer.needs != "none" else None
+        read = full.diagonal() if full is not None and quantizer.needs == "diagonal" else full
+        return quantizer.quantize(weight, chosen, read).values(chosen).to(weight.device)
+
+
+def known_damages(damages: Tensor, problem: Problem) -> Tensor:
+    """Damages [U, O] in which experts' units that no token reached are as sensitive as the least sensitive one that some did."""
+    damages = damages.cpu()
+    experts = torch.tensor([unit.expert is not None for unit in problem.units], device="cpu")
+    silent = (damages == 0).all(1)
+    if (lost := experts & silent).any() and (heard := experts & ~silent).any():
+        damages = damages.clone()
+        damages[lost] = damages[heard][damages[heard].sum(1).argmin()]
+    return damages

@@ -33,6 +33,8 @@ class ArtifactWeights:
         param = self.backend.graph.params.get(name)
         if param is None:
             raise MoecError(f"the artifact has no weight {name!r}")
+        if param.format == "zero":
+            return torch.zeros([d for d in (param.type.shape if expert is None else param.type.shape[1:]) if isinstance(d, int)])
         if self.backend.stacked(param) and expert is None:
             return torch.stack([self.load(name, e) for e in range(int(param.type.shape[0]))])
         return _value(param, expert, self.backend.restore(param, self._arrays(param, expert)))

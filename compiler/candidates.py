@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moec.compiler.errors import MoecError
+from moec.compiler.factors import folded
 from moec.compiler.interpreter import LazyStack, bind_symbols, evaluate
 from moec.compiler.ir import Node
 from moec.compiler.layers import MoeLayer, moe_layers, require_no_table
@@ -122,6 +123,7 @@ class Candidates:
 
     def __init__(self, model: Model, ids: Tensor, what: str = "the search") -> None:
         self.device = torch.get_default_device()
+        model = folded(model)
         self.model, self.ids = model, ids.to(self.device)
         self.layers: list[MoeLayer] = moe_layers(model.graph)
         if not self.layers:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moec.compiler import aten
 from moec.compiler.ir import Dim, Graph, Node, dim_symbols, dim_value
-from moec.compiler.ops import OPS, Stacked
+from moec.compiler.ops import EXPERT_MATRICES, OPS, Stacked
 from moec.compiler.text import print_node
 from moec.compiler.weights import WeightSource
 
@@ -40,7 +40,7 @@ States = Sequence[Mapping[str, Tensor]]
 """For every batch the values that later nodes read."""
 
 
-STACKED_INPUTS = {"experts": (3, 4)}
+STACKED_INPUTS = {"experts": EXPERT_MATRICES}
 """Inputs that an op reads one index of the first axis at a time."""
 
 

@@ -61,6 +61,26 @@ class MoeLayer:
         return tuple(name for name in self.experts.inputs[5:7] if name)
 
     @property
+    def factors(self) -> dict[str, tuple[str, str]]:
+        """The names of the low-rank factors, left and right, by the name of the projection (`up` or `down`) that they add to."""
+        left_right = (*self.experts.inputs[7:11], "", "", "", "")[:4]
+        found = {self.up: left_right[:2], self.down: left_right[2:]}
+        return {name: (left, right) for name, (left, right) in found.items() if left}
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """Names of all that has the expert axis first: projections, biases, factors."""
+        return (self.up, self.down, *self.biases, *(name for pair in self.factors.values() for name in pair))
+
+    def matrix(self, model: Model, name: str, expert: int) -> Tensor:
+        """What one expert's `up` or `down` multiplies with, factors included: float32 [N, K]."""
+        weight = model.load(name, expert)
+        if (pair := self.factors.get(name)) is None:
+            return weight
+        left, right = (model.load(factor, expert) for factor in pair)
+        return torch.addmm(weight, left, right)
+
+    @property
     def activation(self) -> dict[str, Any]:
         """What `expert_activation` is told."""
         return {name: value for name, value in self.experts.attrs.items() if name in ("activation", "gated", "limit")}
@@ -114,8 +134,8 @@ def moe_layers(graph: Graph) -> list[MoeLayer]:
 def _router(graph: Graph, experts: Node) -> tuple[Node | None, Node | None]:
     """The router of an `experts` node, and the table between the two."""
     node, table = graph.producers.get(experts.inputs[1]), None
-    while node is not None and (node.op == "skip" or (table is None and _is_table(graph, node))):
-        table = table if node.op == "skip" else node
+    while node is not None and (node.op == "skip" or _is_table(graph, node)):
+        table = table if node.op == "skip" else table or node
         node = graph.producers.get(node.inputs[1])
     return (node if node is not None and node.op == "router" else None), table
 
@@ -168,8 +188,8 @@ def keep_experts(model: Model, layer: MoeLayer, keep: Sequence[int], what: str) 
         kept = [sum(e // size == g for e in keep) for g in range(groups)]
         if len(set(kept)) > 1 or sorted(keep) != keep:
             raise MoecError(f"{what}: the router of %{layer.name} chooses among {groups} groups, which must keep equal numbers; got {kept}")
-    require_values(model, [layer.up, layer.down], what)
-    names = [layer.up, layer.down, *layer.biases, *(n for n in gate.inputs[1:3] if n), *(n for n in layer.router.inputs[1:2] if n)]
+    require_values(model, layer.stacks, what)
+    names = [*layer.stacks, *(n for n in gate.inputs[1:3] if n), *(n for n in layer.router.inputs[1:2] if n)]
     return _resized(model, layer, gate, len(keep), {name: select(model.weights, name, keep) for name in names})
 
 
@@ -185,7 +205,9 @@ def combine_experts(model: Model, layer: MoeLayer, merge: Tensor, route: Tensor,
     require_no_table(layer, what)
     if int(layer.router.attrs.get("groups", 1)) > 1:
         raise MoecError(f"{what}: the router of %{layer.name} chooses among groups of experts, which merging does not keep")
-    require_values(model, [layer.up, layer.down], what)
+    require_values(model, layer.stacks, what)
+    if layer.factors:
+        raise MoecError(f"{what}: the experts of %{layer.name} have low-rank factors, which must be added to their projections first")
     edits: dict[str, Edit] = {name: combine(model.weights, name, merge) for name in (layer.up, layer.down, *layer.biases)}
     for name in (*gate.inputs[1:3], *layer.router.inputs[1:2]):
         if name:

@@ -21,6 +21,7 @@ from torch import Tensor
 from moec.compiler.allocation import Problem
 from moec.compiler.change import Reached
 from moec.compiler.errors import MoecError
+from moec.compiler.factors import require_no_factors
 from moec.compiler.ir import Node, Param, TensorType, Value
 from moec.compiler.layers import MoeLayer, moe_layers, require_values
 from moec.compiler.model import Model
@@ -41,6 +42,7 @@ def split_neurons(model: Model, orders: Mapping[str, Tensor], width: int, what: 
     Raises:
         MoecError: the experts have biases of their outputs and no gate, or are quantised already.
     """
+    require_no_factors(model.graph, what)
     for layer in [found for found in moe_layers(model.graph) if found.name in orders]:
         require_values(model, [layer.up, layer.down], what)
         if width < layer.width:
@@ -121,7 +123,7 @@ def neuron_orders(problem: Problem, samples: int = 2) -> dict[str, Tensor]:
     """The neurons of each expert, the most salient first: by layer [E, F].
 
     A neuron's salience is the sum over tokens of (G_t (z' - z)_t)^2, the change of the log-likelihood to first order, squared, when that
-    neuron alone has the first of the problem's formats; G as in `output_gradients`.
+    neuron alone has the first of the problem's formats; G as in `compiler/probe.py`.
     """
     if not isinstance(get_format(problem.formats[0]), IntFormat):
         raise MoecError(

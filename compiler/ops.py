@@ -199,6 +199,10 @@ def experts(
     down: Stacked,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    up_left: Stacked | None = None,
+    up_right: Stacked | None = None,
+    down_left: Stacked | None = None,
+    down_right: Stacked | None = None,
     *,
     activation: str,
     gated: bool = True,
@@ -213,23 +217,45 @@ def experts(
         up: [E, 2F, D] with the gate rows before the up rows, or [E, F, D] when not gated.
         down: [E, D, F].
         up_bias, down_bias: [E, 2F] (or [E, F]) and [E, D].
+        up_left, up_right: low-rank factors [E, 2F, r] (or [E, F, r]) and [E, r, D]: an expert's matrix is up + up_left up_right.
+        down_left, down_right: the same for down, [E, D, s] and [E, s, F].
         activation, gated, limit: as in `expert_activation`.
     """
     if x.is_meta:
         hidden = up.shape[1] // 2 if gated else up.shape[1]
         if (down.shape[1], down.shape[2], up.shape[2]) != (x.shape[-1], hidden, x.shape[-1]):
             raise ValueError(f"experts: up {list(up.shape)} and down {list(down.shape)} do not fit x {list(x.shape)}")
+        for matrix, left, right in ((up, up_left, up_right), (down, down_left, down_right)):
+            _check_factors(matrix, left, right)
         return torch.empty_like(x)
     flat, flat_ids, flat_weights = x.flatten(0, -2), ids.flatten(0, -2), weights.flatten(0, -2)
     result = torch.zeros_like(flat)
     for expert in flat_ids[(flat_ids >= 0) & (flat_ids < up.shape[0])].unique().tolist():
         token, slot = torch.where(flat_ids == expert)
-        h = F.linear(flat[token], up[expert], None if up_bias is None else up_bias[expert])
+        h = _project(flat[token], expert, up, up_bias, up_left, up_right)
         h = expert_activation(h, activation=activation, gated=gated, limit=limit)
-        h = F.linear(h, down[expert], None if down_bias is None else down_bias[expert])
+        h = _project(h, expert, down, down_bias, down_left, down_right)
         result.index_add_(0, token, h * flat_weights[token, slot, None])
     return result.view_as(x)
 
+
+def _project(x: Tensor, expert: int, matrix: Stacked, bias: Tensor | None, left: Stacked | None, right: Stacked | None) -> Tensor:
+    y = F.linear(x, matrix[expert], None if bias is None else bias[expert])
+    return y if left is None or right is None else y + F.linear(F.linear(x, right[expert]), left[expert])
+
+
+def _check_factors(matrix: Stacked, left: Stacked | None, right: Stacked | None) -> None:
+    if left is None and right is None:
+        return
+    if left is None or right is None:
+        raise ValueError("experts: a matrix has one low-rank factor; it must have both or none")
+    e, n, k = matrix.shape
+    if tuple(left.shape) != (e, n, right.shape[1]) or tuple(right.shape) != (e, left.shape[2], k):
+        raise ValueError(f"experts: factors {list(left.shape)} and {list(right.shape)} do not fit a matrix {list(matrix.shape)}")
+
+
+EXPERT_MATRICES = (3, 4, 7, 8, 9, 10)
+"""Inputs of `experts` that are matrices, one an expert: up, down, and the low-rank factors of both."""
 
 OPS: dict[str, Callable[..., Any]] = {
     op.__name__: op for op in (embedding, linear, rms_norm, layer_norm, rope, attention, linear_attention, router, skip, experts)

@@ -9,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moec.compiler.errors import MoecError
 from moec.compiler.ir import Param
-from moec.runtime.formats import get_format
+from moec.runtime.formats import Format, get_format
 from moec.runtime.formats.float import PlainFormat
 from moec.runtime.formats.int import IntFormat
 
@@ -47,6 +48,19 @@ def format_name(param: Param, expert: int | None) -> str:
     return param.format if isinstance(param.format, str) else param.format[expert or 0]
 
 
+def chosen_format(name: str, what: str) -> Format:
+    """A format that a weight with values can be put into.
+
+    Raises:
+        MoecError: there is none of this name, or it has room for no values.
+    """
+    if name == "zero":
+        raise MoecError(
+            f"{what}: the format zero keeps nothing of a weight; low_rank puts factors in its place, remove_experts takes experts out"
+        )
+    return get_format(name)
+
+
 def integer_format(param: Param, expert: int | None = None) -> IntFormat | None:
     """The integer format of a parameter or of one expert of it; None if it is a plain one."""
     fmt = get_format(format_name(param, expert))
@@ -60,7 +74,9 @@ def is_quantized(param: Param) -> bool:
 
 
 def rounded(value: Tensor, name: str) -> Tensor:
-    """Floats as the plain format of this name keeps them; integers, and floats in any other format, as they are."""
+    """Floats as the plain format of this name keeps them; integers, and floats in any other format, as they are; zeros as `zero`."""
+    if name == "zero":
+        return torch.zeros_like(value)
     kind = _FLOATS.get(name)
     return value.to(kind) if kind is not None and value.is_floating_point() else value
 
@@ -68,6 +84,10 @@ def rounded(value: Tensor, name: str) -> Tensor:
 def pack_plain(param: Param, value: Tensor, expert: int | None) -> NDArray[np.generic]:
     """A weight (or one expert of a stacked weight) in a plain format."""
     name = format_name(param, expert)
+    if name == "zero":
+        if value.any():
+            raise MoecError(f"@{param.name}: a weight that is not zero cannot have the format zero; choose another")
+        return np.zeros(tuple(value.shape), np.uint8)
     fmt = get_format(name)
     assert isinstance(fmt, PlainFormat)
     if name == "bf16" and value.dtype == torch.bfloat16:  # the bits as they are

@@ -113,7 +113,10 @@ def make_plan(graph: Graph, recipe: Recipe, target: Target, shards: Sequence[Sha
 
 
 def _count(param: Param) -> int:
-    return prod(d for d in param.type.shape if isinstance(d, int))
+    """How many numbers are stored."""
+    if isinstance(param.format, str):
+        return 0 if param.format == "zero" else prod(d for d in param.type.shape if isinstance(d, int))
+    return sum(fmt != "zero" for fmt in param.format) * prod(d for d in param.type.shape[1:] if isinstance(d, int))
 
 
 def _share(graph: Graph, name: str) -> float:

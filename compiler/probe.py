@@ -31,10 +31,6 @@ from moec.compiler.layers import MoeLayer, moe_layers
 from moec.compiler.moments import moment_of
 from moec.compiler.observed import joined
 from moec.compiler.ops import expert_activation
-from moec.compiler.packed import rounded
-from moec.compiler.quantizers import get_quantizer
-from moec.runtime.formats import get_format
-from moec.runtime.formats.int import IntFormat
 from moec.runtime.host import physical_cores
 
 HEAD_ELEMENTS = 1 << 24
@@ -190,13 +186,8 @@ class Prober:
         return found.items()
 
     def quantized(self, weight: Tensor, fmt: str, moment: _Moment | None = None) -> Tensor:
-        """What a weight becomes in a format. Without a moment it is rounded to nearest, as what is neither expert nor linear layer is."""
-        chosen, quantizer = get_format(fmt), self.problem.quantizer if moment is not None else get_quantizer("rtn")
-        if not isinstance(chosen, IntFormat):
-            return rounded(weight, fmt).to(weight.dtype)
-        full = moment.value if moment is not None and quantizer.needs != "none" else None
-        read = full.diagonal() if full is not None and quantizer.needs == "diagonal" else full
-        return quantizer.quantize(weight, chosen, read).values(chosen).to(weight.device)
+        """See `Problem.changed`."""
+        return self.problem.changed(weight, fmt, None if moment is None else lambda: moment.value)
 
     def note(self, index: int, at: int, change: Change) -> None:
         """Add the score of a change: a tied matrix has one for each of its uses."""

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -19,13 +19,14 @@ from torch import Tensor
 from moec.compiler.calibration.collect import batches_of, fingerprint
 from moec.compiler.calibration.text import Text
 from moec.compiler.codes import CodesOnDisk
+from moec.compiler.corrections import Corrected
 from moec.compiler.interpreter import Interpreter
 from moec.compiler.ir import Graph, Node
 from moec.compiler.layers import MoeLayer, moe_layers
 from moec.compiler.model import Model
 from moec.compiler.moments import SAMPLE_TOKENS, Moments, blended, moment_of
 from moec.compiler.observed import rows
-from moec.compiler.ops import expert_activation
+from moec.compiler.ops import EXPERT_MATRICES, expert_activation
 from moec.compiler.packed import Quantized, integer_format
 from moec.compiler.progress import Progress
 from moec.compiler.quantizers import Quantizer
@@ -43,6 +44,7 @@ class QuantizedWeights:
         quantizers: by parameter; others are passed through.
         moments: what the quantisers may read of the inputs.
         codes: codes that are there already, by parameter and expert; `keep` adds those that are made.
+        corrections: by projection, the low-rank factors of what its codes lose, which are among `quantizers` too.
     """
 
     base: WeightSource
@@ -51,6 +53,12 @@ class QuantizedWeights:
     moments: Moments | None = None
     codes: MutableMapping[tuple[str, int | None], Quantized] = field(default_factory=dict)
     keep: bool = True
+    corrections: Mapping[str, Corrected] = field(default_factory=dict)
+
+    @cached_property
+    def _owners(self) -> dict[str, str]:
+        """The projections that factors belong to."""
+        return {factor: name for name, corrected in self.corrections.items() for factor in (corrected.left, corrected.right)}
 
     def packed(self, name: str, expert: int | None = None) -> Quantized | None:
         """See `PackedSource`."""
@@ -58,13 +66,31 @@ class QuantizedWeights:
             return packed_of(self.base, name, expert)
         if (found := self.codes.get((name, expert))) is not None:
             return found
-        if (fmt := integer_format(self.graph.params[name], expert)) is None:
-            return None
-        weight = self.base.load(name, expert).to(torch.get_default_device()).float()
-        made = self.quantizers[name].quantize(weight.reshape(-1, weight.shape[-1]), fmt, self.moments and self.moments(name, expert))
+        owner = self._owners.get(name, name)
+        made = self.make(owner, expert, self.moments and self.moments(owner, expert))
         if self.keep:
-            self.codes[name, expert] = made
-        return made
+            self.codes.update({(part, expert): packed for part, packed in made.items()})
+        return made.get(name)
+
+    def make(self, name: str, expert: int | None, moment: Tensor | None) -> dict[str, Quantized]:
+        """The codes of a weight, and of the factors of what they lose where there are any, by parameter.
+
+        Args:
+            moment: [K, K] or [K], of what the weight is multiplied with; None where it is not known.
+        """
+        corrected, fmt = self.corrections.get(name), integer_format(self.graph.params[name], expert)
+        if fmt is None and corrected is None:
+            return {}
+        weight = self.base.load(name, expert).to(torch.get_default_device()).float()
+        if fmt is None:  # an expert that keeps its values, in a stack of which others do not
+            return {} if corrected is None else corrected.nothing(self.graph)
+        weight, quantizer = weight.reshape(-1, weight.shape[-1]), self.quantizers[name]
+        read = moment.diagonal() if moment is not None and moment.ndim == 2 and quantizer.needs == "diagonal" else moment
+        quantize = partial(quantizer.quantize, fmt=fmt, moment=None if quantizer.needs == "none" else read)
+        if corrected is None:
+            return {name: quantize(weight)}
+        parts = corrected.how.corrected(weight, fmt, quantize, moment, corrected.rank(self.graph))
+        return dict(zip((name, corrected.left, corrected.right), parts, strict=True))
 
     def load(self, name: str, expert: int | None = None) -> Tensor:
         """See `PackedSource`."""
@@ -82,12 +108,12 @@ class QuantizedWeights:
 
 
 def _stacked(graph: Graph, name: str) -> bool:
-    return any(n.op == "experts" and name in n.inputs[3:5] for n in graph.users.get(name, ()))
+    return any(n.op == "experts" and n.inputs.index(name) in EXPERT_MATRICES for n in graph.users.get(name, ()))
 
 
 def quantize_in_order(
     model: Model, quantizers: Mapping[str, Quantizer], text: Text, progress: Progress, *,
-    weighted: bool = True, sequential: bool = True, work: Path | None = None,
+    weighted: bool = True, sequential: bool = True, work: Path | None = None, corrections: Mapping[str, Corrected] | None = None,
 ) -> Model:  # fmt: skip
     """Quantise weights while calibration text runs through the model.
 
@@ -97,13 +123,14 @@ def quantize_in_order(
         weighted: the moments of an expert count each token with the square of its routing weight, as its output does.
         sequential: each weight gets the inputs that its quantised predecessors make; otherwise those of the model before.
         work: a folder for codes: they are read from there when they are needed, and work that was interrupted goes on from there.
+        corrections: as in `QuantizedWeights`.
     """
     codes: MutableMapping[tuple[str, int | None], Quantized] = {}
     if work is not None:
         methods = sorted((name, quantizer.description) for name, quantizer in quantizers.items())
-        facts = f"{fingerprint(model, text)} {methods} {weighted} {sequential}"
+        facts = f"{fingerprint(model, text)} {methods} {weighted} {sequential} {sorted((corrections or {}).items())}"
         codes = CodesOnDisk(work, hashlib.sha256(facts.encode()).hexdigest())
-    weights = QuantizedWeights(model.weights, model.graph, quantizers, codes=codes)
+    weights = QuantizedWeights(model.weights, model.graph, quantizers, codes=codes, corrections=corrections or {})
     running = Model(model.graph, weights if sequential else model.weights)
     with progress.counter("quantise") as count, ThreadPoolExecutor(physical_cores(), "expert", torch.set_num_threads, (1,)) as pool:
         Interpreter(model.graph, running.weights).run(batches_of(text), lambda *_: None, count, _InOrder(running, weights, weighted, pool))
@@ -128,7 +155,7 @@ class _InOrder:
         layer, name = self._layers.get(node.name), node.inputs[1] if node.op == "linear" else ""
         if layer is None and (name not in self.weights.quantizers or (name, None) in codes):
             return None
-        if layer is not None and {layer.up, layer.down}.isdisjoint(self.weights.quantizers):
+        if layer is not None and set(layer.stacks).isdisjoint(self.weights.quantizers):
             return None
         work = node.name if layer is not None else name
         if isinstance(codes, CodesOnDisk) and codes.resume(work):
@@ -143,13 +170,12 @@ class _InOrder:
         return result
 
     def _quantize(self, name: str, expert: int | None, moment: Callable[[], Tensor]) -> None:
-        quantizer = self.weights.quantizers.get(name)
-        if quantizer is None or (fmt := integer_format(self.model.graph.params[name], expert)) is None:
+        quantizer, corrected = self.weights.quantizers.get(name), self.weights.corrections.get(name)
+        if quantizer is None or (corrected is None and integer_format(self.model.graph.params[name], expert) is None):
             return
-        weight = self.weights.base.load(name, expert).to(torch.get_default_device()).float()
-        full = moment() if quantizer.needs != "none" else None
-        needed = full.diagonal() if full is not None and quantizer.needs == "diagonal" else full
-        self.weights.codes[name, expert] = quantizer.quantize(weight.reshape(-1, weight.shape[-1]), fmt, needed)
+        reads = quantizer.needs != "none" or (corrected is not None and corrected.how.weighted)
+        made = self.weights.make(name, expert, moment() if reads else None)
+        self.weights.codes.update({(part, expert): packed for part, packed in made.items()})
 
     def _experts(self, layer: MoeLayer, inputs: Sequence[Sequence[Tensor | None]]) -> list[tuple[Tensor, ...]]:
         """Quantise the experts of a layer, several at a time, and run them."""
@@ -181,16 +207,37 @@ class _InOrder:
         bias = [None if b is None else b[expert] for b in biases]
 
         def load(name: str) -> Tensor:
-            return self.model.load(name, expert).to(x.device)
+            return layer.matrix(self.model, name, expert).to(x.device)
 
         def hidden(tokens: Tensor) -> Tensor:
             return expert_activation(torch.nn.functional.linear(tokens, load(layer.up), bias[0]), **layer.activation)
 
-        self._quantize(layer.up, expert, partial(blended, x, scale, lambda: common))
+        self._projection(layer, layer.up, expert, x, scale, lambda: sample, common)
         h = hidden(x)
-        self._quantize(layer.down, expert, partial(blended, h, scale, lambda: moment_of([hidden(sample)])))
+        self._projection(layer, layer.down, expert, h, scale, lambda: hidden(sample), None)
         f = torch.nn.functional.linear(h, load(layer.down), bias[1]) * g[:, None]
         return list(f.split([len(token) for token, _ in chosen]))
+
+    def _projection(
+        self, layer: MoeLayer, name: str, expert: int, x: Tensor, scale: Tensor | None, others: Callable[[], Tensor], common: Tensor | None
+    ) -> None:
+        """Quantise one projection of an expert, and the factors that are its own weights and no correction.
+
+        Args:
+            x: [n, K], what the projection is multiplied with.
+            others: the same for tokens of the whole layer.
+            common: their moment, where it is known.
+        """
+        self._quantize(name, expert, partial(blended, x, scale, lambda: moment_of([others()]) if common is None else common))
+        if (pair := layer.factors.get(name)) is None or name in self.weights.corrections:
+            return
+        left, right = pair
+        self._quantize(right, expert, partial(blended, x, scale, lambda: moment_of([others()]) if common is None else common))
+
+        def inner(tokens: Tensor) -> Tensor:
+            return tokens @ self.model.load(right, expert).to(tokens.device).T
+
+        self._quantize(left, expert, partial(blended, inner(x), scale, lambda: moment_of([inner(others())])))
 
 
 def _chosen(parts: Sequence[tuple[Tensor, ...]], expert: int) -> list[tuple[Tensor, ...]]:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from moec.compiler.errors import MoecError
+from moec.compiler.factors import folded
 from moec.compiler.ir import Graph, Node, Param, TensorType, Value
 from moec.compiler.layers import MoeLayer, add_constant, check_kept, require_no_table, require_values
 from moec.compiler.model import Model
@@ -41,7 +42,7 @@ def mask_experts(model: Model, layer: MoeLayer, keep: Sequence[int], what: str) 
     keep = [int(e) for e in keep]
     check_kept(layer, keep, what)
     require_no_table(layer, what)
-    require_values(model, [layer.up, layer.down], what)
+    require_values(model, layer.stacks, what)
     rows = router_rows(model.graph, layer)
     groups, top_groups = (int(layer.router.attrs.get(name, 1)) for name in ("groups", "top_groups"))
     left = sorted(sum(e * groups // rows == g for e in keep) for g in range(groups))
@@ -52,7 +53,7 @@ def mask_experts(model: Model, layer: MoeLayer, keep: Sequence[int], what: str) 
         )
     table = torch.full((rows,), -1, dtype=torch.int64)
     table[keep] = torch.arange(len(keep))
-    return tie_experts(model, layer, table, {name: select(model.weights, name, keep) for name in _stacks(layer)})
+    return tie_experts(model, layer, table, {name: select(model.weights, name, keep) for name in layer.stacks})
 
 
 def tie_experts(model: Model, layer: MoeLayer, table: Tensor, edits: Mapping[str, Edit]) -> Model:
@@ -109,13 +110,14 @@ def map_experts(model: Model, layer: MoeLayer, merge: Tensor, route: Tensor, wha
     """
     check_kept(layer, range(len(merge)), what)
     require_no_table(layer, what)
-    require_values(model, [layer.up, layer.down], what)
+    require_values(model, layer.stacks, what)
+    model = folded(model, [layer])
     attrs = dict(layer.router.attrs)
     if int(attrs.get("groups", 1)) > 1:
         raise MoecError(f"{what}: the router of %{layer.name} chooses among groups of experts, which merging does not keep")
     score = str(attrs.get("score", "softmax"))
     graph, count = model.graph, len(merge)
-    edits: dict[str, Edit] = {name: combine(model.weights, name, merge) for name in _stacks(layer)}
+    edits: dict[str, Edit] = {name: combine(model.weights, name, merge) for name in (layer.up, layer.down, *layer.biases)}
     logits = graph.type_of(layer.router.inputs[0])
     params, nodes, scores = [_resized(graph, name, count) for name in edits], list[Node](), layer.router.inputs[0]
     if score != "identity":
@@ -160,10 +162,6 @@ def with_top_k(graph: Graph, layer: MoeLayer, top_k: int, what: str) -> Graph:
         for n in changed
     }
     return graph.with_nodes(resized.get(n.name, n) for n in graph.nodes)
-
-
-def _stacks(layer: MoeLayer) -> tuple[str, ...]:
-    return (layer.up, layer.down, *layer.biases)
 
 
 def _resized(graph: Graph, name: str, count: int) -> Param:

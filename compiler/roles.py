@@ -6,6 +6,7 @@ import re
 from typing import Literal
 
 from moec.compiler.ir import Graph, Node
+from moec.compiler.ops import EXPERT_MATRICES
 
 Role = Literal["experts", "linear", "embedding", "router", "other"]
 ROLES: tuple[Role, ...] = ("experts", "linear", "embedding", "router", "other")
@@ -14,14 +15,15 @@ ROLES: tuple[Role, ...] = ("experts", "linear", "embedding", "router", "other")
 def parameter_roles(graph: Graph) -> dict[str, Role]:
     """The role of every parameter.
 
-    `experts`: a projection of stacked experts. `embedding`: a token embedding, or the projection to the logits (one role, since models
-    tie them). `router`: a projection whose result decides which experts run. `linear`: any other matrix of a linear layer.
+    `experts`: a projection of stacked experts, or a low-rank factor of one. `embedding`: a token embedding, or the projection to the
+    logits (one role, since models tie them). `router`: a projection whose result decides which experts run. `linear`: any other matrix
+    of a linear layer.
     `other`: norms, biases, tables.
     """
     roles: dict[str, Role] = {}
     for name in graph.params:
         uses = [(node, node.inputs.index(name)) for node in graph.users.get(name, ())]
-        if any(node.op == "experts" and at in (3, 4) for node, at in uses):
+        if any(node.op == "experts" and at in EXPERT_MATRICES for node, at in uses):
             roles[name] = "experts"
         elif any(node.op == "embedding" and at == 1 for node, at in uses):
             roles[name] = "embedding"

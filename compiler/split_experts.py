@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moec.compiler.ir import Node, Param, TensorType, Value
 from moec.compiler.model import Model
+from moec.compiler.ops import EXPERT_MATRICES
 from moec.compiler.packed import Quantized, format_name
 from moec.compiler.weights import Edit, Edited, WeightSource, constant, packed_of
 
@@ -50,16 +51,17 @@ class Parts:
 def uniform_experts(model: Model) -> Model:
     """The model with every `experts` node of mixed formats split into one node a combination of formats."""
     for node in [n for n in model.graph.nodes if n.op == "experts"]:
-        stacks = [model.graph.params.get(name) for name in node.inputs[3:5]]
-        if any(p is None or isinstance(p.format, str) for p in stacks) and all(p is None or isinstance(p.format, str) for p in stacks):
+        named = [node.inputs[at] for at in EXPERT_MATRICES if at < len(node.inputs)]
+        stacks = [model.graph.params[name] for name in named if name in model.graph.params]
+        if all(isinstance(p.format, str) for p in stacks):
             continue
-        up, down = (p for p in stacks if p is not None)
-        classes: dict[tuple[str, str], list[int]] = {}
-        for expert in range(int(up.type.shape[0])):
-            classes.setdefault((format_name(up, expert), format_name(down, expert)), []).append(expert)
+        classes: dict[tuple[str, ...], list[int]] = {}
+        for expert in range(int(stacks[0].type.shape[0])):
+            classes.setdefault(tuple(format_name(p, expert) for p in stacks), []).append(expert)
         if len(classes) == 1:
-            ((first, second),) = classes
-            model = Model(model.graph.with_params([replace(up, format=first), replace(down, format=second)]), model.weights)
+            (formats,) = classes
+            same = [replace(p, format=fmt) for p, fmt in zip(stacks, formats, strict=True)]
+            model = Model(model.graph.with_params(same), model.weights)
         else:
             model = split_experts(model, node, list(classes.values()))
     return model

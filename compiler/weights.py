@@ -89,6 +89,11 @@ def select(base: WeightSource, name: str, keep: Sequence[int]) -> Edit:
     return edit
 
 
+def each_expert(one: Callable[[int], Tensor], count: int) -> Edit:
+    """An edit of a stacked parameter, made an expert at a time."""
+    return lambda expert: torch.stack([one(e) for e in range(count)]) if expert is None else one(expert)
+
+
 def combine(base: WeightSource, name: str, matrix: Tensor) -> Edit:
     """An edit that makes each new expert a weighted sum of old ones: matrix [E', E], new[j] = sum over i of matrix[j, i] old[i]."""
     matrix = matrix.detach().float()

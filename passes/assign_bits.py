@@ -17,16 +17,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from moec.compiler.allocation import Problem, Unit, make_units
+from moec.compiler.allocation import Problem, Unit, known_damages, make_units
 from moec.compiler.context import Context
+from moec.compiler.corrections import corrected_sizes
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Param
+from moec.compiler.low_rank import Correction
 from moec.compiler.model import Model
 from moec.compiler.neurons import neuron_orders, split_neurons
-from moec.compiler.packed import is_quantized
+from moec.compiler.packed import chosen_format, is_quantized
 from moec.compiler.plan import parse_size
 from moec.compiler.quantizers import get_quantizer
 from moec.compiler.roles import KINDS, node_kinds, parameter_roles
@@ -34,7 +36,6 @@ from moec.compiler.sensitivity import Objective, get_objective
 from moec.compiler.solver import Solution, choose
 from moec.passes.quantize import apply_quantizer
 from moec.runtime.errors import unknown
-from moec.runtime.formats import get_format
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class AssignBits:
             the budget a weight.
         probe: the quantiser whose values the objective tries.
         method, options, weighted: the quantiser that makes the final values, as in `quantize`.
+        low_rank: low-rank factors of what the experts' codes lose, as in `quantize`; the budget holds them too.
     """
 
     budget: float | str | None = None
@@ -71,11 +73,13 @@ class AssignBits:
     method: str = "rtn"
     options: Mapping[str, Any] = field(default_factory=dict)
     weighted: bool = True
+    low_rank: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         objective = get_objective(self.objective, self.objective_options)
         get_quantizer(self.method, self.options)
         get_quantizer(self.probe)
+        Correction.of(self.low_rank)
         if self.scope not in ("model", "layer"):
             raise unknown("scope of assign_bits", self.scope, ["model", "layer"])
         if self.units not in ("expert", "projection"):
@@ -103,7 +107,7 @@ class AssignBits:
             if isinstance(formats, str) or len(set(formats)) < max(1, len(formats)):
                 raise MoecError(f"assign_bits: {what}={formats!r}: expected a list of different formats, such as [int2_g64, int4_g64]")
             for name in formats:
-                get_format(name)
+                chosen_format(name, "assign_bits")
         if self.others and self.scope == "layer":
             raise MoecError("assign_bits: scope=layer is for experts; with `others` everything is in one program: use scope=model")
 
@@ -125,7 +129,7 @@ class AssignBits:
         objective = get_objective(self.objective, self.objective_options)
         self._check(problem, objective)
         budget = self._budget(problem)
-        damages = _known(objective.damages(problem), problem)
+        damages = known_damages(objective.damages(problem), problem)
         chosen, solutions = self._solve(problem, objective, damages, budget)
         size, weights = sum(s.size for s in solutions), int(problem.weights.sum())
         context.note(
@@ -155,7 +159,8 @@ class AssignBits:
     def _budget(self, problem: Problem) -> int:
         """Bytes."""
         assert self.budget is not None
-        weights, least = int(problem.weights.sum()), int(np.where(problem.allowed, problem.sizes, problem.sizes.max()).min(1).sum())
+        sizes, weights = self._sizes(problem), int(problem.weights.sum())
+        least = int(np.where(problem.allowed, sizes, sizes.max()).min(1).sum())
         budget = parse_size(self.budget) if isinstance(self.budget, str) else int(self.budget * weights / 8 + 1e-6)
         if budget < least:
             raise MoecError(
@@ -165,18 +170,23 @@ class AssignBits:
             )
         return budget
 
+    def _sizes(self, problem: Problem) -> NDArray[np.int64]:
+        """Bytes of each unit in each format, low-rank factors included: [U, O]."""
+        correction = Correction.of(self.low_rank)
+        return problem.sizes if correction is None else corrected_sizes(problem, correction)
+
     def _solve(self, problem: Problem, objective: Objective, damages: Tensor, budget: int) -> tuple[list[int], list[Solution]]:
         """The option of each unit, and the solutions of the programs."""
         groups = [list(range(len(problem.units)))]
         nodes = [unit.node for unit in problem.units]
         if self.scope == "layer":
             groups = [[i for i, n in enumerate(nodes) if n == node] for node in dict.fromkeys(nodes)]
-        chosen, solutions = [0] * len(problem.units), []
+        chosen, solutions, sizes = [0] * len(problem.units), [], self._sizes(problem)
         for members in groups:
             share = budget if self.scope == "model" else int(budget * problem.weights[members].sum() / problem.weights.sum())
             conditions = objective.conditions(problem, members) if self.scope == "layer" else []
             try:
-                found = choose(damages.numpy()[members], problem.sizes[members], share, conditions, problem.allowed[members])
+                found = choose(damages.numpy()[members], sizes[members], share, conditions, problem.allowed[members])
             except MoecError as error:
                 raise MoecError(f"assign_bits, {problem.units[members[0]].node}: {error}") from error
             solutions.append(found)
@@ -203,19 +213,9 @@ class AssignBits:
         roles = parameter_roles(model.graph)
         integer = [p for p in changed if is_quantized(p)]
         return apply_quantizer(
-            model, {p.name: roles[p.name] for p in integer}, get_quantizer(self.method, self.options), context, weighted=self.weighted
-        )
-
-
-def _known(damages: Tensor, problem: Problem) -> Tensor:
-    """Damages in which experts' units that no token reached are as sensitive as the least sensitive one that some did."""
-    damages = damages.cpu()
-    experts = torch.tensor([unit.expert is not None for unit in problem.units], device="cpu")
-    silent = (damages == 0).all(1)
-    if (lost := experts & silent).any() and (heard := experts & ~silent).any():
-        damages = damages.clone()
-        damages[lost] = damages[heard][damages[heard].sum(1).argmin()]
-    return damages
+            model, {p.name: roles[p.name] for p in integer}, get_quantizer(self.method, self.options), context,
+            weighted=self.weighted, correction=Correction.of(self.low_rank),
+        )  # fmt: skip
 
 
 PASS = AssignBits

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moec.compiler.context import Context
 from moec.compiler.errors import MoecError
+from moec.compiler.factors import require_no_factors
 from moec.compiler.folding import READS, owned, readers, scaled, times, value_paths
 from moec.compiler.grid import round_to_nearest
 from moec.compiler.ir import Graph
@@ -59,6 +60,7 @@ class Awq:
     def run(self, model: Model, context: Context) -> Model:
         if self.experts is None and self.linear is None:
             return model
+        require_no_factors(model.graph, "awq")
         moments = diagonal_moments(model.graph, context.statistics(model, "awq"), weighted=True)
         search = _Search(model, moments, self._formats(model.graph), self.grid)
         source, alphas = model, dict[str, float]()

@@ -20,6 +20,7 @@ from torch import Tensor
 from moec.compiler.clustering import assign
 from moec.compiler.context import Context
 from moec.compiler.errors import MoecError
+from moec.compiler.factors import folded
 from moec.compiler.layers import MoeLayer, need_layers, require_no_table, require_values
 from moec.compiler.model import Model
 from moec.compiler.regroup import router_rows, tie_experts
@@ -62,11 +63,12 @@ class MergeExperts:
         """See `Pass`."""
         if self.keep is None:
             return model
+        model = folded(model)
         method, layers = get_method(self.method), need_layers(model.graph, WHAT)
         counts = [kept_count(layer, self.keep, WHAT, least=1) for layer in layers]
         for layer in layers:
             require_no_table(layer, WHAT)
-            require_values(model, [layer.up, layer.down], WHAT)
+            require_values(model, layer.stacks, WHAT)
         if all(count == layer.count for count, layer in zip(counts, layers, strict=True)):
             return model
         looks = views(model, layers, ("statistics", *method.needs), context, f"{WHAT} with the method {self.method}", self.tokens)

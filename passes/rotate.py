@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moec.compiler.context import Context
 from moec.compiler.errors import MoecError
+from moec.compiler.factors import require_no_factors
 from moec.compiler.folding import READS, owned, times, value_paths
 from moec.compiler.ir import Graph, Node
 from moec.compiler.model import Model
@@ -44,6 +45,8 @@ class Rotate:
     seed: int = 0
 
     def run(self, model: Model, context: Context) -> Model:
+        if self.residual or self.heads:
+            require_no_factors(model.graph, "rotate")
         if self.residual:
             model = self._residual(model)
         if self.heads:

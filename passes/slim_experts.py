@@ -11,7 +11,7 @@ With `repair`, down is then refitted by least squares (with a ridge) to give, fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,10 +19,11 @@ from torch import Tensor
 
 from moec.compiler.context import Context
 from moec.compiler.errors import MoecError
+from moec.compiler.factors import require_no_factors
 from moec.compiler.ir import TensorType
 from moec.compiler.layers import MoeLayer, need_layers, require_values
 from moec.compiler.model import Model
-from moec.compiler.weights import Edit
+from moec.compiler.weights import each_expert
 from moec.passes.slimming.refit import refit
 from moec.runtime.errors import unknown
 
@@ -62,6 +63,7 @@ class SlimExperts:
         if self.width is None:
             return model
         layers = need_layers(model.graph, "slim_experts")
+        require_no_factors(model.graph, "slim_experts")
         scores = [self._scores(model, layer, context) for layer in layers]  # [E, F] each
         widths = self._widths(layers, scores)
         kept = {
@@ -109,22 +111,18 @@ def _slimmed(model: Model, layer: MoeLayer, kept: Tensor, down: Sequence[Tensor]
     parts, width, base = 2 if layer.gated else 1, kept.shape[1], model.weights
     rows = torch.cat([kept + part * layer.width for part in range(parts)], 1)  # [E, parts F']
     edits = {
-        layer.up: _per_expert(lambda e: base.load(layer.up, e)[rows[e]], layer.count),
-        layer.down: _per_expert(lambda e: base.load(layer.down, e)[:, kept[e]] if down is None else down[e], layer.count),
+        layer.up: each_expert(lambda e: base.load(layer.up, e)[rows[e]], layer.count),
+        layer.down: each_expert(lambda e: base.load(layer.down, e)[:, kept[e]] if down is None else down[e], layer.count),
     }
     shapes: dict[str, tuple[int, ...]] = {
         layer.up: (layer.count, parts * width, layer.hidden),
         layer.down: (layer.count, layer.hidden, width),
     }
     if bias := (*layer.experts.inputs[5:6], "")[0]:
-        edits[bias] = _per_expert(lambda e: base.load(bias, e)[rows[e]], layer.count)
+        edits[bias] = each_expert(lambda e: base.load(bias, e)[rows[e]], layer.count)
         shapes[bias] = (layer.count, parts * width)
     params = [replace(model.graph.params[n], type=TensorType(model.graph.params[n].type.dtype, s)) for n, s in shapes.items()]
     return model.with_params(params, edits)
-
-
-def _per_expert(one: Callable[[int], Tensor], count: int) -> Edit:
-    return lambda expert: torch.stack([one(e) for e in range(count)]) if expert is None else one(expert)
 
 
 PASS = SlimExperts

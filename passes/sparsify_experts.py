@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moec.compiler.context import Context
 from moec.compiler.errors import MoecError
+from moec.compiler.factors import require_no_factors
 from moec.compiler.layers import need_layers, require_values
 from moec.compiler.model import Model
 from moec.compiler.weights import Edit, WeightSource
@@ -44,6 +45,7 @@ class SparsifyExperts:
     def run(self, model: Model, context: Context) -> Model:
         if self.sparsity is None:
             return model
+        require_no_factors(model.graph, "sparsify_experts")
         edits: dict[str, Edit] = {}
         for layer in need_layers(model.graph, "sparsify_experts"):
             require_values(model, [layer.up, layer.down], "sparsify_experts")

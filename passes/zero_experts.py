@@ -51,7 +51,7 @@ class ZeroExperts:
         if not self.experts and self.fraction is None:
             return model
         layers = need_layers(model.graph, "zero_experts")
-        require_values(model, [name for layer in layers for name in (layer.up, layer.down)], "zero_experts")
+        require_values(model, [name for layer in layers for name in layer.stacks], "zero_experts")
         worth: dict[str, Worth] = {}
         if self.fraction is not None or self.kind in ("constant", "mixed"):
             text = context.need_text("zero_experts")

@@ -73,19 +73,34 @@ def draw_weight(rng: np.random.Generator, layout: LaneLayout, *lead: int) -> tup
 
 
 def draw_experts(rng: np.random.Generator, layout: ExpertsLayout) -> tuple[Array, Array, list[Array]]:
-    """Random gate_up [E, 2F or F, D] and down [E, D, F] as float64, and their arrays in the order of the kernels' arguments."""
-    rows = LaneLayout(layout.parts * layout.f, layout.d, layout.gate_up_format)
-    gate_up, plain = draw_weight(rng, rows, layout.experts)
-    if rows.integer:
-        codes, scale, zero = rows.untile(plain)
-        zeros = None if rows.integer.symmetric else layout.interleave(zero)
-        arrays = layout.gate_up.tile(layout.interleave(codes), layout.interleave(scale), zeros)
-    else:
-        arrays = layout.gate_up.tile_values(layout.interleave(rows.untile_values(plain)))
-    down, down_arrays = draw_weight(rng, layout.down, layout.experts)
-    stored = [*arrays.values(), *down_arrays.values()]
+    """Random gate_up [E, 2F or F, D] and down [E, D, F] as float64, low-rank factors added to them, and the kernels' arrays in order."""
+    values, stored = dict[str, Array](), list[Array]()
+    for name, matrix in layout.matrices().items():
+        if matrix.format == "zero":
+            rows = layout.parts * layout.f if name == "gate_up" else layout.d
+            values[name] = np.zeros((layout.experts, rows, matrix.k))
+        else:
+            values[name], arrays = _draw_matrix(rng, layout, matrix, interleaved=name in ("gate_up", "gate_up_left"))
+            stored += arrays.values()
     assert [(a.shape, str(a.dtype)) for a in stored] == list(layout.arrays().values())
-    return gate_up, down, stored
+    for name in ("gate_up", "down"):
+        if f"{name}_left" in values:
+            values[name] = values[name] + values[f"{name}_left"] @ values[f"{name}_right"]
+    return values["gate_up"], values["down"], stored
+
+
+def _draw_matrix(
+    rng: np.random.Generator, layout: ExpertsLayout, matrix: LaneLayout, *, interleaved: bool
+) -> tuple[Array, dict[str, Array]]:
+    if not interleaved:
+        return draw_weight(rng, matrix, layout.experts)
+    rows = LaneLayout(layout.parts * layout.f, matrix.k, matrix.format)
+    values, plain = draw_weight(rng, rows, layout.experts)
+    if not rows.integer:
+        return values, matrix.tile_values(layout.interleave(rows.untile_values(plain)))
+    codes, scale, zero = rows.untile(plain)
+    zeros = None if rows.integer.symmetric else layout.interleave(zero)
+    return values, matrix.tile(layout.interleave(codes), layout.interleave(scale), zeros)
 
 
 def close(found: Array, expected: Array, layout: LaneLayout, steps: int = 1) -> None:

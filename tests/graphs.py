@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from moec.compiler.calibration.text import Text
 from moec.compiler.context import Context
+from moec.compiler.factors import with_factors
 from moec.compiler.interpreter import Interpreter
 from moec.compiler.ir import Graph
+from moec.compiler.layers import moe_layers
 from moec.compiler.model import Model
 from moec.compiler.text import parse_graph
-from moec.compiler.weights import MemoryWeights
+from moec.compiler.weights import MemoryWeights, constant
 from moec.passes.quantize import Quantize
 
 MOE = """
@@ -89,3 +93,22 @@ def logits(subject: Model, seed: int = 0, dtype: torch.dtype = torch.float64) ->
     """The logits of a model on a few random tokens: [B, T, V]."""
     ids = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(seed))
     return Interpreter(subject.graph, subject.weights, dtype=dtype)(ids=ids, positions=torch.arange(9).expand(2, -1))[0]
+
+
+def factored(subject: Model, ranks: tuple[int, int] = (3, 5), *, whole: bool = True, fmt: str = "f32", seed: int = 0) -> Model:
+    """A model whose experts have random low-rank factors of these ranks, at up and down (0: none).
+
+    Args:
+        whole: the projections stay what they are beside the factors; otherwise they are zero, and their format says so.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    (layer,) = moe_layers(subject.graph)
+    wanted = {name: rank for name, rank in zip((layer.up, layer.down), ranks, strict=True) if rank}
+    graph = with_factors(subject.graph, layer, wanted, dict.fromkeys(wanted, fmt))
+    names = [name for pair in moe_layers(graph)[0].factors.values() for name in pair]
+    shapes = {name: [int(d) for d in graph.params[name].type.shape] for name in (*names, *wanted)}
+    edits = {name: constant(torch.randn(shapes[name], generator=generator) * 0.4) for name in names}
+    if not whole:
+        graph = graph.with_params([replace(graph.params[name], format="zero") for name in wanted])
+        edits |= {name: constant(torch.zeros(shapes[name])) for name in wanted}
+    return subject.edited(graph, edits)

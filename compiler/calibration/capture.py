@@ -43,16 +43,20 @@ class _Capture:
     """The observer that keeps inputs."""
 
     def __init__(self, layers: Sequence[MoeLayer]) -> None:
-        self._experts, self._routers = {m.name: m for m in layers}, {m.router.name: m for m in layers}
+        self._experts = {m.name: m for m in layers}
+        self._last = {m.router.name: m.name for m in layers}  # several may have one router
         self._logits: dict[str, Tensor] = {}
         self.found: dict[str, LayerInputs] = {}
 
     def visit(self, node: Node, inputs: Sequence[Sequence[Tensor | None]]) -> None:
         """See `Observer`."""
-        if (layer := self._routers.get(node.name)) is not None:
-            self._logits[layer.name] = joined(inputs, 0)
+        if node.name in self._last:
+            self._logits[node.name] = joined(inputs, 0)
         if (layer := self._experts.get(node.name)) is not None:
-            self.found[node.name] = LayerInputs(joined(inputs, 0), self._logits.pop(layer.name), joined(inputs, 2), joined(inputs, 1))
+            logits = self._logits[router := layer.router.name]
+            self.found[node.name] = LayerInputs(joined(inputs, 0), logits, joined(inputs, 2), joined(inputs, 1))
+            if self._last[router] == node.name:
+                del self._logits[router]
 
 
 @torch.no_grad()

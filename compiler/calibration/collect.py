@@ -115,7 +115,7 @@ class _Collector:
 
     def __post_init__(self) -> None:
         self._layers = {layer.name: layer for layer in moe_layers(self.model.graph)}
-        self._routers = {layer.router.name: layer for layer in self._layers.values()}
+        self._last = {layer.router.name: layer.name for layer in self._layers.values()}  # several may have one router
         self._logits: dict[str, Tensor] = {}
         self._scores: dict[str, Tensor] = {}
 
@@ -124,8 +124,7 @@ class _Collector:
         if node.op == "linear" and node.inputs[1] in self.model.graph.params:
             parts = [rows(batch[0]) for batch in inputs]
             self.linear[node.inputs[1]] = torch.stack([x.square().sum(0).double() for x in parts]).sum(0) / sum(map(len, parts))
-        elif node.name in self._routers:
-            name = self._routers[node.name].name
+        elif (name := node.name) in self._last:
             self._logits[name] = joined(inputs, 0).float()
             score = str(node.attrs.get("score", "softmax"))
             self._scores[name] = router_scores(self._logits[name], "softmax" if score == "softmax_topk" else score)
@@ -149,13 +148,16 @@ class _Collector:
                 result.index_add_(0, token, f * g[:, None])
         window = self.text.ids.shape[1]
         domain = torch.tensor(self.text.domain).repeat_interleave(window)
-        self.layers[layer.name] = sums.finish(ids, weights, self._logits.pop(layer.name), self._scores.pop(layer.name), domain, self.text)
+        router = layer.router.name
+        self.layers[layer.name] = sums.finish(ids, weights, self._logits[router], self._scores[router], domain, self.text)
+        if self._last[router] == layer.name:
+            del self._logits[router], self._scores[router]
         return parted(result, inputs)
 
 
 def expert_outputs(model: Model, layer: MoeLayer, expert: int, x: Tensor) -> tuple[Tensor, Tensor]:
     """One expert on tokens x [n, D]: its outputs [n, D] before the routing weight, and what enters its down projection [n, F]."""
-    up, down = (model.load(name, expert).to(x.device) for name in (layer.up, layer.down))
+    up, down = (layer.matrix(model, name, expert).to(x.device) for name in (layer.up, layer.down))
     biases = [None if bias is None else bias.to(x.device)[expert] for bias in layer.load_biases(model)]
     h = expert_activation(torch.nn.functional.linear(x, up, biases[0]), **layer.activation)
     return torch.nn.functional.linear(h, down, biases[1]), h

@@ -21,6 +21,7 @@ from moec.compiler.artifact import io_errors
 from moec.compiler.errors import MoecError
 from moec.compiler.export.configuration import Configured, configure
 from moec.compiler.export.packed import PackedTensors
+from moec.compiler.factors import folded
 from moec.compiler.frontend.layout import Computed, Layout
 from moec.compiler.frontend.source import Stored
 from moec.compiler.frontend.tensors import read_json
@@ -55,9 +56,9 @@ class CheckpointWriter:
         self, model: Model, source: Graph, stored: Stored | None, original: WeightSource | None, config: Any, dtype: str | None, what: str,
         packed: bool = False,
     ) -> None:  # fmt: skip
-        self.model, self.stored, self.original, self.what = as_stored(model), stored, original, what
+        self.model, self.stored, self.original, self.what = folded(as_stored(model)), stored, original, what
         self.dtype = DTYPES[dtype] if dtype else config.dtype if config.dtype in DTYPES.values() else torch.float32
-        self.made: Configured = configure(config, source, model.graph, what)
+        self.made: Configured = configure(config, source, self.model.graph, what)
         self._computed = {
             param.name: name for name, layout in self.made.normal.layouts.items() if isinstance(layout, Computed) for param in layout.inputs
         }

@@ -96,7 +96,7 @@ def insert_free_experts(model: Model, layer: MoeLayer, fits: Mapping[int, Fit]) 
     name = namer(model.graph, layer.name)
     graph, edits = model.graph, dict[str, Edit]()
     params = []
-    for stacked in (layer.up, layer.down, *layer.biases):
+    for stacked in layer.stacks:
         param = graph.params[stacked]
         fmt = param.format if isinstance(param.format, str) else tuple(param.format[e] for e in keep)
         params.append(replace(param, type=TensorType(param.type.dtype, (len(keep), *param.type.shape[1:])), format=fmt))

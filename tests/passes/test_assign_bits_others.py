@@ -163,6 +163,24 @@ def test_a_tied_matrix_counts_once_and_for_both_its_uses() -> None:
     assert float(get_objective("kl", {"tokens": text.tokens}).damages(problem)) == pytest.approx(damage, rel=1e-3)
 
 
+@pytest.mark.parametrize("rank", [2, 0.4])
+def test_factors_of_experts_are_in_the_budget_of_all(rank: float, model: Model, context: Context) -> None:
+    """Only experts pay for them: what a share of experts' bytes takes is not taken from the others too."""
+    context.journal.clear()
+    low_rank = {"rank": rank, "format": "int4_channel", "weighted": False}
+    step = AssignBits(budget=7.0, formats=EXPERTS, units="expert", others=MENUS, low_rank=low_rank)
+    result = step.run(model, context)
+    names = {m for unit in make_units(model, "expert", list(KINDS)) for m in unit.members}
+    factors = set(result.graph.params) - set(model.graph.params)
+    assert {name.rsplit(".", 1)[1] for name in factors} == {"left", "right"}
+    stored = sum(param_bytes(result.graph.params[name]) for name in names | factors)
+    note, weights = context.journal[0], sum(prod(_shape(model, name, None)) for name in names)
+    assert stored <= note["bytes"] <= note["budget_bytes"] == int(7.0 * weights / 8)
+    assert note["budget_bytes"] < 1.05 * note["bytes"]
+    if rank >= 1:
+        assert stored == note["bytes"]
+
+
 def test_bad_others(model: Model, context: Context) -> None:
     tied = graphs.model()
     others = {"embedding": ["int8_channel"], "head": ["int4_channel"]}

@@ -7,6 +7,7 @@ with. MoE mixes with softmax over the chosen logits: with logits log(w) that is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -133,9 +134,9 @@ def _unrolled(low: Lowering, node: Node, x: str, routing: str) -> str:
         with e.branch() as nodes:
             weights = e.op("Gather", columns, e.const(np.int64(expert)), axis=0)  # [tokens]
             at = e.op("Transpose", e.op("NonZero", weights), perm=[1, 0])  # [n, 1]
-            h = _project(low, e.op("GatherND", x, at), up, expert, up_bias)
+            h = _project(low, e.op("GatherND", x, at), up, expert, up_bias, node.inputs[7:9])
             h = activation(low, h, node)
-            h = _project(low, h, down, expert, down_bias)
+            h = _project(low, h, down, expert, down_bias, node.inputs[9:11])
             h = e.op("Mul", h, e.op("Unsqueeze", e.op("GatherND", weights, at), e.const([1])))
             then = nodes, e.op("ScatterND", result, at, h, reduction="add")
         with e.branch() as nodes:
@@ -144,18 +145,27 @@ def _unrolled(low: Lowering, node: Node, x: str, routing: str) -> str:
     return result
 
 
-def _project(low: Lowering, x: str, weight: str, expert: int, bias: str) -> str:
-    """x through one expert's matrix."""
+def _project(low: Lowering, x: str, weight: str, expert: int, bias: str, factors: Sequence[str]) -> str:
+    """x through one expert's matrix, its low-rank factors (left and right, where there are any), or the sum of both."""
+    e = low.e
+    terms = [] if low.graph.params[weight].format == "zero" else [_product(low, x, weight, expert)]
+    if factors and factors[0]:
+        left, right = factors
+        terms.append(_product(low, _product(low, x, right, expert), left, expert))
+    y = terms[0] if len(terms) == 1 else e.op("Add", *terms)
+    return e.op("Add", y, e.op("Gather", bias, e.const(np.int64(expert)), axis=0)) if bias else y
+
+
+def _product(low: Lowering, x: str, weight: str, expert: int) -> str:
+    """x times one expert's matrix transposed."""
     e, param = low.e, low.graph.params[weight]
     wide = any(n.name in low.weights.placement.experts and low.weights.placement.experts[n.name].wide for n in low.graph.users[weight])
     if wide and param.format != "f32" and not isinstance(low.weights.layout(weight), IntLayout):
         # An index that is not constant keeps ONNX Runtime from widening all experts when it loads the model.
         stack = e.stored(weight, "weight", str(param.format), fixed(param.type.shape))
         index = e.op("Add", e.op("Mul", low.shapes.scalar("T"), e.const(np.int64(0))), e.const(np.int64(expert)))
-        y = dense(low, x, e.op("Cast", e.op("Gather", stack, index, axis=0), to=1), 2)
-    else:
-        y = product(low, x, 2, weight, expert)
-    return e.op("Add", y, e.op("Gather", bias, e.const(np.int64(expert)), axis=0)) if bias else y
+        return dense(low, x, e.op("Cast", e.op("Gather", stack, index, axis=0), to=1), 2)
+    return product(low, x, 2, weight, expert)
 
 
 def activation(low: Lowering, x: str, node: Node) -> str:

@@ -4,7 +4,8 @@
 
     qmoe      com.microsoft QMoE: integer formats, activations that the operator has, block dividing D and F.
     moe       com.microsoft MoE in float32: plain formats of small models (ONNX Runtime widens all experts at load).
-    unrolled  one branch an expert, of which only those that are routed to run: everything else, and standard operators.
+    unrolled  one branch an expert, of which only those that are routed to run: everything else (low-rank factors too), and standard
+              operators.
 
 Measured with ONNX Runtime 1.31.1, one thread of a Zen 4 machine, one token. 64 experts of 2 x 1024 x 2048 and 2048 x 1024, top-8, 4 bits:
 QMoE 5.4 ms with float and 1.1 to 2.0 ms with int8 activations, unrolled 6.6 to 10 ms and 1.5 to 2.7 ms; at 128 tokens QMoE is 2 to 3
@@ -28,6 +29,7 @@ from moec.compiler.backends.base import StoredArray
 from moec.compiler.backends.onnx.layout import IntLayout, common_block, container, interleaved, separated
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph, Node, Param
+from moec.compiler.ops import EXPERT_MATRICES
 from moec.compiler.packed import Packed, Quantized
 from moec.runtime.formats import get_format
 from moec.runtime.formats.float import STORAGE
@@ -52,14 +54,18 @@ class PlainLayout:
     interleave: bool = False
 
     def arrays(self) -> dict[str, StoredArray]:
-        return {"weight": StoredArray(np.dtype(STORAGE[self.format]).name, self.shape)}
+        return {} if self.format == "zero" else {"weight": StoredArray(np.dtype(STORAGE[self.format]).name, self.shape)}
 
     def store(self, packed: Packed) -> dict[str, NDArray[np.generic]]:
         assert not isinstance(packed, Quantized)
+        if self.format == "zero":
+            return {}
         array = np.ascontiguousarray(packed, dtype=STORAGE[self.format]).reshape(self.shape)
         return {"weight": interleaved(array) if self.interleave else array}
 
     def restore(self, arrays: Mapping[str, NDArray[np.generic]]) -> Packed:
+        if self.format == "zero":
+            return np.zeros(self.shape, np.uint8)
         array = np.ascontiguousarray(arrays["weight"])
         return separated(array) if self.interleave else array
 
@@ -109,8 +115,9 @@ def place(graph: Graph, portable: bool, activations: str, terms: bool = False) -
         activations: `float` or `int8`, what linear layers and experts compute with where there is a choice.
         terms: with float activations, linear layers with 8-bit weights compute with two int8 terms (see `linear`).
     """
-    stacked = {name for node in graph.nodes if node.op == "experts" for name in node.inputs[3:5]}
-    floats = sum(4 * prod(fixed(graph.params[n].type.shape)) for n in stacked if int_format(graph.params[n]) is None)
+    stacked = {name for node in graph.nodes if node.op == "experts" for name in _matrices(node)}
+    plain = [graph.params[name] for name in stacked if int_format(graph.params[name]) is None and graph.params[name].format != "zero"]
+    floats = sum(4 * prod(fixed(param.type.shape)) for param in plain)
     wide = floats > FLOAT_EXPERTS_BYTES
     layouts: dict[str, Layout] = {}
     experts: dict[str, Experts] = {}
@@ -127,6 +134,10 @@ def place(graph: Graph, portable: bool, activations: str, terms: bool = False) -
     return Placement(layouts, frozenset(stacked), experts)
 
 
+def _matrices(node: Node) -> list[str]:
+    return [node.inputs[at] for at in EXPERT_MATRICES if at < len(node.inputs) and node.inputs[at]]
+
+
 def _multiplied(graph: Graph, param: Param) -> bool:
     return any(n.op == "linear" for n in graph.users.get(param.name, ()))
 
@@ -137,7 +148,8 @@ def _experts(graph: Graph, node: Node, portable: bool, activations: str, wide: b
         raise MoecError(f"experts %{node.name}: weights that are computed cannot be lowered; they must be parameters")
     formats = int_format(up), int_format(down)
     known = node.attrs["activation"] in (GATED if node.attrs.get("gated", True) else PLAIN)
-    if portable or not known or _may_be_negative(graph, node.inputs[2]):
+    factors = len(_matrices(node)) > 2
+    if portable or not known or factors or _may_be_negative(graph, node.inputs[2]):
         return Experts("unrolled", wide=wide)
     if formats[0] is None and formats[1] is None:
         return Experts("unrolled", wide=True) if wide else Experts("moe")
@@ -173,6 +185,9 @@ def _expert_layouts(graph: Graph, node: Node, plan: Experts, portable: bool, act
             layouts[name] = IntLayout(fmt, shape[1], shape[2], plan.bits, plan.block, interleave=interleave)
         else:
             layouts[name] = _layout(param, shape[1:], portable, activations, multiplied=True)
+    for name in _matrices(node)[2:]:
+        param = graph.params[name]
+        layouts[name] = _layout(param, fixed(param.type.shape)[1:], portable, activations, multiplied=True)
     return layouts
 
 

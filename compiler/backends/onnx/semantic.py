@@ -56,7 +56,7 @@ def _norm_weight(low: Lowering, node: Node) -> str:
 def fused_addition(low: Lowering, node: Node) -> bool:
     """Whether an addition is left to the norm that reads its result (SkipSimplifiedLayerNormalization gives both)."""
     users = low.graph.users.get(node.name, ())
-    kinds = [low.graph.type_of(name) for name in node.inputs]
+    kinds = [low.graph.type_of(name) for name in node.inputs if name]
     return (
         not low.portable
         and node.op == "aten.add.Tensor"

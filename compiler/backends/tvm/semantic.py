@@ -216,7 +216,9 @@ def _experts(low: FunctionLowering, node: Node) -> None:
         lambda: experts_func(layout, activation, low.isa, tokens=tokens, top_k=top_k, biases=bool(biases), counted=True),
     )
     counts = low.next_counts()
-    args = [x, ids, weights, *low.weights(up).values(), *low.weights(down).values(), *biases, counts]
+    factors = [_parameter(low, node, at) for at in range(7, len(node.inputs)) if node.inputs[at]]
+    arrays = [array for name in (up, down, *factors) for array in low.weights(name).values()]
+    args = [x, ids, weights, *arrays, *biases, counts]
     types = [counts.ty, relax.TensorType([_count(x), layout.d], "float32")]
     result = low.bb.emit(relax.op.call_tir_inplace(kernel, relax.Tuple(args), [len(args) - 1, -1], types))
     low.set_flat(node.name, low.bb.emit(relax.TupleGetItem(result, 1)))

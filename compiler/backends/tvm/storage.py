@@ -15,8 +15,11 @@ from moec.compiler.ir import Graph, Node, Param
 from moec.compiler.packed import Packed, Quantized
 from moec.runtime.formats import get_format
 from moec.runtime.formats.float import PlainFormat
-from moec.targets.kernels.cpu.experts_layout import ExpertsLayout
+from moec.targets.kernels.cpu.experts_layout import ExpertsLayout, Factors
 from moec.targets.kernels.cpu.layout import LaneLayout
+
+MATRICES = {3: "gate_up", 4: "down", 7: "gate_up_left", 8: "gate_up_right", 9: "down_left", 10: "down_right"}
+"""The names in `ExpertsLayout.matrices` of inputs of `experts`."""
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -53,22 +56,28 @@ class LaneStorage:
 
 @dataclass(frozen=True)
 class ExpertStorage:
-    """One of the two stacked matrices of `experts`: [E, 2F, D] (gate and up interleaved) or [E, D, F]."""
+    """One of the stacked matrices of `experts`, by its name in the layout; the rows of gate_up are interleaved."""
 
     layout: ExpertsLayout
-    up: bool
+    matrix: str
     stacked: bool = True
 
     @property
     def _lanes(self) -> LaneLayout:
-        return self.layout.gate_up if self.up else self.layout.down
+        return self.layout.matrices()[self.matrix]
+
+    @property
+    def _interleaved(self) -> bool:
+        return self.matrix in ("gate_up", "gate_up_left")
 
     def arrays(self) -> dict[str, StoredArray]:
         lead = self.layout.experts
         return {name: StoredArray(dtype, shape) for name, (shape, dtype) in self._lanes.arrays(lead).items()}
 
     def store(self, packed: Packed) -> dict[str, NDArray[np.generic]]:
-        if self.up:
+        if self._lanes.format == "zero":
+            return {}
+        if self._interleaved:
             order = self.layout.interleave
             if isinstance(packed, Quantized):
                 packed = Quantized(order(packed.codes), order(packed.scale), order(packed.zero))
@@ -77,8 +86,10 @@ class ExpertStorage:
         return _tile(self._lanes, packed)
 
     def restore(self, arrays: Arrays) -> Packed:
+        if self._lanes.format == "zero":
+            return np.zeros((self.layout.parts * self.layout.f if self.matrix == "gate_up" else self.layout.d, self._lanes.k), np.uint8)
         packed, order = _untile(self._lanes, arrays), self.layout.deinterleave
-        if not self.up:
+        if not self._interleaved:
             return packed
         if isinstance(packed, Quantized):
             return Quantized(order(packed.codes), order(packed.scale), order(packed.zero))
@@ -173,7 +184,15 @@ def experts_layout(graph: Graph, node: Node) -> ExpertsLayout:
     up, down = (graph.params[node.inputs[i]] for i in (3, 4))
     experts, d, f = (int(size) for size in down.type.shape)
     gated = bool(node.attrs.get("gated", True))
-    return ExpertsLayout(experts, d, f, _format(up), _format(down), gated)
+    return ExpertsLayout(experts, d, f, _format(up), _format(down), gated, _factors(graph, node, 7), _factors(graph, node, 9))
+
+
+def _factors(graph: Graph, node: Node, at: int) -> Factors | None:
+    """The low-rank factors that are the inputs `at` and `at` + 1."""
+    if len(node.inputs) <= at or not node.inputs[at]:
+        return None
+    left, right = (graph.params[name] for name in node.inputs[at : at + 2])
+    return Factors(int(right.type.shape[1]), _format(left), _format(right))
 
 
 def _storage(graph: Graph, param: Param) -> Storage:
@@ -183,8 +202,8 @@ def _storage(graph: Graph, param: Param) -> Storage:
         for position in (i for i, name in enumerate(node.inputs) if name == param.name):
             if node.op in ("linear", "embedding") and position == 1:
                 found.append(LaneStorage(LaneLayout(shape[0], shape[1], _format(param))))
-            elif node.op == "experts" and position in (3, 4):
-                found.append(ExpertStorage(experts_layout(graph, node), position == 3))
+            elif node.op == "experts" and position in MATRICES:
+                found.append(ExpertStorage(experts_layout(graph, node), MATRICES[position]))
             elif node.op == "experts" and position in (5, 6):
                 found.append(ExpertBiasStorage(experts_layout(graph, node), position == 5, _format(param)))
             else:

@@ -14,7 +14,8 @@ static (T = 1 has a kernel of its own for decoding):
                                            where asymmetric zero uint8 [N/16, groups, 16]; N and K padded, see `layout`
                                            f32, f16, bf16: values float32, float16, uint16 [N/16, K, 16]
     ExpertsLayout(E, D, F, gate_up_format, down_format, gated=True).arrays()
-                                           the same under gate_up_ and down_, with a leading axis E
+                                           the same under gate_up_ and down_, with a leading axis E; where a projection has low-rank
+                                           factors, also under gate_up_left_, gate_up_right_, down_left_, down_right_
 
 Packing, in numpy, one expert or all of them (any leading axes):
 

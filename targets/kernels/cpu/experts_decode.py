@@ -5,16 +5,17 @@ The slots that run are listed first, and all work is over that list: time falls 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
-from moec.targets.kernels.cpu.activations import Activations
 from moec.targets.kernels.cpu.emit import Buffer, Expr, splat, store, store_rows, vector, when, workspace
 from moec.targets.kernels.cpu.experts_layout import ExpertsOperands
+from moec.targets.kernels.cpu.experts_projection import Projection
 from moec.targets.kernels.cpu.isa import Isa
 from moec.targets.kernels.cpu.layout import LANES, ceil_div
 from moec.targets.kernels.cpu.loops import over_tiles
-from moec.targets.kernels.cpu.register_tile import RegisterTile
 
 RUN = 4  # tiles of down that a thread takes of an expert at a time: longer streams, fewer pieces of work
 
@@ -25,14 +26,16 @@ def emit_decode(op: ExpertsOperands, activation: ExpertActivation, isa: Isa) -> 
     slots = _Slots(op)
     op.count(1, slots.count)
     hidden = workspace((op.top_k, layout.f_tiles * LANES), "float32")
-    gate_up_input = Activations(layout.gate_up, isa, 1)
-    gate_up_input.fill(op.x, parallel=False)
+    gate_up = Projection(op, "gate_up", isa, 1, op.top_k)
+    gate_up.fill(op.x, parallel=False)
+    _inner(op, gate_up, slots, lambda _: 0)
     with over_tiles(1, op.top_k * layout.gate_up.nbytes(), slots.count * layout.f_tiles) as task:
         position, tile = T.Bind(task // layout.f_tiles), T.Bind(task % layout.f_tiles)
-        _hidden_tile(op, activation, isa, gate_up_input, hidden, slots, position, tile)
-    down_input = Activations(layout.down, isa, op.top_k)
-    down_input.fill(hidden, rows=slots.count, parallel=False)
-    _down(op, isa, down_input, slots)
+        _hidden_tile(op, activation, isa, gate_up, hidden, slots, position, tile)
+    down = Projection(op, "down", isa, op.top_k, op.top_k)
+    down.fill(hidden, rows=slots.count, parallel=False)
+    _inner(op, down, slots, lambda position: position)
+    _down(op, isa, down, slots)
 
 
 class _Slots:
@@ -56,13 +59,29 @@ class _Slots:
         return T.Bind(self._op.weights[0, self._slots[position]])
 
 
+def _inner(op: ExpertsOperands, projection: Projection, slots: _Slots, row: Callable[[Expr], Expr]) -> None:
+    """The products of the right factor, where there is one; `row(position)` is that of the input."""
+    if not (tiles := projection.inner_tiles):
+        return
+    with over_tiles(1, op.top_k * projection.inner_bytes, slots.count * tiles) as task:
+        position, tile = T.Bind(task // tiles), T.Bind(task % tiles)
+        projection.emit_inner(slots.expert(position), tile, [row(position)], [position])
+    projection.fill_inner(slots.count, parallel=False)
+
+
 def _hidden_tile(
-    op: ExpertsOperands, activation: ExpertActivation, isa: Isa, x: Activations, hidden: Buffer, slots: _Slots, position: Expr, tile: Expr
+    op: ExpertsOperands,
+    activation: ExpertActivation,
+    isa: Isa,
+    gate_up: Projection,
+    hidden: Buffer,
+    slots: _Slots,
+    position: Expr,
+    tile: Expr,
 ) -> None:
     """16 hidden values of one expert: the gate tile, then the up tile, then the activation function."""
     layout, lanes = op.layout, isa.lanes
     expert = slots.expert(position)
-    kernel = RegisterTile(layout.gate_up, isa, op.gate_up, x)
     indices = [T.Bind(tile * layout.parts + part) for part in range(layout.parts)]
     values: dict[tuple[int, int], Expr] = {}
 
@@ -71,17 +90,16 @@ def _hidden_tile(
             value = value + vector(op.gate_up_bias, expert, indices[which] * LANES + lane, lanes=lanes)
         values[which, lane] = T.Bind(value)
 
-    kernel.emit([(expert, index) for index in indices], [0], keep)
+    gate_up.emit([(expert, index) for index in indices], [0], [position], keep)
     for lane in range(0, LANES, lanes):
         parts = [values[part, lane] for part in range(layout.parts)]
         result = activation.gated(parts[0], parts[1], lanes) if layout.gated else activation.plain(parts[0], lanes)
         store(hidden, result, position, tile * LANES + lane, lanes=lanes)
 
 
-def _down(op: ExpertsOperands, isa: Isa, hidden: Activations, slots: _Slots) -> None:
+def _down(op: ExpertsOperands, isa: Isa, down: Projection, slots: _Slots) -> None:
     """out = the weighted sum over the experts of down @ hidden, a run of tiles at a time."""
     layout, lanes = op.layout, isa.lanes
-    kernel = RegisterTile(layout.down, isa, op.down, hidden)
     tiles = layout.down.tiles
     sums = workspace((tiles * LANES,), "float32")
     with over_tiles(1, op.top_k * layout.down.nbytes(), ceil_div(tiles, RUN)) as run:
@@ -100,7 +118,7 @@ def _down(op: ExpertsOperands, isa: Isa, hidden: Activations, slots: _Slots) -> 
                     total = vector(sums, row, lanes=lanes) + value * splat(weight, "float32", lanes)
                     store(sums, total, row, lanes=lanes)
 
-                kernel.emit([(expert, tile)], [position], add)
+                down.emit([(expert, tile)], [position], [position], add)
         with T.serial(count * (LANES // lanes)) as i:
             row = T.Bind(first * LANES + i * lanes)
             store_rows(op.out, vector(sums, row, lanes=lanes), 0, row, rows=layout.d, lanes=lanes)

@@ -20,11 +20,21 @@ COUNTS = 8
 
 
 @dataclass(frozen=True)
+class Factors:
+    """Low-rank factors of a projection [N, K]: left [N, rank] and right [rank, K], and their formats."""
+
+    rank: int
+    left: str
+    right: str
+
+
+@dataclass(frozen=True)
 class ExpertsLayout:
     """E experts of gate_up [2F, D] (gated, gate rows first) or up [F, D], and down [D, F].
 
     The rows of gate_up are stored in tiles of 16 gate rows followed by the 16 up rows that go with them, so that an expert is one
-    stream; `interleave` brings them in that order.
+    stream; `interleave` brings them in that order. Where a projection has factors, left right is added to it, and the rows of the left
+    one of gate_up are stored likewise. A projection that is nothing but its factors has the format `zero`.
     """
 
     experts: int
@@ -33,6 +43,8 @@ class ExpertsLayout:
     gate_up_format: str
     down_format: str
     gated: bool = True
+    gate_up_factors: Factors | None = None
+    down_factors: Factors | None = None
 
     @property
     def parts(self) -> int:
@@ -53,6 +65,15 @@ class ExpertsLayout:
     def down(self) -> LaneLayout:
         """The layout of an expert's down."""
         return LaneLayout(self.d, self.f, self.down_format)
+
+    def matrices(self) -> dict[str, LaneLayout]:
+        """The layouts of all that an expert has, by name."""
+        found = {"gate_up": self.gate_up, "down": self.down}
+        for name, factors in (("gate_up", self.gate_up_factors), ("down", self.down_factors)):
+            if factors is not None:
+                found[f"{name}_left"] = LaneLayout(found[name].n, factors.rank, factors.left)
+                found[f"{name}_right"] = LaneLayout(factors.rank, found[name].k, factors.right)
+        return found
 
     def interleave(self, x: NDArray[Scalar]) -> NDArray[Scalar]:
         """Rows [..., parts * F, m] (all of gate, then all of up) -> [..., gate_up.n, m], zero rows added.
@@ -79,13 +100,13 @@ class ExpertsLayout:
         return interleaved.astype(np.float32), np.pad(down, [(0, 0), (0, padding)]).astype(np.float32)
 
     def arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shape and dtype of every array: those of gate_up and down, names prefixed, with a leading axis E."""
-        found = {f"gate_up_{name}": spec for name, spec in self.gate_up.arrays(self.experts).items()}
-        return {**found, **{f"down_{name}": spec for name, spec in self.down.arrays(self.experts).items()}}
+        """Shape and dtype of every array: those of `matrices`, names prefixed, with a leading axis E."""
+        parts = self.matrices().items()
+        return {f"{part}_{name}": spec for part, layout in parts for name, spec in layout.arrays(self.experts).items()}
 
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return self.gate_up.nbytes(self.experts) + self.down.nbytes(self.experts)
+        return sum(layout.nbytes(self.experts) for layout in self.matrices().values())
 
 
 class ExpertsOperands:
@@ -97,8 +118,7 @@ class ExpertsOperands:
         self.x = argument("x", (self.tokens, layout.d), "float32")
         self.ids = argument("ids", (self.tokens, top_k), ids_dtype)
         self.weights = argument("weights", (self.tokens, top_k), "float32")
-        self.gate_up = weight_arguments(layout.gate_up, layout.experts, prefix="gate_up_")
-        self.down = weight_arguments(layout.down, layout.experts, prefix="down_")
+        self.matrices = {name: weight_arguments(matrix, layout.experts, prefix=f"{name}_") for name, matrix in layout.matrices().items()}
         self.gate_up_bias: Buffer | None = None
         self.down_bias: Buffer | None = None
         if biases:

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
-from moec.targets.kernels.cpu.activations import Activations
 from moec.targets.kernels.cpu.emit import Buffer, Expr, Register, splat, store, store_rows, vector, when, workspace
 from moec.targets.kernels.cpu.experts_layout import ExpertsOperands
+from moec.targets.kernels.cpu.experts_projection import Projection
 from moec.targets.kernels.cpu.isa import Isa
 from moec.targets.kernels.cpu.layout import LANES, ceil_div
-from moec.targets.kernels.cpu.register_tile import RegisterTile, token_tiles
+from moec.targets.kernels.cpu.register_tile import token_tiles
 
 BLOCK_TOKENS = 512  # bounds the temporary memory; by then the work is bound by arithmetic, not by reading weights
 
@@ -29,17 +29,19 @@ def emit_prefill(op: ExpertsOperands, activation: ExpertActivation, isa: Isa) ->
     sorting = _Sorting(layout.experts, block * k)
     hidden = workspace((block * k, layout.f_tiles * LANES), "float32")
     output = workspace((block * k, layout.down.tiles * LANES), "float32")
-    gate_up_input = Activations(layout.gate_up, isa, block)
-    down_input = Activations(layout.down, isa, block * k)
+    gate_up = Projection(op, "gate_up", isa, block, block * k)
+    down = Projection(op, "down", isa, block * k, block * k)
     with T.serial(ceil_div(op.tokens, BLOCK_TOKENS)) as i:
         first = T.Bind(i * BLOCK_TOKENS)
         tokens = T.Bind(T.min(op.tokens - first, BLOCK_TOKENS))
         sorting.fill(op, first, tokens)
         op.count(tokens, sorting.count())
-        gate_up_input.fill(op.x, first=first, rows=tokens)
-        _hidden(op, activation, isa, sorting, gate_up_input, hidden)
-        down_input.fill(hidden, rows=sorting.count())
-        _down(op, isa, sorting, down_input, output)
+        gate_up.fill(op.x, first=first, rows=tokens)
+        _inner(isa, sorting, gate_up, lambda position: sorting.order[position] // k)
+        _hidden(op, activation, isa, sorting, gate_up, hidden)
+        down.fill(hidden, rows=sorting.count())
+        _inner(isa, sorting, down, lambda position: position)
+        _down(op, isa, sorting, down, output)
         _combine(op, isa, first, tokens, output)
 
 
@@ -83,10 +85,25 @@ class _Sorting:
                 body(piece, T.Bind(T.cast(expert, "int64")), start, count)
 
 
-def _hidden(op: ExpertsOperands, activation: ExpertActivation, isa: Isa, sorting: _Sorting, x: Activations, hidden: Buffer) -> None:
+def _inner(isa: Isa, sorting: _Sorting, projection: Projection, row: Callable[[Expr], Expr]) -> None:
+    """The products of the right factor, where there is one; `row(position)` is that of the input."""
+    if not projection.inner_tiles:
+        return
+
+    def piece(tile: Expr, expert: Expr, start: Expr, count: Expr) -> None:
+        def tokens(first: Expr, size: int) -> None:
+            positions = [T.Bind(start + first + i) for i in range(size)]
+            projection.emit_inner(expert, tile, [T.Bind(row(position)) for position in positions], positions)
+
+        token_tiles(count, isa.tokens, tokens)
+
+    sorting.over_experts(projection.inner_tiles, piece)
+    projection.fill_inner(sorting.count())
+
+
+def _hidden(op: ExpertsOperands, activation: ExpertActivation, isa: Isa, sorting: _Sorting, gate_up: Projection, hidden: Buffer) -> None:
     """hidden[position] = f(gate_up @ x[token])."""
     layout, lanes = op.layout, isa.lanes
-    kernel = RegisterTile(layout.gate_up, isa, op.gate_up, x)
 
     def piece(tile: Expr, expert: Expr, start: Expr, count: Expr) -> None:
         indices = [T.Bind(tile * layout.parts + part) for part in range(layout.parts)]
@@ -101,7 +118,7 @@ def _hidden(op: ExpertsOperands, activation: ExpertActivation, isa: Isa, sorting
                     value = value + vector(op.gate_up_bias, expert, indices[which] * LANES + lane, lanes=lanes)
                 values[which, lane, token] = T.Bind(value)
 
-            kernel.emit([(expert, index) for index in indices], rows, keep)
+            gate_up.emit([(expert, index) for index in indices], rows, [position + i for i in range(size)], keep)
             for token in range(size):
                 for lane in range(0, LANES, lanes):
                     parts = [values[part, lane, token] for part in range(layout.parts)]
@@ -113,10 +130,9 @@ def _hidden(op: ExpertsOperands, activation: ExpertActivation, isa: Isa, sorting
     sorting.over_experts(layout.f_tiles, piece)
 
 
-def _down(op: ExpertsOperands, isa: Isa, sorting: _Sorting, hidden: Activations, output: Buffer) -> None:
+def _down(op: ExpertsOperands, isa: Isa, sorting: _Sorting, down: Projection, output: Buffer) -> None:
     """output[assignment] = down @ hidden[position]."""
     layout, lanes = op.layout, isa.lanes
-    kernel = RegisterTile(layout.down, isa, op.down, hidden)
     tiles = layout.down.tiles
 
     def piece(index: Expr, expert: Expr, start: Expr, count: Expr) -> None:
@@ -132,7 +148,8 @@ def _down(op: ExpertsOperands, isa: Isa, sorting: _Sorting, hidden: Activations,
                     value = value + vector(op.down_bias, expert, row, lanes=lanes)
                 store(output, value, assignments[token], row, lanes=lanes)
 
-            kernel.emit([(expert, i) for i in indices], [position + i for i in range(size)], write)
+            positions = [position + i for i in range(size)]
+            down.emit([(expert, i) for i in indices], positions, positions, write)
 
         token_tiles(count, isa.tokens, tokens)
 

@@ -6,6 +6,8 @@ whole groups and whole chunks of 32 (ternary: 64). Padded codes, scales and valu
 
 Floating-point formats keep `values` [..., N/16, K, 16].
 
+The format `zero` keeps nothing.
+
 Integer formats keep `codes` uint32 [..., N/16, K/32, bits, 16], `scale` float16 [..., N/16, groups, 16] and, where asymmetric,
 `zero` uint8 of the same shape. A code of `bits` bits is cut into planes of 8, 4, 2 or 1 bits, low bits in the widest plane
 (3 = 2 + 1), and a chunk of 32 codes takes p words of a plane of p bits, 32 / p consecutive codes a word. Within a word the codes
@@ -69,7 +71,7 @@ class LaneLayout:
 
     def __post_init__(self) -> None:
         integer = self.integer
-        if integer is None and self.format not in FLOAT_STORAGE:
+        if integer is None and self.format not in (*FLOAT_STORAGE, "zero"):
             raise MoecError(
                 f"no CPU kernel for weight format {self.format!r}: expected int<bits>_..., ternary_..., binary_... "
                 f"or one of {list(FLOAT_STORAGE)}"
@@ -119,6 +121,8 @@ class LaneLayout:
 
     def arrays(self, *lead: int) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype of every array, with leading axes such as [E, parts]."""
+        if self.format == "zero":
+            return {}
         if self.integer is None:
             return {"values": ((*lead, self.tiles, self.k, LANES), FLOAT_STORAGE[self.format])}
         side = (*lead, self.tiles, self.groups, LANES)
