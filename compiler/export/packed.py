@@ -20,6 +20,7 @@ from torch import Tensor
 from moec.compiler.errors import MoecError
 from moec.compiler.frontend.layout import Computed, Layout
 from moec.compiler.ir import Param
+from moec.compiler.layers import moe_layers
 from moec.compiler.model import Model
 from moec.compiler.packed import Quantized, is_quantized
 from moec.compiler.roles import parameter_roles
@@ -44,11 +45,16 @@ class PackedTensors:
         what: what error messages begin with.
 
     Raises:
-        MoecError: nothing is quantised, or in a format that the layout does not have.
+        MoecError: nothing is quantised, or in a format that the layout does not have, or experts have low-rank factors.
     """
 
     def __init__(self, model: Model, layouts: Mapping[str, Layout | Computed], dtype: torch.dtype, what: str) -> None:
         self.model, self.layouts, self.dtype, self.what = model, layouts, dtype, f"{what} --packed"
+        if layer := next((layer for layer in moe_layers(model.graph) if layer.factors), None):
+            raise MoecError(
+                f"{self.what}: the experts of %{layer.name} have low-rank factors, which the layout has no place for: leave --packed out, "
+                "which adds them to the values, or the factors out of the recipe"
+            )
         roles = parameter_roles(model.graph)
         self.formats = {
             name: self._format(param)

@@ -122,10 +122,11 @@ def test_codes_that_a_quantiser_made_are_written(tmp_path: Path) -> None:
         ({"experts": "int3_g32"}, "is int3_g32; the layout that is written has symmetric int4 and int8"),
         ({"experts": "ternary_g64"}, "is ternary_g64"),
         ({"linear": "int4_g32_asym"}, "is int4_g32_asym"),
+        ({"experts": "int4_g32", "low_rank": {"rank": 2, "weighted": False}}, "have low-rank factors, which the layout has no place for"),
         ({"experts": "int4_g128"}, "has rows of 192 weights, no multiple of its groups of 128"),
     ],
 )
-def test_what_the_layout_cannot_say(options: dict[str, str], message: str) -> None:
+def test_what_the_layout_cannot_say(options: dict[str, Any], message: str) -> None:
     model = make_pass("quantize", options).run(tiny.model(), Context())
     with pytest.raises(MoecError, match=f"export --packed: .*{message}"):
         PackedTensors(model, {}, torch.float16, "export")
