@@ -43,9 +43,7 @@ class Forecaster(nn.Module):
         scores = torch.sigmoid(self.route(h))  # [B, T, E]
         weights, ids = scores.topk(self.top_k, -1)  # [B, T, K]
         weights = weights / weights.sum(-1, keepdim=True)
-        x = x + moec.moe_experts(
-            h, ids, weights, self.up, self.down, self.up_bias, self.down_bias, activation="gelu", gated=False
-        )
+        x = x + moec.moe_experts(h, ids, weights, self.up, self.down, self.up_bias, self.down_bias, activation="gelu", gated=False)
         result: Tensor = self.write(x) + level
         return result
 
