@@ -63,25 +63,26 @@ class PrefillSpec:
 
 
 class _Tile:
-    """The tile that a block of threads works on, or prefetches: (expert, first position, positions, part of the rows)."""
+    """The tile that a block of threads works on, and the next: (expert, first position, positions, part of the rows)."""
 
     def __init__(self, tiles: Buffer, parts: int) -> None:
         self._tiles, self._parts = tiles, parts
-        self._state, self._kept = local(4, "int32"), local(4, "int32")
+        self._state, self._next, self._kept = (local(4, "int32") for _ in range(3))
 
     def look(self, work: Expr) -> None:
-        """Take the tile of a piece of work: the parts of a tile follow each other."""
+        """Read the tile of a piece of work as the next one: the parts of a tile follow each other."""
         for i in range(3):
-            store(self._state, self._tiles[work // self._parts, i], i)
-        store(self._state, work % self._parts, 3)
+            store(self._next, self._tiles[work // self._parts, i], i)
+        store(self._next, work % self._parts, 3)
 
-    def keep(self) -> None:
-        """Remember it for what is left to do after the next one was looked at."""
+    def advance(self) -> None:
+        """Take the next one, and keep this one for what is left to do."""
         for i in range(4):
             store(self._kept, self._state[i], i)
+            store(self._state, self._next[i], i)
 
     def now(self) -> list[Expr]:
-        """What was looked at."""
+        """The tile that is worked on."""
         return [T.Bind(self._state[i]) for i in range(4)]
 
     def kept(self) -> list[Expr]:
@@ -96,14 +97,16 @@ def _persistent(
     """One piece of work after the other, the next one's first loads under way while the last one's results are written."""
     with when(block < total):
         tile.look(block)
+        tile.advance()
         begin(True)
         with T.serial((total - block + blocks - 1) // blocks) as i:
-            run()
-            sync()  # all warps are done with the stages
-            tile.keep()
             following = T.Bind(block + (i + 1) * blocks)
             with when(following < total):
                 tile.look(following)
+            run()
+            sync()  # all warps are done with the stages
+            tile.advance()
+            with when(following < total):
                 begin(False)
             finish()
 
@@ -164,8 +167,8 @@ def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
 
 
 def _hidden(
-    spec: PrefillSpec, sums: Buffer, memory: Buffer, hidden: Buffer, bias: Buffer | None, expert: Expr, first: Expr, count: Expr, part: Expr,
-    base: Expr, thread: Expr,
+    spec: PrefillSpec, sums: Buffer, memory: Buffer, hidden: Buffer, bias: Buffer | None, expert: Expr, first: Expr, count: Expr,
+    part: Expr, base: Expr, thread: Expr,
 ) -> None:  # fmt: skip
     """Apply the activation function and write hidden values, by way of shared memory, 16 bytes at a time."""
     layout, shape = spec.layout, spec.shape

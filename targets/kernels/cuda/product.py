@@ -47,6 +47,7 @@ class Shape:
         exact: whether codes are multiplied before their scales.
         residency: blocks that are to fit on a multiprocessor, which limits their registers.
         depth: sets of registers for weights: all but one are on their way.
+        batch: steps whose weights are made ready before their products start, so that few tokens wait less often.
         multiprocessors: of the GPU.
     """
 
@@ -57,6 +58,7 @@ class Shape:
     exact: bool = True
     residency: int = 1
     depth: int = 2
+    batch: int = 1
     multiprocessors: int = 132
 
     @property
@@ -248,33 +250,35 @@ class _Class:
         sides, groups, steps = self._sides[side], layout.block_groups, STEPS // layout.units
         exact = shape.exact and layout.integer is not None
         stage = T.Bind(block % shape.stages)
-        a = [local(4 * count, "uint32") for _ in range(2)]
-        factors = local(2 * count, "uint32")
-        for inner in range(steps):
-            step = unit * steps + inner
-            group, begins = step * groups // STEPS, step * groups % STEPS == 0
-            if layout.integer is not None and not exact and (begins or inner == 0):
+        batch = min(shape.batch, steps, STEPS // groups if exact else steps)
+        a = [local(4 * count * batch, "uint32") for _ in range(2)]
+        for first in range(0, steps, batch):
+            own, step = a[first // batch % 2], unit * steps + first
+            for inner in range(batch):
+                group = (step + inner) * groups // STEPS
                 for m in range(count):
-                    bf16_factors(at(factors, 2 * m), sides[m * groups + group])
-            for m in range(count):
-                target = at(a[inner % 2], 4 * m)
-                words = at(self._words[which % self._depth], m * layout.unit_words)
-                dequantize(layout, target, words, inner, self._zeros(place, tiles[m], block, group), layout.units)
-                if layout.integer is not None and not exact:
-                    scale(target, (factors[2 * m], factors[2 * m + 1]))
+                    target = at(own, 4 * (inner * count + m))
+                    words = at(self._words[which % self._depth], m * layout.unit_words)
+                    dequantize(layout, target, words, first + inner, self._zeros(place, tiles[m], block, group), layout.units)
+                    if layout.integer is not None and not exact:
+                        factors = local(2, "uint32")
+                        bf16_factors(at(factors, 0), sides[m * groups + group])
+                        scale(target, (factors[0], factors[1]))
             wgmma_fence()
-            for m in range(count):
-                for index in range(shape.terms):
-                    add = const(int(not (exact and begins and index == 0)), "int32")
-                    b = activations.operand(stage, step, index)
-                    wgmma(shape.tokens, at(parts, m * shape.sums), at(a[inner % 2], 4 * m), b, add)
+            for inner in range(batch):
+                begins = (step + inner) * groups % STEPS == 0
+                for m in range(count):
+                    for index in range(shape.terms):
+                        add = const(int(not (exact and begins and index == 0)), "int32")
+                        b = activations.operand(stage, step + inner, index)
+                        wgmma(shape.tokens, at(parts, m * shape.sums), at(own, 4 * (inner * count + m)), b, add)
             wgmma_commit()
-            if exact and (step + 1) * groups % STEPS == 0:
+            if exact and (step + batch) * groups % STEPS == 0:
                 wgmma_wait(0)
                 pin(at(parts, 0), count * shape.sums)
-                self._fold(sums, parts, sides, group, count, shape.sums)
-            else:  # what the next but one step overwrites is free
-                wgmma_wait(0 if inner == steps - 1 and layout.units > 1 else 1)
+                self._fold(sums, parts, sides, (step + batch - 1) * groups // STEPS, count, shape.sums)
+            else:  # what the next batch but one overwrites is free
+                wgmma_wait(0 if first + batch == steps and layout.units > 1 else 1)
 
     def _fold(self, sums: Buffer, parts: Buffer, sides: Buffer, group: int, count: int, width: int) -> None:
         """sums += parts * scales of the group."""
