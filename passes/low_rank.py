@@ -162,7 +162,7 @@ def _factored(
 
 def _refitted(model: Model, now: str, source: str, members: Sequence[int], fitted: Fitted, member: int) -> Tensor:
     found = fitted.get((source, members[member]))
-    return model.weights.load(now, member) if found is None else found[0]
+    return model.load(now, member) if found is None else found[0].to(torch.get_default_device())
 
 
 def _named(graph: Graph, name: str) -> MoeLayer:

@@ -54,12 +54,12 @@ def test_zero_factors_change_nothing() -> None:
     torch.testing.assert_close(graphs.logits(found), graphs.logits(model), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_factors_at_full_rank_leave_their_own_rounding(method: str) -> None:
+@pytest.mark.parametrize(("fmt", "method"), [("int2_g32", "rtn"), ("int2_g32", "gptq"), ("ternary_g32", "gptq"), ("binary_g32", "rtn")])
+def test_factors_at_full_rank_leave_their_own_rounding(fmt: str, method: str) -> None:
     source = graphs.model()
     context = graphs.context(source)
     damages = [
-        kl(Quantize(experts="int2_g32", method=method, low_rank=low_rank).run(source, context), context)
+        kl(Quantize(experts=fmt, method=method, low_rank=low_rank).run(source, context), context)
         for low_rank in (None, {"rank": 2}, {"rank": 12}, {"rank": 16})
     ]
     assert damages[0] > damages[1] > damages[2] > damages[3]

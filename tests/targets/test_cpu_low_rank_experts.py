@@ -12,6 +12,9 @@ LAYOUTS = {
     "corrected": ExpertsLayout(
         5, 70, 50, "int2_g32", "int3_g32", True, Factors(8, "int8_channel", "int8_channel"), Factors(40, "int4_g32", "int8_g32")
     ),
+    "ternary and binary": ExpertsLayout(
+        5, 70, 50, "ternary_g32", "binary_g32", True, Factors(8, "int8_channel", "int8_channel"), Factors(24, "ternary_channel", "int4_g32")
+    ),
     "nothing else": ExpertsLayout(5, 70, 50, "zero", "zero", True, Factors(17, "bf16", "bf16"), Factors(16, "f32", "f16")),
     "up alone": ExpertsLayout(5, 70, 50, "zero", "int4_g32_asym", True, Factors(33, "int8_channel", "int4_g32_asym")),
     "down alone": ExpertsLayout(5, 70, 50, "f32", "zero", True, None, Factors(1, "f32", "f32")),

@@ -20,18 +20,19 @@ from tests.onnx_model import build
 
 
 def models() -> dict[str, Model]:
-    """A quantised model with corrections, one whose experts have several ranks, and the latter quantised."""
+    """Quantised models with corrections, one whose experts have several ranks, and the latter quantised."""
     source = graphs.model()
     context = graphs.context(source)
     ranks = LowRank(0.6, (1, 0.7, 0.4), "expert", multiple=1).run(source, context)
     return {
         "corrected": Quantize(experts="int4_g32", low_rank={"rank": 3}).run(source, context),
+        "ternary": Quantize(experts="ternary_g32", low_rank={"rank": 3, "rounds": 1}).run(source, context),
         "ranks": ranks,
         "quantised": Quantize(experts="int8_channel").run(ranks, context),
     }
 
 
-CASES = [(name, backend) for name in ("corrected", "ranks", "quantised") for backend in ("tvm", "onnx", "portable")]
+CASES = [(name, backend) for name in ("corrected", "ternary", "ranks", "quantised") for backend in ("tvm", "onnx", "portable")]
 
 
 @pytest.mark.parametrize(("name", "backend"), [case for case in CASES if case != ("quantised", "tvm")])
