@@ -141,8 +141,8 @@ def lines(args: argparse.Namespace, tasks: list[tuple[str, int, list[str]]]) -> 
             yield from work(args, *task)
         return
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        longest_first = sorted(tasks, key=lambda task: -len(task[2]))
-        for done in as_completed([pool.submit(work, args, *task) for task in longest_first]):
+        short_first = sorted(tasks, key=lambda task: len(task[2]))  # what is cheap is there even if the rest is not finished
+        for done in as_completed([pool.submit(work, args, *task) for task in short_first]):
             yield from done.result()
 
 

@@ -15,10 +15,10 @@ FEW = {"tokens": 4096, "initial": 12, "groups": 0, "start": STARTS, "rates": {"r
 """The published search with a matrix a layer, from the choices of criteria: some hundred candidates on few tokens."""
 
 ON = {"tokens": 32768, "window": 256, "questions": 256, "groups": 0, "initial": 1}
-CLIMB = {**ON, "start": STARTS, "climb": 1000, "prune_steps": 0, "merge_steps": 0}
+CLIMB = {**ON, "start": STARTS, "climb": 400, "prune_steps": 0, "merge_steps": 0}
 """A climb in place of the evolution of pruned models. On 2048 tokens, most of what it gains is gone on other text."""
 
-EVERYWHERE = {**CLIMB, "budget": "global", "climb": 1000}
+EVERYWHERE = {**CLIMB, "budget": "global", "climb": 500}
 NEAR = {"deviation": 0.02, "element": 0.1, "crossover": 0.1, "mutation_points": 0.1, "crossover_points": 0.1}
 """Rates of small steps from the best few candidates."""
 TUNED = {"steps": 300, "what": ["router", "norm"], "windows": 16, "rate": 0.002}

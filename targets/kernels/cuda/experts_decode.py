@@ -52,7 +52,7 @@ class DecodeSpec:
     splits: int = 4
     down_warps: int = 16
     unroll: int = 128
-    down_unroll: int = 128
+    down_unroll: int = 64
     residency: int = 2
     """Blocks of gate_up that are to fit on a multiprocessor."""
 

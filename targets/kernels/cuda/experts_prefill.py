@@ -58,8 +58,9 @@ class PrefillSpec:
         """Blocks of threads: as many as run at once, or fewer if there is less to do."""
         parts = ceil_div(rows, self.shape.rows)
         work = most_tiles(tokens * self.top_k, self.layout.experts, self.shape.tokens) * parts
-        most = self.shape.multiprocessors * self.shape.residency
-        return [min(work, most) if isinstance(work, int) else T.cast(T.min(work, most), "int32")]
+        if most := self.shape.multiprocessors * self.shape.residency:
+            work = min(work, most) if isinstance(work, int) else T.min(work, most)
+        return [work if isinstance(work, int) else T.cast(work, "int32")]
 
 
 class _Tile:

@@ -48,7 +48,7 @@ class Shape:
         residency: blocks that are to fit on a multiprocessor, which limits their registers.
         depth: sets of registers for weights: all but one are on their way.
         batch: steps whose weights are made ready before their products start, so that few tokens wait less often.
-        multiprocessors: of the GPU.
+        multiprocessors: of the GPU, for blocks of threads that stay for many tiles; 0 for one block a tile.
     """
 
     tokens: int = 64
