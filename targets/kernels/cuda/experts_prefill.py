@@ -8,7 +8,6 @@ combine   the sum of each token's slots
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +22,7 @@ from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait, read_wo
 from moec.targets.kernels.cuda.layout import ROWS, ceil_div
 from moec.targets.kernels.cuda.product import THREADS, Activations, Shape, Weights
 from moec.targets.kernels.cuda.sort import most_tiles
+from moec.targets.kernels.cuda.tiles import Tile, each_tile
 
 
 @dataclass(frozen=True)
@@ -63,55 +63,6 @@ class PrefillSpec:
         return [work if isinstance(work, int) else T.cast(work, "int32")]
 
 
-class _Tile:
-    """The tile that a block of threads works on, and the next: (expert, first position, positions, part of the rows)."""
-
-    def __init__(self, tiles: Buffer, parts: int) -> None:
-        self._tiles, self._parts = tiles, parts
-        self._state, self._next, self._kept = (local(4, "int32") for _ in range(3))
-
-    def look(self, work: Expr) -> None:
-        """Read the tile of a piece of work as the next one: the parts of a tile follow each other."""
-        for i in range(3):
-            store(self._next, self._tiles[work // self._parts, i], i)
-        store(self._next, work % self._parts, 3)
-
-    def advance(self) -> None:
-        """Take the next one, and keep this one for what is left to do."""
-        for i in range(4):
-            store(self._kept, self._state[i], i)
-            store(self._state, self._next[i], i)
-
-    def now(self) -> list[Expr]:
-        """The tile that is worked on."""
-        return [T.Bind(self._state[i]) for i in range(4)]
-
-    def kept(self) -> list[Expr]:
-        """What was kept."""
-        return [T.Bind(self._kept[i]) for i in range(4)]
-
-
-def _persistent(
-    tile: _Tile, total: Expr, block: Expr, blocks: Expr, begin: Callable[[bool], None], run: Callable[[], None],
-    finish: Callable[[], None],
-) -> None:  # fmt: skip
-    """One piece of work after the other, the next one's first loads under way while the last one's results are written."""
-    with when(block < total):
-        tile.look(block)
-        tile.advance()
-        begin(True)
-        with T.serial((total - block + blocks - 1) // blocks) as i:
-            following = T.Bind(block + (i + 1) * blocks)
-            with when(following < total):
-                tile.look(following)
-            run()
-            sync()  # all warps are done with the stages
-            tile.advance()
-            with when(following < total):
-                begin(False)
-            finish()
-
-
 def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
     """PrimFunc (x uint16 [terms, T, D], order [S], tiles [most + 1, 4], arrays..., [bias], hidden uint16 [terms, S, F])."""
     layout, stack, shape = spec.layout, spec.layout.gate_up, spec.shape
@@ -133,7 +84,7 @@ def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
         grid_wait()
         grid_launch()
         tile, activations, sums = (
-            _Tile(tiles, parts),
+            Tile(tiles, parts),
             Activations(shape, ring, x, layout.d, thread),
             local(shape.tiles * shape.sums, "float32"),
         )
@@ -159,7 +110,7 @@ def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
             _hidden(spec, sums, staged, hidden, bias, expert, first, count, part, base, thread)
 
         total = T.Bind(tiles[tiles.shape[0] - 1, 0] * parts)
-        _persistent(tile, total, block, spec.grid(rows, tokens)[0], begin, run, finish)
+        each_tile(tile, total, block, spec.grid(rows, tokens)[0], begin, run, finish)
 
     def grid(operands: tuple[Any, ...]) -> list[Expr]:
         return spec.grid(rows, operands[-1])
@@ -225,7 +176,7 @@ def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
         hidden, order, tiles, routing_weights, weights, bias, y, tokens = operands
         ring, staged = memory.take((shape.words,), "uint32"), memory.take((staged_words,), "uint32")
         warp, lane, group = T.Bind(thread // 32 % 4), T.Bind(thread % 32), T.Bind(thread // 128)
-        tile, sums = _Tile(tiles, parts), local(shape.tiles * shape.sums, "float32")
+        tile, sums = Tile(tiles, parts), local(shape.tiles * shape.sums, "float32")
         activations = Activations(shape, ring, hidden, ceil_div(layout.f, 8) * 8, thread)
         weights.prepare(shape, lane)
         last = stack.classes[0].tiles - 1
@@ -252,7 +203,7 @@ def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
             _outputs(spec, sums, staged, y, bias, order, routing_weights, expert, first, count, base, thread)
 
         total = T.Bind(tiles[tiles.shape[0] - 1, 0] * parts)
-        _persistent(tile, total, block, spec.grid(layout.d, tokens)[0], begin, run, finish)
+        each_tile(tile, total, block, spec.grid(layout.d, tokens)[0], begin, run, finish)
         grid_wait()
         grid_launch()
 
