@@ -25,10 +25,11 @@ from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache, RopeMode, TIRPagedK
 from tvm.runtime import ShapeTuple
 from tvm.target import Target
 
-from moec.runtime.tvm_pages import aligned
+from moec.runtime.tvm_device import aligned
 from moec.targets import get_target
-from moec.targets.kernels.cpu.attention import PAGE, AttentionSpec, attention_func
+from moec.targets.kernels.cpu.attention import PAGE, attention_func, page_shapes
 from moec.targets.kernels.cpu.isa import Isa
+from moec.targets.kernels.specs import AttentionSpec
 
 TARGET = Target(json.loads(get_target("cpu").tvm))
 HEADS, KV_HEADS, SIZE = 4, 2, 64
@@ -58,7 +59,7 @@ def ours(context: int) -> float:
     func = attention_func(spec, 1, Isa.of(TARGET)).with_attr("global_symbol", "kernel")
     kernel = tvm.compile(func, TARGET)["kernel"]
     rng, pages = np.random.default_rng(0), -(-context // PAGE) + 1
-    pools = [tensor(rng.standard_normal((pages, *shape)).astype(np.float32)) for shape in spec.page_shapes]
+    pools = [tensor(rng.standard_normal((pages, *shape)).astype(np.float32)) for shape in page_shapes(spec)]
     tensors = [tensor(np.ones((1, heads * SIZE), np.float32)) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
     blocks = tensor(np.array([[0, 0, 1, context]], np.int32))
     table = tensor(rng.permutation(pages).astype(np.int32)[None])

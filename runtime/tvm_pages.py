@@ -7,22 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moec.runtime.errors import MoecError
-from moec.runtime.ffi import tvm_ffi
+from moec.runtime.tvm_device import Device, aligned
 
 FIRST = 16
 """Pages that are allocated at the start; afterwards their number doubles."""
-
-
-def aligned(shape: int | tuple[int, ...], dtype: Any) -> NDArray[Any]:
-    """Zeros that start at a multiple of 64 bytes, as TVM's code takes for granted."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.zeros(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    array: NDArray[Any] = raw[start : start + size].view(dtype).reshape(shape)
-    return array
 
 
 @dataclass
@@ -40,23 +30,31 @@ class Pages:
         page_tokens: tokens of a page.
         max_sequences: rows of the page table.
         context_length: the most tokens of a sequence.
+        device: whose memory has the arrays.
     """
 
-    def __init__(self, page_shapes: Sequence[Sequence[int]], page_tokens: int, max_sequences: int, context_length: int) -> None:
+    def __init__(
+        self, page_shapes: Sequence[Sequence[int]], page_tokens: int, max_sequences: int, context_length: int, device: Device
+    ) -> None:
         self._shapes = [tuple(int(n) for n in shape) for shape in page_shapes]
         self._tokens = page_tokens
         self._table = aligned((max_sequences, -(-context_length // page_tokens)), np.int32)
-        self.table = tvm_ffi.from_dlpack(self._table)
-        """int32 [max_sequences, pages of a full context]: the pages of the sequence that has the row."""
+        self._device, self._mirror, self._changed = device, device.mirror(self._table), False
         self._sequences: dict[int, _Sequence] = {}
         self._rows = list(range(max_sequences))[::-1]
         self._next = 0
-        self._arrays: list[NDArray[np.float32]] = []
         self._free: list[int] = []
         self._count = 0
         self.pools: list[Any] = []
-        """The arrays as TVM's tensors."""
+        """The arrays."""
         self._grow(FIRST)
+
+    def table(self) -> Any:
+        """int32 [max_sequences, pages of a full context]: the pages of the sequence that has the row."""
+        if self._changed:
+            self._device.refresh(self._mirror, self._table)
+            self._changed = False
+        return self._mirror
 
     def add(self) -> int:
         """Start an empty sequence.
@@ -93,6 +91,7 @@ class Pages:
             if not self._free:
                 self._grow(2 * self._count)
             self._table[found.row, len(found.pages)] = self._free[-1]
+            self._changed = True
             found.pages.append(self._free.pop())
         found.length = length
 
@@ -102,13 +101,7 @@ class Pages:
         return self._sequences[sequence]
 
     def _grow(self, pages: int) -> None:
-        before, self._count = self._count, pages
-        grown = []
-        for index, shape in enumerate(self._shapes):
-            array = aligned((pages, *shape), np.float32)
-            if self._arrays:
-                array[:before] = self._arrays[index]
-            grown.append(array)
-        self._arrays = grown
-        self.pools = [tvm_ffi.from_dlpack(array) for array in grown]
-        self._free += range(pages - 1, before - 1, -1)
+        old: Sequence[Any] = self.pools or [None] * len(self._shapes)
+        grown = [self._device.zeros((pages, *shape), "float32", first) for shape, first in zip(self._shapes, old, strict=True)]
+        self._free += range(pages - 1, self._count - 1, -1)
+        self.pools, self._count = grown, pages

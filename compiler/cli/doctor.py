@@ -71,6 +71,7 @@ def examine() -> dict[str, Any]:
             "run artifacts of the tvm backend on this processor": complete["run"],
             "run artifacts of the onnx backend": complete["run"] and bool(providers),
             "compile with the tvm backend": complete["run"] and complete["compile"],
+            "compile for NVIDIA GPUs": complete["run"] and complete["compile"] and _cuda_compiler(),
             "compile with the onnx backend": complete["run"] and complete["compile"] and complete["onnx"],
             "run on a GPU": complete["run"] and bool(_gpus()),
         },
@@ -92,6 +93,12 @@ def _tvm_runtime() -> str | None:
         return None
     library = Path(spec.origin).parent / "lib" / "libtvm_runtime.so"
     return str(library) if library.is_file() else None
+
+
+def _cuda_compiler() -> bool:
+    """Whether nvcc or NVRTC is here; a GPU is not needed."""
+    bindings = importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
+    return shutil.which("nvcc") is not None or bindings
 
 
 def _providers() -> list[str]:

@@ -1,7 +1,7 @@
 """The executor of the TVM backend: a Relax virtual machine over one shared library, and the pages of its attention caches.
 
 It needs numpy, `tvm_ffi` and `libtvm_runtime.so`, which is looked for in $MOEC_TVM_RUNTIME, in an installed apache-tvm and
-in the artifact; the compiler itself is never imported.
+in the artifact (for a GPU also `libtvm_runtime_cuda.so` and NVIDIA's libcudart); the compiler itself is never imported.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from numpy.typing import NDArray
 
 from moec.runtime.artifact import Artifact
 from moec.runtime.counters import ExpertCounters
+from moec.runtime.cuda import Driver, load_with_cudart
 from moec.runtime.errors import MoecError
 from moec.runtime.executor import Step
 from moec.runtime.ffi import tvm_ffi
 from moec.runtime.host import available_cores, physical_cores
-from moec.runtime.tvm_pages import Pages, aligned
+from moec.runtime.tvm_device import Device, Gpu, Host, aligned
+from moec.runtime.tvm_pages import Pages
 
 RUNTIME = "libtvm_runtime.so"
+CUDA_RUNTIME = "libtvm_runtime_cuda.so"
 _LOADER = "ffi.Module.load_from_bytes.relax.VMExecutable"
 """A function that the library registers."""
 
@@ -46,10 +49,26 @@ Piece = tuple[int, int, int]
 def load_executor(artifact: Artifact, threads: int | None, max_sequences: int) -> TvmExecutor:
     """The executor of an artifact."""
     manifest, section = artifact.manifest, artifact.executor
+    gpu = section.get("cuda")
+    driver = Driver(str(gpu["arch"]), str(artifact.folder)) if gpu else None
     bundled = artifact.path(RUNTIME) if RUNTIME in manifest.files else None
     load_runtime(bundled, section.get("tvm"))
+    device: Device = Host()
+    if gpu:
+        load_cuda_runtime(artifact.path(CUDA_RUNTIME))
+        device = Gpu(str(gpu["source_sha256"]), artifact.path(str(gpu["cubin"])).read_bytes(), driver)
     library = artifact.path(str(section["library"]))
-    return TvmExecutor(library, section, artifact.weights, manifest.vocab_size, manifest.context_length, threads, max_sequences)
+    return TvmExecutor(library, section, artifact.weights, manifest.vocab_size, manifest.context_length, threads, max_sequences, device)
+
+
+def load_cuda_runtime(bundled: Path) -> None:
+    """Load what TVM's runtime needs for NVIDIA GPUs, unless it is there.
+
+    Raises:
+        MoecError: it needs CUDA's runtime library, which is not found.
+    """
+    if tvm_ffi.get_global_func("device_api.cuda", allow_missing=True) is None:
+        load_with_cudart(bundled)
 
 
 def load_runtime(bundled: Path | None = None, version: str | None = None) -> None:
@@ -96,6 +115,7 @@ class TvmExecutor:
         vocab_size, context_length: of the model.
         threads: threads to compute with, one for each core unless given.
         max_sequences: sequences that can be open at once.
+        device: what computes, the processor unless given.
     """
 
     def __init__(
@@ -107,25 +127,26 @@ class TvmExecutor:
         context_length: int,
         threads: int | None = None,
         max_sequences: int = 8,
+        device: Device | None = None,
     ) -> None:
+        self.device = device or Host()
         self.vocab_size, self.context_length = vocab_size, context_length
         self._threads = threads or physical_cores()
         self._configured: set[int] = set()
         self._configure()
-        vm = tvm_ffi.load_module(str(library.resolve()))["vm_load_executable"]()
-        vm["vm_initialization"](1, 0, 2)  # the processor, number 0, memory from a pool
-        self._vm, self._decode, self._forward = vm, vm["decode"], vm["forward"]
+        self.device.start(library.resolve())
         self._mapped = [weights[param, component] for param, component in section["params"]]  # keeps the memory of the tensors alive
         layers = section.get("experts", ())
         counts = aligned((len(layers), 8), np.int64)  # a cache line each
         self.counters = ExpertCounters(layers, counts) if layers else None
-        self._weights = tvm_ffi.convert([_tensor(array) for array in (*self._mapped, *counts)])
+        arrays = (*self._mapped, *counts)
+        self._weights = tvm_ffi.convert([self.device.constant(array) for array in arrays])
         self._inputs = list(section["inputs"])
-        self._pages = Pages(section["page_shapes"], int(section["page_tokens"]), max_sequences, context_length)
+        self._pages = Pages(section["page_shapes"], int(section["page_tokens"]), max_sequences, context_length, self.device)
         # One token is the common case: its inputs are allocated once, and only their numbers change.
         self._one = {"ids": aligned(1, np.int64), "positions": aligned(1, np.int64), "rows": aligned(1, np.int32)}
         self._one_block = aligned((1, 4), np.int32)
-        self._one_tensors = [_tensor(self._one[role]) for role in self._inputs] + [_tensor(self._one_block)]
+        self._one_inputs = [*(self._one[role] for role in self._inputs), self._one_block]
 
     def add(self) -> int:
         """Start an empty sequence and return its handle."""
@@ -150,6 +171,7 @@ class TvmExecutor:
         steps = [(sequence, np.asarray(tokens, np.int64)) for sequence, tokens in steps]
         self._check(steps)
         self._configure()
+        self.device.prepare()
         before = {sequence: self._pages.length(sequence) for sequence, _ in steps}
         try:
             for sequence, tokens in steps:
@@ -177,8 +199,10 @@ class TvmExecutor:
     def _single(self, sequence: int, token: int, position: int) -> NDArray[np.float32]:
         self._one["ids"][0], self._one["positions"][0] = token, position
         self._one_block[0] = (self._pages.row(sequence), 0, 1, position)
-        result = self._decode(*self._one_tensors, self._pages.table, *self._pages.pools, self._weights)
-        return np.array(np.from_dlpack(result))
+        return self._call("decode", self._one_inputs)
+
+    def _call(self, function: str, inputs: Sequence[NDArray[np.generic]]) -> NDArray[np.float32]:
+        return self.device.run(function, inputs, [self._pages.table(), *self._pages.pools, self._weights])
 
     def _run(self, steps: Sequence[Step], before: Mapping[int, int], all_logits: bool) -> NDArray[np.float32]:
         total = sum(len(tokens) for _, tokens in steps)
@@ -187,10 +211,8 @@ class TvmExecutor:
         done = 0
         for pieces in _chunks(steps, most):
             arrays, wanted = self._stream(steps, before, pieces, all_logits)
-            tensors = [_copied(arrays[role], np.int32 if role == "rows" else np.int64) for role in self._inputs]
-            blocks = _copied(arrays["blocks"], np.int32)
-            result = self._forward(*tensors, blocks, self._pages.table, *self._pages.pools, self._weights)
-            out[done : done + wanted] = np.from_dlpack(result)[:wanted]
+            inputs = [arrays[role].astype(np.int32 if role == "rows" else np.int64) for role in self._inputs]
+            out[done : done + wanted] = self._call("forward", [*inputs, arrays["blocks"].astype(np.int32)])[:wanted]
             done += wanted
         return out
 
@@ -244,19 +266,3 @@ def _chunks(steps: Sequence[Step], most: int) -> Iterator[list[Piece]]:
                 pieces, room = [], most
     if pieces:
         yield pieces
-
-
-def _tensor(array: NDArray[np.generic]) -> Any:
-    """An array as TVM's tensor, without a copy where it is aligned to 64 bytes, as TVM's code takes for granted."""
-    if array.ctypes.data % 64 or not array.flags.c_contiguous:
-        return _copied(array, array.dtype)
-    if not array.flags.writeable:  # numpy would refuse to export it
-        memory = (ctypes.c_uint8 * array.nbytes).from_address(array.ctypes.data)
-        array = np.frombuffer(memoryview(memory), array.dtype).reshape(array.shape)
-    return tvm_ffi.from_dlpack(array)
-
-
-def _copied(array: NDArray[np.generic], dtype: Any) -> Any:
-    copy = aligned(array.shape, dtype)
-    copy[...] = array
-    return tvm_ffi.from_dlpack(copy)

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tvm
 from numpy.typing import NDArray
-from tvm.target import Target as TvmTarget
 
 from moec.compiler.backends.base import Location, StoredArray
 from moec.compiler.backends.select_rows import select_rows
 from moec.compiler.backends.tokenwise import check_tokenwise
-from moec.compiler.backends.tvm.build import FUNCTIONS, build_library, is_native, tvm_target
+from moec.compiler.backends.tvm.build import FUNCTIONS, build_library
 from moec.compiler.backends.tvm.lower import check_supported
+from moec.compiler.backends.tvm.platform import platform_of
 from moec.compiler.backends.tvm.semantic import attention_spec
 from moec.compiler.backends.tvm.storage import experts_layout, plan_storage
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph, Node, Param
 from moec.compiler.packed import Packed
 from moec.targets import Target
-from moec.targets.kernels.cpu.attention import PAGE
-from moec.targets.kernels.cpu.isa import Isa
 
 LIBRARY = "lib.so"
-RUNTIME = "libtvm_runtime.so"
 
 
 class TvmBackend:
-    """A causal language model, from ids and positions [B, T] to logits [B, T, V], for a processor.
+    """A causal language model, from ids and positions [B, T] to logits [B, T, V], for a processor or a GPU.
 
     Raises:
         MoecError: the graph has ops that cannot be lowered, or mixes tokens other than by attention.
@@ -41,11 +36,10 @@ class TvmBackend:
     def __init__(self, graph: Graph, target: Target) -> None:
         check_supported(graph)
         check_tokenwise(graph)
-        self.target: TvmTarget = tvm_target(target)
-        self.isa = Isa.of(self.target)
+        self.platform = platform_of(target)
         self.roles = _input_roles(graph)
         self.graph = select_rows(graph)
-        self._storage = plan_storage(self.graph)
+        self._storage = plan_storage(self.graph, self.platform)
         self._attention = [attention_spec(self.graph, node) for node in self.graph.nodes if node.op == "attention"]
 
     def stacked(self, param: Param) -> bool:
@@ -63,31 +57,25 @@ class TvmBackend:
     def build(self, folder: Path, locations: Mapping[tuple[str, str], Location]) -> dict[str, Any]:
         """Compile into `lib.so`. What is returned, `moec.runtime.executors.tvm` reads."""
         del locations  # the runtime gets the weights by name
-        pages = [shape for spec in self._attention for shape in spec.page_shapes]
-        build_library(self.graph, self._storage, self.isa, self.target, pages, folder / LIBRARY)
-        if is_native(self.target):  # TVM's runtime travels along
-            shutil.copy(runtime_library(), folder / RUNTIME)
+        pages = [tuple(shape) for spec in self._attention for shape in self.platform.page_shapes(spec)]
+        found = build_library(self.graph, self._storage, self.platform, pages, folder / LIBRARY)
         return {
             "library": LIBRARY,
             "tvm": metadata.version("apache-tvm"),
             "functions": {name: {"tokens": tokens, "rows": rows} for name, (tokens, rows) in FUNCTIONS.items()},
             "inputs": self.roles,
-            "page_tokens": PAGE,
+            "page_tokens": self.platform.page_tokens,
             "page_shapes": [list(shape) for shape in pages],
-            "experts": [self._counted(node) for node in self.graph.nodes if node.op == "experts"],
+            "experts": [self._counted(node) for node in self.graph.nodes if node.op == "experts"] if self.platform.counted else [],
             "params": [[param, component] for param, storage in self._storage.items() for component in storage.arrays()],
+            **found,
         }
 
     def _counted(self, node: Node) -> dict[str, Any]:
         """What the runtime's counters say of an experts node."""
-        layout = experts_layout(self.graph, node)
+        layout = experts_layout(self.graph, node, self.platform)
         top_k = int(self.graph.type_of(node.inputs[1]).shape[-1])
         return {"name": node.inputs[3], "experts_per_token": top_k, "expert_bytes": layout.nbytes() // layout.experts}
-
-
-def runtime_library() -> Path:
-    """TVM's runtime in the installed package."""
-    return next(path for folder in tvm.__path__ if (path := Path(folder, "lib", RUNTIME)).is_file())
 
 
 def _input_roles(graph: Graph) -> list[str]:

@@ -1,54 +1,35 @@
-"""From a lowered graph to a shared library: the list of TVM passes, and the target."""
+"""From a lowered graph to a shared library: the list of TVM passes."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tvm
 from tvm import relax
 from tvm.ir import IRModule
-from tvm.support import cc
-from tvm.target import Target as TvmTarget
 
-from moec.compiler.backends.tvm.lower import FunctionLowering, Kernels, cache_types
+from moec.compiler.backends.tvm.lower import FunctionLowering, cache_types
+from moec.compiler.backends.tvm.platform import Platform
 from moec.compiler.backends.tvm.storage import Storage
-from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph
-from moec.targets import Target
-from moec.targets.kernels.cpu.isa import Isa
 
 FUNCTIONS: dict[str, tuple[int | None, int | None]] = {"decode": (1, 1), "forward": (None, None)}
 """The functions of the library, with the tokens and rows that they are compiled for (None: any number)."""
 
 
-def tvm_target(target: Target) -> TvmTarget:
-    """TVM's form of a target.
-
-    Raises:
-        MoecError: it is no processor.
-    """
-    if target.kind != "cpu":
-        raise MoecError(f"target {target.name}: the tvm backend compiles for processors only so far; take a target of kind cpu")
-    text = target.tvm
-    return TvmTarget(json.loads(text) if text.lstrip().startswith("{") else text)
-
-
-def lower(graph: Graph, storage: Mapping[str, Storage], isa: Isa, page_shapes: Sequence[tuple[int, ...]]) -> IRModule:
+def lower(graph: Graph, storage: Mapping[str, Storage], platform: Platform, page_shapes: Sequence[tuple[int, ...]]) -> IRModule:
     """The graph as a module with one Relax function for each of `FUNCTIONS`."""
     bb = relax.BlockBuilder()
-    kernels = Kernels(bb, isa)
+    kernels = platform.kernels(bb)
     for name, (tokens, rows) in FUNCTIONS.items():
-        FunctionLowering(graph, storage, kernels, tokens, rows).build(name, cache_types(page_shapes))
+        types = cache_types(page_shapes, platform.cache_dtype)
+        FunctionLowering(graph, storage, platform, kernels, bb, (tokens, rows)).build(name, types)
     return bb.finalize()
 
 
-def pipeline() -> tvm.transform.Pass:
+def pipeline(platform: Platform) -> tvm.transform.Pass:
     """What happens to the module before code is generated."""
     return tvm.transform.Sequential(
         [
@@ -58,6 +39,7 @@ def pipeline() -> tvm.transform.Pass:
             relax.transform.FoldConstant(),
             relax.transform.FuseOps(),
             relax.transform.FuseTIR(),
+            *platform.schedules(),
             relax.transform.ToNonDataflow(),
             relax.transform.RemovePurityChecking(),
             relax.transform.CallTIRRewrite(),
@@ -72,44 +54,16 @@ def pipeline() -> tvm.transform.Pass:
     )
 
 
+def generate(module: IRModule, platform: Platform) -> Any:
+    """A module of Relax functions and kernels as TVM's executable."""
+    with platform.target:
+        module = pipeline(platform)(module)
+    nothing = tvm.transform.Sequential([])
+    return tvm.compile(module, platform.target, relax_pipeline=nothing, tir_pipeline=platform.tir_pipeline)
+
+
 def build_library(
-    graph: Graph,
-    storage: Mapping[str, Storage],
-    isa: Isa,
-    target: TvmTarget,
-    page_shapes: Sequence[tuple[int, ...]],
-    path: Path,
-) -> None:
-    """Compile the graph and write the library."""
-    module = lower(graph, storage, isa, page_shapes)
-    with target:
-        module = pipeline()(module)
-    executable = tvm.compile(module, target, relax_pipeline=tvm.transform.Sequential([]))
-    compiler = _compiler(target)
-    try:
-        executable.export_library(str(path), fcompile=cc.cross_compiler(compiler))
-    except RuntimeError as error:
-        raise MoecError(f"linking {path.name} with {compiler} failed: {str(error).splitlines()[0]}") from error
-
-
-def _compiler(target: TvmTarget) -> str:
-    """The C compiler that links for a target; where it is not for this machine, the one that is named after its platform.
-
-    Raises:
-        MoecError: there is none.
-    """
-    if is_native(target):
-        names, package = [os.environ.get("CC") or "cc", "gcc", "clang"], "gcc"
-    else:
-        gnu = str(target.attrs["mtriple"]).replace("-unknown-", "-").replace("-pc-", "-")
-        names, package = [f"{gnu}-gcc", f"{gnu}-g++"], f"gcc-{gnu}"
-    found = next((path for name in names if (path := shutil.which(name))), None)
-    if found is None:
-        raise MoecError(f"no C compiler to link with ({' or '.join(names)}): install one, such as the package {package}")
-    return found
-
-
-def is_native(target: TvmTarget) -> bool:
-    """Whether code for a target is for a platform like this one."""
-    triple = str(target.attrs.get("mtriple") or "")
-    return not triple or (triple.split("-", maxsplit=1)[0] == platform.machine() and sys.platform in triple)
+    graph: Graph, storage: Mapping[str, Storage], platform: Platform, page_shapes: Sequence[tuple[int, ...]], path: Path
+) -> dict[str, Any]:
+    """Compile the graph and write the library; returns what the runtime has to know about it."""
+    return platform.export(generate(lower(graph, storage, platform, page_shapes), platform), path)

@@ -7,7 +7,6 @@ kernel sees two axes; only operators of the ATen table that need more axes get t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from tvm import relax, tirx
@@ -15,6 +14,7 @@ from tvm import relax, tirx
 from moec.compiler.aten import overload
 from moec.compiler.backends.tvm import aten_table
 from moec.compiler.backends.tvm.aten_elementwise import ELEMENTWISE
+from moec.compiler.backends.tvm.platform import COUNTS, Kernels, Platform
 from moec.compiler.backends.tvm.relax_types import DTYPES, Sizes, stream, typed
 from moec.compiler.backends.tvm.semantic import SEMANTIC, add_and_norm, residual_norm
 from moec.compiler.backends.tvm.storage import Storage
@@ -22,8 +22,6 @@ from moec.compiler.errors import MoecError
 from moec.compiler.ir import Dim, Graph, Node, TensorType
 from moec.compiler.ops import OPS
 from moec.compiler.text import print_node
-from moec.targets.kernels.cpu.experts_layout import COUNTS
-from moec.targets.kernels.cpu.isa import Isa
 
 Expr = Any
 
@@ -46,34 +44,22 @@ def check_supported(graph: Graph) -> None:
         )
 
 
-@dataclass
-class Kernels:
-    """The kernels of a module, each built once however many layers call it."""
-
-    bb: relax.BlockBuilder
-    isa: Isa
-    built: dict[object, Any] = field(default_factory=dict)
-
-    def get(self, name: str, key: object, make: Callable[[], tirx.PrimFunc]) -> Any:
-        """The global variable of the kernel of this key."""
-        if (name, key) not in self.built:
-            self.built[name, key] = self.bb.add_func(make(), name)
-        return self.built[name, key]
-
-
 class FunctionLowering:
     """One Relax function of the graph for certain numbers of tokens and rows.
 
     Its arguments are the graph's inputs as streams (`ids` [T], `positions` [T], `rows` [R]), `blocks` int32 [NB, 4] and `page_table`
-    int32 [S, MP] of `moec.targets.kernels.cpu.attention`, K and V pages of each attention node, and the weights: one tuple of the arrays
+    int32 [S, MP] of the attention kernels, K and V pages of each attention node, and the weights: one tuple of the arrays
     of each parameter, then of the counts of each experts node, whose types are not stated, since the virtual machine would check each
     of them in every call.
     """
 
-    def __init__(self, graph: Graph, storage: Mapping[str, Storage], kernels: Kernels, tokens: int | None, rows: int | None) -> None:
-        self.graph, self.storage, self.kernels, self.bb = graph, storage, kernels, kernels.bb
-        self.sizes, self.isa = Sizes(tokens, rows), kernels.isa
-        self.tokens, self.rows = tokens, rows
+    def __init__(
+        self, graph: Graph, storage: Mapping[str, Storage], platform: Platform, kernels: Kernels, bb: relax.BlockBuilder,
+        counts: tuple[int | None, int | None],
+    ) -> None:  # fmt: skip
+        self.graph, self.storage, self.platform, self.kernels, self.bb = graph, storage, platform, kernels, bb
+        self.tokens, self.rows = counts
+        self.sizes = Sizes(*counts)
         self._flat: dict[str, Expr] = {}
         self._full: dict[str, Expr] = {}
         self._weights: dict[tuple[str, str], Expr] = {}
@@ -107,10 +93,6 @@ class FunctionLowering:
     def _count(self, symbol: str) -> Any:
         return self.sizes.tokens if symbol == "T" else self.sizes.rows
 
-    def kernel(self, name: str, key: object, make: Callable[[], tirx.PrimFunc]) -> Any:
-        """The global variable of a kernel."""
-        return self.kernels.get(name, key, make)
-
     def weight(self, param: str, component: str) -> Expr:
         """An array of a parameter."""
         key = (param, component)
@@ -132,8 +114,10 @@ class FunctionLowering:
         self._layer += 1
         return self._caches[2 * self._layer - 2], self._caches[2 * self._layer - 1]
 
-    def next_counts(self) -> Expr:
-        """The counts of the next experts node."""
+    def next_counts(self) -> Expr | None:
+        """The counts of the next experts node, if its kernel counts."""
+        if not self.platform.counted:
+            return None
         self._counted += 1
         return self._item(len(self._arrays) + self._counted - 1, relax.TensorType([COUNTS], "int64"))
 
@@ -252,7 +236,7 @@ class FunctionLowering:
             return value  # a word, such as the name of a rounding mode
 
 
-def cache_types(page_shapes: Sequence[tuple[int, ...]]) -> list[relax.TensorType]:
+def cache_types(page_shapes: Sequence[tuple[int, ...]], dtype: str) -> list[relax.TensorType]:
     """The types of the page pools of the caches; all have the same number of pages."""
     pages = tirx.Var("pages", "int64")
-    return [relax.TensorType([pages, *shape], "float32") for shape in page_shapes]
+    return [relax.TensorType([pages, *shape], dtype) for shape in page_shapes]

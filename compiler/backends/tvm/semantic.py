@@ -1,27 +1,19 @@
-"""The semantic ops as calls of the CPU kernels."""
+"""The semantic ops as calls of kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from tvm import relax, tirx
+from tvm import relax
 
 from moec.compiler.backends.tvm.relax_types import stream
-from moec.compiler.backends.tvm.storage import experts_layout
+from moec.compiler.backends.tvm.storage import experts_layout, matrix_layout
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph, Node
 from moec.compiler.text import print_node
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
-from moec.targets.kernels.cpu.attention import AttentionSpec, attention_func
-from moec.targets.kernels.cpu.embedding import embedding_func
-from moec.targets.kernels.cpu.experts import experts_func
-from moec.targets.kernels.cpu.layout import LaneLayout
-from moec.targets.kernels.cpu.linear import linear_func
-from moec.targets.kernels.cpu.norm import NormSpec, norm_func
-from moec.targets.kernels.cpu.rope import rope_func
-from moec.targets.kernels.cpu.router import RouterSpec, router_func, topk_func
-from moec.targets.kernels.cpu.skip import SkipSpec, skip_func
+from moec.targets.kernels.specs import AttentionSpec, NormSpec, RouterSpec, SkipSpec
 
 if TYPE_CHECKING:
     from moec.compiler.backends.tvm.lower import FunctionLowering
@@ -30,12 +22,6 @@ Expr = Any
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_tanh", "relu": "relu", "relu2": "relu_squared"}
 """Names of `moec.compiler.ops.ACTIVATIONS` and of the kernels."""
-
-
-def _call(low: FunctionLowering, kernel: Any, args: list[Expr], *outs: tuple[list[Any], str]) -> list[Expr]:
-    types = [relax.TensorType(shape, dtype) for shape, dtype in outs]
-    result = low.bb.emit(relax.call_tir(kernel, args, types[0] if len(types) == 1 else types))
-    return [result] if len(types) == 1 else [low.bb.emit(relax.TupleGetItem(result, i)) for i in range(len(types))]
 
 
 def _parameter(low: FunctionLowering, node: Node, position: int) -> str:
@@ -51,32 +37,14 @@ def _optional(low: FunctionLowering, node: Node, position: int) -> Expr | None:
     return low.full(name) if name else None
 
 
-def _count(x: Expr) -> Any:
-    return x.ty.shape[0]
-
-
-def _static(x: Expr) -> int | None:
-    count = _count(x)
-    return int(count) if isinstance(count, tirx.IntImm) else None
-
-
 def _embedding(low: FunctionLowering, node: Node) -> None:
-    weight, ids = _parameter(low, node, 1), low.flat(node.inputs[0])
-    layout: LaneLayout = low.storage[weight].layout  # type: ignore[attr-defined]  # LaneStorage, by plan_storage
-    tokens = _static(ids)
-    kernel = low.kernel("embedding", (layout, tokens), lambda: embedding_func(layout, tokens))
-    (out,) = _call(low, kernel, [ids, *low.weights(weight).values()], ([_count(ids), layout.k], "float32"))
-    low.set_flat(node.name, out)
+    weight = _parameter(low, node, 1)
+    low.set_flat(node.name, low.kernels.embedding(low.flat(node.inputs[0]), low.weights(weight), matrix_layout(low.storage[weight])))
 
 
 def _linear(low: FunctionLowering, node: Node) -> None:
     weight, x = _parameter(low, node, 1), low.matrix(node.inputs[0])
-    layout: LaneLayout = low.storage[weight].layout  # type: ignore[attr-defined]  # LaneStorage, by plan_storage
-    bias, tokens = _optional(low, node, 2), _static(x)
-    kernel = low.kernel("linear", (layout, tokens, bias is None), lambda: linear_func(layout, tokens, bias is not None, low.isa))
-    args = [x, *low.weights(weight).values(), *([] if bias is None else [bias])]
-    (out,) = _call(low, kernel, args, ([_count(x), layout.n], "float32"))
-    _define(low, node, out)
+    _define(low, node, low.kernels.linear(x, low.weights(weight), matrix_layout(low.storage[weight]), _optional(low, node, 2)))
 
 
 def _define(low: FunctionLowering, node: Node, matrix: Expr) -> None:
@@ -113,17 +81,13 @@ def add_and_norm(low: FunctionLowering, addition: Node, node: Node) -> None:
 
 def _norm(low: FunctionLowering, node: Node, addition: Node | None = None) -> None:
     inputs = [low.flat(name) for name in (addition.inputs if addition else node.inputs[:1])]
-    x = inputs[0]
     weight, bias = _optional(low, node, 1), _optional(low, node, 2)
     size = int(low.graph.type_of(node.name).shape[-1])
     spec = NormSpec(
         size, _width(low.graph, node.name) // size, float(node.attrs["eps"]), float(node.attrs.get("offset", 0.0)),
         center=node.op == "layer_norm", weight=weight is not None, bias=bias is not None, residual=addition is not None,
     )  # fmt: skip
-    tokens = _static(x)
-    kernel = low.kernel(node.op, (spec, tokens), lambda: norm_func(spec, tokens, low.isa))
-    args = [*inputs, *(a for a in (weight, bias) if a is not None)]
-    *total, out = _call(low, kernel, args, *[([_count(x), spec.size * spec.groups], "float32")] * len(inputs))
+    *total, out = low.kernels.norm(spec, [*inputs, *(a for a in (weight, bias) if a is not None)])
     if addition is not None:
         low.set_flat(addition.name, total[0])
     low.set_flat(node.name, out)
@@ -132,10 +96,7 @@ def _norm(low: FunctionLowering, node: Node, addition: Node | None = None) -> No
 def _rope(low: FunctionLowering, node: Node) -> None:
     x, cos, sin = (low.flat(name) for name in node.inputs)
     heads, d = (int(n) for n in low.graph.type_of(node.name).shape[2:])
-    tokens = _static(x)
-    kernel = low.kernel("rope", (heads, d, tokens), lambda: rope_func(heads, d, tokens, low.isa))
-    (out,) = _call(low, kernel, [x, cos, sin], ([_count(x), heads * d], "float32"))
-    low.set_flat(node.name, out)
+    low.set_flat(node.name, low.kernels.rope(x, cos, sin, heads, d))
 
 
 def attention_spec(graph: Graph, node: Node) -> AttentionSpec:
@@ -151,47 +112,31 @@ def attention_spec(graph: Graph, node: Node) -> AttentionSpec:
 
 
 def _attention(low: FunctionLowering, node: Node) -> None:
-    spec = attention_spec(low.graph, node)
-    q, k, v = (low.flat(name) for name in node.inputs[:3])
-    sinks, tokens = _optional(low, node, 3), _static(q)
-    caches = low.next_caches()
-    kernel = low.kernel("attention", (spec, tokens), lambda: attention_func(spec, tokens, low.isa))
-    args = [*caches, q, k, v, low.blocks, low.page_table, *([] if sinks is None else [sinks])]
-    types = [*(cache.ty for cache in caches), relax.TensorType([_count(q), spec.heads * spec.dv], "float32")]
-    result = low.bb.emit(relax.op.call_tir_inplace(kernel, relax.Tuple(args), [0, 1, -1], types))
-    low.set_flat(node.name, low.bb.emit(relax.TupleGetItem(result, 2)))
+    inputs = [*(low.flat(name) for name in node.inputs[:3]), low.blocks, low.page_table]
+    if (sinks := _optional(low, node, 3)) is not None:
+        inputs.append(sinks)
+    low.set_flat(node.name, low.kernels.attention(attention_spec(low.graph, node), low.next_caches(), inputs))
 
 
 def _router(low: FunctionLowering, node: Node) -> None:
     logits, bias = low.flat(node.inputs[0]), _optional(low, node, 1)
-    experts = int(low.graph.type_of(node.inputs[0]).shape[-1])
-    spec = RouterSpec(experts=experts, bias=bias is not None, **node.attrs)
-    tokens = _static(logits)
-    kernel = low.kernel("router", (spec, tokens), lambda: router_func(spec, tokens, low.isa))
-    shape = [_count(logits), spec.top_k]
-    outs = _call(low, kernel, [logits, *([] if bias is None else [bias])], (shape, "float32"), (shape, "int64"))
-    for output, value in zip(node.outputs, outs, strict=True):
+    spec = RouterSpec(experts=int(low.graph.type_of(node.inputs[0]).shape[-1]), bias=bias is not None, **node.attrs)
+    for output, value in zip(node.outputs, low.kernels.router(spec, [logits, *([] if bias is None else [bias])]), strict=True):
         low.set_flat(output.name, value)
 
 
 def _skip(low: FunctionLowering, node: Node) -> None:
     args = [low.flat(name) for name in node.inputs if name]
-    top_k, tokens = int(low.graph.type_of(node.inputs[0]).shape[-1]), _static(args[0])
-    spec = SkipSpec(top_k, counts=len(args) > 2, **node.attrs)
-    kernel = low.kernel("skip", (spec, tokens), lambda: skip_func(spec, tokens))
-    shape = [_count(args[0]), top_k]
-    for output, value in zip(node.outputs, _call(low, kernel, args, (shape, "float32"), (shape, "int64")), strict=True):
+    spec = SkipSpec(int(low.graph.type_of(node.inputs[0]).shape[-1]), counts=len(args) > 2, **node.attrs)
+    for output, value in zip(node.outputs, low.kernels.skip(spec, args), strict=True):
         low.set_flat(output.name, value)
 
 
 def _topk(low: FunctionLowering, node: Node) -> None:
-    x, k = low.matrix(node.inputs[0]), int(node.attrs["k"])
-    kind = low.graph.type_of(node.inputs[0])
+    x, kind = low.matrix(node.inputs[0]), low.graph.type_of(node.inputs[0])
     if node.attrs.get("dim", -1) not in (-1, len(kind.shape) - 1) or kind.dtype != "f32":
         raise MoecError(f"topk along another axis than the last, or not of f32, is not supported: {print_node(low.graph, node)}")
-    size, largest, rows = int(kind.shape[-1]), bool(node.attrs.get("largest", True)), _static(x)
-    kernel = low.kernel("topk", (size, k, largest, rows), lambda: topk_func(size, k, largest, rows, low.isa))
-    outs = _call(low, kernel, [x], ([_count(x), k], "float32"), ([_count(x), k], "int64"))
+    outs = low.kernels.topk(x, int(node.attrs["k"]), bool(node.attrs.get("largest", True)))
     for output, value in zip(node.outputs, outs, strict=True):
         low.set_full(output.name, low.bb.emit(relax.op.reshape(value, low.sizes.type(output.type).shape)))
 
@@ -202,26 +147,16 @@ def _experts(low: FunctionLowering, node: Node) -> None:
     biases = [b for b in (_optional(low, node, 5), _optional(low, node, 6)) if b is not None]
     if len(biases) == 1:
         raise MoecError(f"experts with only one of the two biases are not supported: {print_node(low.graph, node)}")
-    layout, name, limit = experts_layout(low.graph, node), str(node.attrs["activation"]), float(node.attrs.get("limit", 0.0))
+    layout, name, limit = experts_layout(low.graph, node, low.platform), str(node.attrs["activation"]), float(node.attrs.get("limit", 0.0))
     if name == "swiglu_oai":
         activation = ExpertActivation("clamped_swiglu", limit=limit or float("inf"))
     elif name in ACTIVATIONS and not limit:
         activation = ExpertActivation(ACTIVATIONS[name])
     else:
         raise MoecError(f"the experts kernel has no activation {name!r} with limit {limit}: {print_node(low.graph, node)}")
-    tokens, top_k = _static(x), int(low.graph.type_of(node.inputs[1]).shape[-1])
-    kernel = low.kernel(
-        "experts",
-        (layout, activation, tokens, top_k, bool(biases)),
-        lambda: experts_func(layout, activation, low.isa, tokens=tokens, top_k=top_k, biases=bool(biases), counted=True),
-    )
-    counts = low.next_counts()
     factors = [_parameter(low, node, at) for at in range(7, len(node.inputs)) if node.inputs[at]]
-    arrays = [array for name in (up, down, *factors) for array in low.weights(name).values()]
-    args = [x, ids, weights, *arrays, *biases, counts]
-    types = [counts.ty, relax.TensorType([_count(x), layout.d], "float32")]
-    result = low.bb.emit(relax.op.call_tir_inplace(kernel, relax.Tuple(args), [len(args) - 1, -1], types))
-    low.set_flat(node.name, low.bb.emit(relax.TupleGetItem(result, 1)))
+    arrays = [low.weights(name) for name in (up, down, *factors)]
+    low.set_flat(node.name, low.kernels.experts([x, ids, weights], arrays, layout, activation, biases, low.next_counts()))
 
 
 SEMANTIC: dict[str, Callable[[FunctionLowering, Node], None]] = {

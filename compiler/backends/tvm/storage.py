@@ -1,4 +1,4 @@
-"""How each parameter is stored for the CPU kernels: in lanes for the matrices, as float32 (or the integers they are) for the rest."""
+"""How each parameter is stored: as the kernels read it for matrices, as float32 (or the integers they are) for the rest."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.compiler.backends.base import StoredArray
+from moec.compiler.backends.tvm.platform import ExpertsLayout, MatrixLayout, Platform
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph, Node, Param
 from moec.compiler.packed import Packed, Quantized
 from moec.runtime.formats import get_format
 from moec.runtime.formats.float import PlainFormat
-from moec.targets.kernels.cpu.experts_layout import ExpertsLayout, Factors
-from moec.targets.kernels.cpu.layout import LaneLayout
+from moec.targets.kernels.cpu.experts_layout import Factors
 
 MATRICES = {3: "gate_up", 4: "down", 7: "gate_up_left", 8: "gate_up_right", 9: "down_left", 10: "down_right"}
 """The names in `ExpertsLayout.matrices` of inputs of `experts`."""
@@ -38,10 +38,10 @@ class Storage(Protocol):
 
 
 @dataclass(frozen=True)
-class LaneStorage:
+class MatrixStorage:
     """A matrix [N, K] that `linear` or `embedding` reads."""
 
-    layout: LaneLayout
+    layout: MatrixLayout
     stacked: bool = False
 
     def arrays(self) -> dict[str, StoredArray]:
@@ -63,7 +63,7 @@ class ExpertStorage:
     stacked: bool = True
 
     @property
-    def _lanes(self) -> LaneLayout:
+    def _matrix(self) -> MatrixLayout:
         return self.layout.matrices()[self.matrix]
 
     @property
@@ -71,11 +71,11 @@ class ExpertStorage:
         return self.matrix in ("gate_up", "gate_up_left")
 
     def arrays(self) -> dict[str, StoredArray]:
-        lead = self.layout.experts
-        return {name: StoredArray(dtype, shape) for name, (shape, dtype) in self._lanes.arrays(lead).items()}
+        found = self._matrix.arrays(self.layout.experts).items()
+        return {name: StoredArray(dtype, shape) for name, (shape, dtype) in found}
 
     def store(self, packed: Packed) -> dict[str, NDArray[np.generic]]:
-        if self._lanes.format == "zero":
+        if self._matrix.format == "zero":
             return {}
         if self._interleaved:
             order = self.layout.interleave
@@ -83,17 +83,18 @@ class ExpertStorage:
                 packed = Quantized(order(packed.codes), order(packed.scale), order(packed.zero))
             else:
                 packed = order(packed)
-        return _tile(self._lanes, packed)
+        return _tile(self._matrix, packed)
 
     def restore(self, arrays: Arrays) -> Packed:
-        if self._lanes.format == "zero":
-            return np.zeros((self.layout.parts * self.layout.f if self.matrix == "gate_up" else self.layout.d, self._lanes.k), np.uint8)
-        packed, order = _untile(self._lanes, arrays), self.layout.deinterleave
+        if self._matrix.format == "zero":
+            return np.zeros((self.layout.parts * self.layout.f if self.matrix == "gate_up" else self.layout.d, self._matrix.k), np.uint8)
+        packed, order = _untile(self._matrix, arrays), self.layout.deinterleave
         if not self._interleaved:
             return packed
         if isinstance(packed, Quantized):
             return Quantized(order(packed.codes), order(packed.scale), order(packed.zero))
-        return order(packed)
+        values: Packed = order(packed)
+        return values
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,7 @@ class ExpertBiasStorage:
         return self.layout.experts, self.layout.parts * self.layout.f if self.up else self.layout.d
 
     def arrays(self) -> dict[str, StoredArray]:
-        lanes = self.layout.gate_up.n if self.up else self.layout.down.tiles * 16
-        return {"data": StoredArray("float32", (self.layout.experts, lanes))}
+        return {"data": StoredArray("float32", self.layout.bias_shapes[0 if self.up else 1])}
 
     def store(self, packed: Packed) -> dict[str, NDArray[np.generic]]:
         values = _widen(packed, self.format).reshape(self._shape)
@@ -144,14 +144,14 @@ class PlainStorage:
         return _narrow(arrays["data"], self.format)
 
 
-def _tile(layout: LaneLayout, packed: Packed) -> dict[str, NDArray[np.generic]]:
+def _tile(layout: MatrixLayout, packed: Packed) -> dict[str, NDArray[np.generic]]:
     if not isinstance(packed, Quantized):
         return layout.tile_values(np.ascontiguousarray(packed))
     symmetric = layout.integer is None or layout.integer.symmetric
     return layout.tile(packed.codes, packed.scale, None if symmetric else packed.zero)
 
 
-def _untile(layout: LaneLayout, arrays: Arrays) -> Packed:
+def _untile(layout: MatrixLayout, arrays: Arrays) -> Packed:
     if layout.integer is None:
         return layout.untile_values(arrays)
     return Quantized(*layout.untile(arrays))
@@ -170,21 +170,28 @@ def _narrow(values: NDArray[np.generic], name: str) -> NDArray[np.generic]:
     return PlainFormat(name).pack(values.astype(np.float32))["data"]
 
 
-def plan_storage(graph: Graph) -> dict[str, Storage]:
+def plan_storage(graph: Graph, platform: Platform) -> dict[str, Storage]:
     """How each parameter of the graph is stored.
 
     Raises:
         MoecError: a parameter is used or quantised in a way for which there is no kernel.
     """
-    return {name: _storage(graph, param) for name, param in graph.params.items()}
+    return {name: _storage(graph, param, platform) for name, param in graph.params.items()}
 
 
-def experts_layout(graph: Graph, node: Node) -> ExpertsLayout:
+def matrix_layout(storage: Storage) -> MatrixLayout:
+    """The layout of a matrix that `linear` or `embedding` reads."""
+    assert isinstance(storage, MatrixStorage)
+    return storage.layout
+
+
+def experts_layout(graph: Graph, node: Node, platform: Platform) -> ExpertsLayout:
     """The layout of an `experts` node's weights."""
     up, down = (graph.params[node.inputs[i]] for i in (3, 4))
     experts, d, f = (int(size) for size in down.type.shape)
     gated = bool(node.attrs.get("gated", True))
-    return ExpertsLayout(experts, d, f, _format(up), _format(down), gated, _factors(graph, node, 7), _factors(graph, node, 9))
+    factors = _factors(graph, node, 7), _factors(graph, node, 9)
+    return platform.experts(experts, d, f, (_format(up), _format(down)), gated, factors)
 
 
 def _factors(graph: Graph, node: Node, at: int) -> Factors | None:
@@ -195,17 +202,17 @@ def _factors(graph: Graph, node: Node, at: int) -> Factors | None:
     return Factors(int(right.type.shape[1]), _format(left), _format(right))
 
 
-def _storage(graph: Graph, param: Param) -> Storage:
+def _storage(graph: Graph, param: Param, platform: Platform) -> Storage:
     found: list[Storage] = []
     shape = tuple(int(d) for d in param.type.shape)
     for node in graph.users.get(param.name, ()):
         for position in (i for i, name in enumerate(node.inputs) if name == param.name):
             if node.op in ("linear", "embedding") and position == 1:
-                found.append(LaneStorage(LaneLayout(shape[0], shape[1], _format(param))))
+                found.append(MatrixStorage(platform.matrix(shape[0], shape[1], _format(param))))
             elif node.op == "experts" and position in MATRICES:
-                found.append(ExpertStorage(experts_layout(graph, node), MATRICES[position]))
+                found.append(ExpertStorage(experts_layout(graph, node, platform), MATRICES[position]))
             elif node.op == "experts" and position in (5, 6):
-                found.append(ExpertBiasStorage(experts_layout(graph, node), position == 5, _format(param)))
+                found.append(ExpertBiasStorage(experts_layout(graph, node, platform), position == 5, _format(param)))
             else:
                 if not isinstance(get_format(_format(param)), PlainFormat):
                     raise MoecError(f"@{param.name}: {node.op} has no kernel for {_format(param)}; leave this weight unquantised")

@@ -12,7 +12,6 @@ Tokens come as a packed stream of blocks. A block is a run of tokens of one sequ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import reduce
 
 from tvm import relax, tirx
@@ -23,6 +22,7 @@ from moec.targets.kernels.cpu.emit import Expr, Register, argument, prim_func, s
 from moec.targets.kernels.cpu.isa import Isa
 from moec.targets.kernels.cpu.layout import LANES, ceil_div
 from moec.targets.kernels.cpu.loops import stack
+from moec.targets.kernels.specs import AttentionSpec
 
 PAGE = 32
 """Tokens of a page of the cache."""
@@ -32,30 +32,9 @@ LOWEST = -5e29  # where a running maximum starts: exp(HIDDEN - LOWEST) is 0
 PARALLEL_WORK = 200_000  # multiplications below which one token is not worth waking the other threads
 
 
-@dataclass(frozen=True)
-class AttentionSpec:
-    """The attributes and shapes of an `attention` op, which has to be causal.
-
-    Args:
-        heads, kv_heads, d, dv: H, HK, and the head sizes of q/k and of v.
-        scale, window, chunk, softcap: as in `moec.compiler.ops.attention`.
-        sinks: whether there are attention sinks.
-    """
-
-    heads: int
-    kv_heads: int
-    d: int
-    dv: int
-    scale: float
-    window: int = 0
-    chunk: int = 0
-    softcap: float = 0.0
-    sinks: bool = False
-
-    @property
-    def page_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of a page of K and of V."""
-        return (self.kv_heads, self.d, PAGE), (self.kv_heads, PAGE, ceil_div(self.dv, LANES) * LANES)
+def page_shapes(spec: AttentionSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of a page of K and of V."""
+    return (spec.kv_heads, spec.d, PAGE), (spec.kv_heads, PAGE, ceil_div(spec.dv, LANES) * LANES)
 
 
 class _Rows:
@@ -196,7 +175,7 @@ class AttentionKernel:
         """The function's body."""
         spec, tokens = self.spec, self.tokens if self.tokens is not None else T.int64()
         pages, block_count = T.int64(), 1 if self.tokens == 1 else T.int64()
-        k_page, v_page = spec.page_shapes
+        k_page, v_page = page_shapes(spec)
         self.k_pool = argument("k_pool", (pages, *k_page), "float32")
         self.v_pool = argument("v_pool", (pages, *v_page), "float32")
         self.q = argument("q", (tokens, spec.heads * spec.d), "float32")

@@ -75,6 +75,11 @@ class ExpertsLayout:
                 found[f"{name}_right"] = LaneLayout(factors.rank, found[name].k, factors.right)
         return found
 
+    @property
+    def bias_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes of what `biases` returns."""
+        return (self.experts, self.gate_up.n), (self.experts, self.down.tiles * LANES)
+
     def interleave(self, x: NDArray[Scalar]) -> NDArray[Scalar]:
         """Rows [..., parts * F, m] (all of gate, then all of up) -> [..., gate_up.n, m], zero rows added.
 

@@ -2,36 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cpu.emit import Expr, Register, argument, prim_func, splat, store, vector
 from moec.targets.kernels.cpu.isa import Isa
 from moec.targets.kernels.cpu.loops import over_row, over_tokens
-
-
-@dataclass(frozen=True)
-class NormSpec:
-    """A normalisation of every `size` neighbouring values of a row of `groups * size`.
-
-    Args:
-        size, groups: as above; a norm over heads has a group a head.
-        eps, offset: as in the ops.
-        center: subtract the mean first (layer_norm).
-        weight, bias: whether there are weights and biases [size].
-        residual: add a second input first, and return the sum too.
-    """
-
-    size: int
-    groups: int
-    eps: float
-    offset: float = 0.0
-    center: bool = False
-    weight: bool = True
-    bias: bool = False
-    residual: bool = False
+from moec.targets.kernels.specs import NormSpec
 
 
 class _Norm:

@@ -7,7 +7,6 @@ whatever the logits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
@@ -17,24 +16,10 @@ from moec.targets.kernels.cpu.emit import Buffer, Expr, Register, argument, prim
 from moec.targets.kernels.cpu.isa import Isa
 from moec.targets.kernels.cpu.layout import ceil_div
 from moec.targets.kernels.cpu.loops import over_row, over_tokens, stack
+from moec.targets.kernels.specs import RouterSpec
 
 HIGHEST, LOWEST, MASKED = 3.0e38, -2.0e38, -3.0e38  # of a choice: NaN, -inf, in a group that was not chosen
 TAKEN = -3.4e38
-
-
-@dataclass(frozen=True)
-class RouterSpec:
-    """The attributes and shapes of a `router` op."""
-
-    experts: int
-    top_k: int
-    score: str = "softmax"
-    normalize: bool = False
-    scale: float = 1.0
-    groups: int = 1
-    top_groups: int = 1
-    group_score: str = "max"
-    bias: bool = False
 
 
 class _Choice:

@@ -5,25 +5,12 @@ Sums and products are those of the definition, in its order and in float32, so t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cpu.emit import Expr, Register, argument, prim_func, store
 from moec.targets.kernels.cpu.loops import over_tokens, stack
-
-
-@dataclass(frozen=True)
-class SkipSpec:
-    """The attributes and shapes of a `skip` op."""
-
-    top_k: int
-    experts: int
-    ratio: float = 0.0
-    top_p: float = 1.0
-    normalize: bool = False
-    counts: bool = False
+from moec.targets.kernels.specs import SkipSpec
 
 
 def skip_func(spec: SkipSpec, tokens: int | None) -> tirx.PrimFunc:

@@ -18,6 +18,7 @@ from moec.compiler.weights import MemoryWeights, WeightSource
 from moec.runtime.executors.tvm import TvmExecutor
 from moec.runtime.formats import get_format
 from moec.runtime.formats.int import IntFormat
+from moec.runtime.tvm_device import Device
 from moec.targets import get_target
 
 Arrays = dict[tuple[str, str], NDArray[np.generic]]
@@ -26,7 +27,7 @@ Arrays = dict[tuple[str, str], NDArray[np.generic]]
 class Compiled:
     """A compiled graph, and the values that its packed weights stand for."""
 
-    def __init__(self, graph: Graph, weights: WeightSource, folder: Path, target: str = "cpu") -> None:
+    def __init__(self, graph: Graph, weights: WeightSource, folder: Path, target: str = "cpu", device: Device | None = None) -> None:
         self.backend = TvmBackend(graph, get_target(target))
         self.arrays: Arrays = {}
         values: dict[str, torch.Tensor] = {}
@@ -35,7 +36,7 @@ class Compiled:
         self.interpreter = Interpreter(graph, MemoryWeights(values))
         self.section = self.backend.build(folder, {})
         vocabulary, context = int(graph.meta["vocab_size"]), int(graph.meta["context_length"])
-        self.executor = TvmExecutor(folder / "lib.so", self.section, self.arrays, vocabulary, context, threads=2)
+        self.executor = TvmExecutor(folder / "lib.so", self.section, self.arrays, vocabulary, context, threads=2, device=device)
 
     def _store(self, param: Param, weights: WeightSource) -> torch.Tensor:
         experts: Sequence[int | None] = range(int(param.type.shape[0])) if self.backend.stacked(param) else (None,)

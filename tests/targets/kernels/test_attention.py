@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from moec.compiler import ops_attention
-from moec.targets.kernels.cpu.attention import PAGE, AttentionSpec, attention_func
-from tests.targets.kernels.run import ISA, Kernel
+from moec.targets.kernels.cpu.attention import PAGE
+from moec.targets.kernels.specs import AttentionSpec
+from tests.targets.kernels.hardware import KINDS, Hardware, hardware
+from tests.targets.kernels.run import Kernel
 
 SPECS = [
     AttentionSpec(4, 2, 48, 48, 0.2),
@@ -21,32 +25,30 @@ SPECS = [
     AttentionSpec(5, 1, 17, 21, 0.3, window=7, softcap=3.0),
     AttentionSpec(2, 2, 192, 128, 0.07),  # the head sizes of multi-head latent attention
 ]
+CHOSEN = {"cpu": range(len(SPECS)), "cuda": (1, 2)}  # compiling for the emulated GPU takes seconds each
 MAX_PAGES = 6
-
-
-@cache
-def kernel(index: int, tokens: int | None) -> Kernel:
-    return Kernel(attention_func(SPECS[index], tokens, ISA))
 
 
 class Cache:
     """Pages in a random order, filled with NaN, which no result may show."""
 
-    def __init__(self, spec: AttentionSpec, sequences: int, rng: np.random.Generator) -> None:
+    def __init__(self, kind: Hardware, spec: AttentionSpec, sequences: int, rng: np.random.Generator) -> None:
         pages = sequences * MAX_PAGES
-        self.pools = [Kernel.aligned(np.full((pages, *shape), np.nan, np.float32)) for shape in spec.page_shapes]
+        self.pools = [Kernel.aligned(np.full((pages, *shape), np.nan, np.float32)) for shape in kind.page_shapes(spec)]
         self.pools[1][..., spec.dv :] = 0  # the executor hands out zeros, and padding is never written
         self.table = rng.permutation(pages).reshape(sequences, MAX_PAGES).astype(np.int32)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=30, deadline=None)
-@given(data=st.data(), index=st.sampled_from(range(len(SPECS))), seed=st.integers(0, 1000))
-def test_pieces_of_sequences_in_any_order(data: st.DataObject, index: int, seed: int) -> None:
-    spec, rng = SPECS[index], np.random.default_rng(seed)
+@given(data=st.data(), seed=st.integers(0, 1000))
+def test_pieces_of_sequences_in_any_order(kind: str, data: st.DataObject, seed: int) -> None:
+    spec, rng = SPECS[data.draw(st.sampled_from(CHOSEN[kind]))], np.random.default_rng(seed)
     lengths = data.draw(st.lists(st.integers(1, 5 * PAGE), min_size=1, max_size=3))
     sequences = [random_sequence(spec, n, rng) for n in lengths]
     sinks = rng.standard_normal(spec.heads).astype(np.float32)
-    cache, done = Cache(spec, len(lengths), rng), [0] * len(lengths)
+    run = hardware(kind).attention(spec, None)
+    cache, done = Cache(hardware(kind), spec, len(lengths), rng), [0] * len(lengths)
     found: list[list[NDArray[np.float32]]] = [[] for _ in lengths]
     while any(d < n for d, n in zip(done, lengths, strict=True)):
         parts = list[tuple[int, int, int]]()
@@ -55,7 +57,7 @@ def test_pieces_of_sequences_in_any_order(data: st.DataObject, index: int, seed:
             parts += [(i, done[i], done[i] + size)] if size else []
         if not parts:
             continue
-        for (i, begin, end), piece in zip(parts, attend(kernel(index, None), spec, cache, sequences, parts, sinks), strict=True):
+        for (i, begin, end), piece in zip(parts, attend(run, spec, cache, sequences, parts, sinks), strict=True):
             found[i].append(piece)
             done[i] = end
             assert begin < end
@@ -63,12 +65,13 @@ def test_pieces_of_sequences_in_any_order(data: st.DataObject, index: int, seed:
         np.testing.assert_allclose(np.concatenate(pieces), expected(spec, sequence, sinks), atol=5e-6)
 
 
-def test_one_token_at_a_time() -> None:
-    for index, spec in enumerate(SPECS):
-        rng = np.random.default_rng(index)
-        sequence, cache = random_sequence(spec, 70, rng), Cache(spec, 1, rng)
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_token_at_a_time(kind: str) -> None:
+    for index in CHOSEN[kind]:
+        spec, rng = SPECS[index], np.random.default_rng(index)
+        sequence, cache = random_sequence(spec, 70, rng), Cache(hardware(kind), spec, 1, rng)
         sinks = rng.standard_normal(spec.heads).astype(np.float32)
-        found = [attend(kernel(index, 1), spec, cache, [sequence], [(0, t, t + 1)], sinks)[0] for t in range(70)]
+        found = [attend(hardware(kind).attention(spec, 1), spec, cache, [sequence], [(0, t, t + 1)], sinks)[0] for t in range(70)]
         np.testing.assert_allclose(np.concatenate(found), expected(spec, sequence, sinks), atol=5e-6)
 
 
@@ -79,7 +82,7 @@ def random_sequence(spec: AttentionSpec, length: int, rng: np.random.Generator) 
 
 
 def attend(
-    run: Kernel,
+    run: Callable[..., list[NDArray[Any]]],
     spec: AttentionSpec,
     cache: Cache,
     sequences: list[list[NDArray[np.float32]]],

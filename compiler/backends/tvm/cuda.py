@@ -1,0 +1,218 @@
+"""The platform of NVIDIA GPUs: kernels in CUDA, compiled to machine code that lies beside the library."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import relax, tirx
+from tvm.ir import IRModule
+from tvm.s_tir import dlight
+from tvm.support import nvcc
+from tvm.target import Target as TvmTarget
+
+from moec.compiler.backends.tvm.cpu import RUNTIME, link, runtime_library
+from moec.compiler.backends.tvm.platform import Expr, Functions, count_of, static
+from moec.compiler.errors import MoecError
+from moec.targets.kernels.cpu.activation_functions import ExpertActivation
+from moec.targets.kernels.cpu.experts_layout import Factors
+from moec.targets.kernels.cuda import pipeline, plain
+from moec.targets.kernels.cuda.attention import PAGE, attention, page_shapes
+from moec.targets.kernels.cuda.embedding import embedding_func
+from moec.targets.kernels.cuda.experts import experts
+from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
+from moec.targets.kernels.cuda.layout import FragmentLayout
+from moec.targets.kernels.cuda.linear import linear
+from moec.targets.kernels.cuda.norm import norm_func
+from moec.targets.kernels.cuda.rope import rope_func
+from moec.targets.kernels.cuda.router import router_func, topk_func
+from moec.targets.kernels.cuda.skip import skip_func
+from moec.targets.kernels.specs import AttentionSpec, NormSpec, RouterSpec, SkipSpec
+
+CUDA_RUNTIME = "libtvm_runtime_cuda.so"
+CUBIN = "kernels.cubin"
+
+PRODUCTS = "sm_90a"
+"""The architecture that has kernels for the products of many tokens; others take plain ones."""
+
+
+class CudaKernels:
+    """The CUDA kernels in a module."""
+
+    def __init__(self, bb: relax.BlockBuilder, arch: str) -> None:
+        self.bb, self.functions = bb, Functions(bb)
+        self.products = arch == PRODUCTS
+
+    def embedding(self, ids: Expr, weights: Mapping[str, Expr], layout: FragmentLayout) -> Expr:
+        tokens, kind = static(ids), str(ids.ty.dtype)
+        args, out = [ids, *weights.values()], ([count_of(ids), layout.k], "float32")
+        return self.functions.call("embedding", (layout, tokens, kind), lambda: embedding_func(layout, tokens, kind), args, out)[0]
+
+    def linear(self, x: Expr, weights: Mapping[str, Expr], layout: FragmentLayout, bias: Expr | None) -> Expr:
+        stacked = {name: self.bb.emit(relax.op.reshape(array, [1, *array.ty.shape])) for name, array in weights.items()}
+        make = linear if self.products or static(x) == 1 else plain.linear
+        return make(self.bb, x, stacked, layout, bias)
+
+    def norm(self, spec: NormSpec, inputs: Sequence[Expr]) -> list[Expr]:
+        tokens, out = static(inputs[0]), ([count_of(inputs[0]), spec.size * spec.groups], "float32")
+        return self.functions.call("norm", (spec, tokens), lambda: norm_func(spec, tokens), inputs, *[out] * (1 + spec.residual))
+
+    def rope(self, x: Expr, cos: Expr, sin: Expr, heads: int, d: int) -> Expr:
+        tokens, out = static(x), ([count_of(x), heads * d], "float32")
+        return self.functions.call("rope", (heads, d, tokens), lambda: rope_func(heads, d, tokens), [x, cos, sin], out)[0]
+
+    def attention(self, spec: AttentionSpec, caches: Sequence[Expr], inputs: Sequence[Expr]) -> Expr:
+        return attention(self.bb, caches, inputs, spec)
+
+    def router(self, spec: RouterSpec, inputs: Sequence[Expr]) -> list[Expr]:
+        tokens, shape = static(inputs[0]), [count_of(inputs[0]), spec.top_k]
+        return self.functions.call(
+            "router", (spec, tokens), lambda: router_func(spec, tokens), inputs, (shape, "float32"), (shape, "int64")
+        )
+
+    def skip(self, spec: SkipSpec, inputs: Sequence[Expr]) -> list[Expr]:
+        tokens, shape = static(inputs[0]), [count_of(inputs[0]), spec.top_k]
+        return self.functions.call("skip", (spec, tokens), lambda: skip_func(spec, tokens), inputs, (shape, "float32"), (shape, "int64"))
+
+    def topk(self, x: Expr, k: int, largest: bool) -> list[Expr]:
+        rows, size = static(x), int(x.ty.shape[1])
+        key, shape = (size, k, largest, rows), [count_of(x), k]
+        return self.functions.call("topk", key, lambda: topk_func(size, k, largest, rows), [x], (shape, "float32"), (shape, "int64"))
+
+    def experts(
+        self, routed: Sequence[Expr], weights: Sequence[Mapping[str, Expr]], layout: ExpertsLayout, activation: ExpertActivation,
+        biases: Sequence[Expr], counts: Expr | None,
+    ) -> Expr:  # fmt: skip
+        assert counts is None
+        named = {
+            f"{part}_{name}": array for part, arrays in zip(("gate_up", "down"), weights, strict=True) for name, array in arrays.items()
+        }
+        x, ids, routing = routed
+        make = experts if self.products or static(x) == 1 else plain.experts
+        return make(self.bb, x, ids, routing, named, layout, activation, (biases[0], biases[1]) if biases else None)
+
+
+class Layout(ExpertsLayout):
+    """The experts of a layer, all of one format."""
+
+    @property
+    def bias_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes of what `biases` returns."""
+        return (self.experts, self.gate_up.n), (self.experts, self.d)
+
+    def matrices(self) -> dict[str, FragmentLayout]:
+        """The layouts of all that an expert has, by name."""
+        return {"gate_up": self.gate_up.classes[0], "down": self.down.classes[0]}
+
+
+class CudaPlatform:
+    """An NVIDIA GPU.
+
+    Args:
+        described: TVM's target.
+    """
+
+    page_tokens = PAGE
+    cache_dtype = "float32"
+    counted = False
+    tir_pipeline = pipeline.NAME
+
+    def __init__(self, described: Mapping[str, Any]) -> None:
+        self.arch = str(described["arch"])
+        self.target = TvmTarget({**described, "host": {"kind": "llvm"}})
+
+    def kernels(self, bb: relax.BlockBuilder) -> CudaKernels:
+        return CudaKernels(bb, self.arch)
+
+    def matrix(self, n: int, k: int, format: str) -> FragmentLayout:  # the field's word
+        return FragmentLayout(n, k, format)
+
+    def experts(
+        self, experts: int, d: int, f: int, formats: tuple[str, str], gated: bool, factors: tuple[Factors | None, Factors | None]
+    ) -> Layout:
+        if factors != (None, None):
+            raise MoecError("experts with low-rank factors have no CUDA kernel: compile them for a processor, or leave the factors out")
+        return Layout(experts, d, f, *formats, gated)
+
+    def page_shapes(self, spec: AttentionSpec) -> Sequence[tuple[int, ...]]:
+        return page_shapes(spec)
+
+    def schedules(self) -> list[tvm.transform.Pass]:
+        gpu = dlight.gpu
+        rules = [gpu.Matmul(), gpu.GEMV(), gpu.Reduction(), gpu.GeneralReduction(), gpu.Fallback()]
+        return [_mark_kernels, dlight.ApplyDefaultSchedule(*rules), _compact]
+
+    def export(self, executable: Any, path: Path) -> dict[str, Any]:
+        link(executable, path, self.target)
+        (source,) = _sources(executable.mod)
+        with self.target:
+            (path.parent / CUBIN).write_bytes(compile_source(source, self.arch))
+        for name in (RUNTIME, CUDA_RUNTIME):
+            shutil.copy(runtime_library(name), path.parent / name)
+        return {"cuda": {"arch": self.arch, "cubin": CUBIN, "source_sha256": hashlib.sha256(source.encode()).hexdigest()}}
+
+
+@tvm.transform.module_pass(opt_level=0, name="MarkKernels")  # type: ignore[untyped-decorator]
+def _mark_kernels(module: IRModule, _: tvm.transform.PassContext) -> IRModule:
+    """Say of kernels, which are bound to threads already, that they need no schedule."""
+    for name, function in module.functions_items():
+        if _is_kernel(function):
+            module[name] = function.with_attr("tirx.is_scheduled", True)
+    return module
+
+
+@tvm.transform.module_pass(opt_level=0, name="Compact")  # type: ignore[untyped-decorator]
+def _compact(module: IRModule, _: tvm.transform.PassContext) -> IRModule:
+    """Make the arrays of scheduled operators as small as their use; those of kernels are."""
+    others = {name: f for name, f in module.functions_items() if isinstance(f, tirx.PrimFunc) and not _is_kernel(f)}
+    s_tir = tvm.s_tir.transform
+    passes = [
+        s_tir.CanonicalizeLoop(), s_tir.LowerCrossThreadReduction(), s_tir.LowerInitBlock(), s_tir.PlanAndUpdateBufferAllocationLocation(),
+        s_tir.ConvertBlocksToOpaque(), s_tir.LiftThreadBinding(), s_tir.CompactBufferAllocation(),
+    ]  # fmt: skip
+    compact = tvm.transform.Sequential(passes)(IRModule(others))
+    for name, function in compact.functions_items():
+        module[name] = function
+    return module
+
+
+def _is_kernel(function: Any) -> bool:
+    return isinstance(function, tirx.PrimFunc) and "tirx.kernel_launch_params" in function.attrs
+
+
+def _sources(module: Any) -> list[str]:
+    """The CUDA sources in a module and what it imports."""
+    own = [str(module.inspect_source())] if module.kind == "cuda" else []
+    return [*own, *(source for imported in module.imports for source in _sources(imported))]
+
+
+def compile_source(source: str, arch: str) -> bytes:
+    """CUDA source as machine code, by nvcc where there is one, else by NVRTC.
+
+    Raises:
+        MoecError: there is neither, or the compiler fails.
+    """
+    if (compiler := cuda_compiler()) is None:
+        packages = "cuda-bindings nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-cccl"
+        raise MoecError(f"no CUDA compiler: put nvcc on the PATH, or pip install {packages}; the GPU itself is not needed")
+    try:
+        return bytes(nvcc.compile_cuda(source, target_format="cubin", arch=arch, compiler=compiler))
+    except RuntimeError as error:
+        raise MoecError(f"{compiler} could not compile the kernels for {arch}: {str(error)[-2000:]}") from error
+
+
+def cuda_compiler() -> str | None:
+    """`nvcc` or `nvrtc`, whichever is installed."""
+    if shutil.which("nvcc"):
+        return "nvcc"
+    try:
+        from cuda.bindings import nvrtc  # type: ignore[import-not-found]  # optional
+
+        nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError):
+        return None
+    return "nvrtc"

@@ -1,0 +1,70 @@
+"""embedding: rows of a packed weight [V, D], dequantised from the layout that `linear` reads, so that a tied head is stored once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, kernel, store, when
+from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
+from moec.targets.kernels.cuda.layout import BLOCK, ROWS, FragmentLayout, planes
+
+THREADS = 128
+
+
+def weight_arguments(layout: FragmentLayout, *lead: int, prefix: str = "") -> dict[str, Buffer]:
+    """The parameters that stand for a weight's arrays."""
+    return {name: argument(f"{prefix}{name}", shape, dtype) for name, (shape, dtype) in layout.arrays(*lead).items()}
+
+
+def element(layout: FragmentLayout, weights: Mapping[str, Buffer], lead: tuple[Expr, ...], row: Expr, column: Expr) -> Expr:
+    """One number of a weight as float32: an expression of some loads and shifts, for kernels that read few."""
+    tile, half, g = T.Bind(row // ROWS), T.Bind(row % ROWS // 8), T.Bind(row % 8)
+    block = T.Bind(column // BLOCK)
+    t, h, o = column // 2 % 4, column // 8 % 2, column % 2
+    step = column // 16 % 8  # 2 j + s
+    lane = T.Bind(g * 4 + t)
+    if layout.integer is None:
+        at = (step // 2 * 64 + half * 32 + lane) * 8 + step % 2 * 4 + h * 2 + o
+        bits = T.shift_left(T.cast(weights["values"][(*lead, tile, block, at)], "uint32"), T.uint32(16))
+        return T.reinterpret("float32", bits)
+    pair = T.Bind(step * 2 + h)
+    code, begin = T.uint32(0), 0
+    for width, start in planes(layout.integer.bits):
+        size = min(4, 2 * width)
+        word = half * width + pair // (16 // width)
+        packed = weights["codes"][(*lead, tile, block, begin + (word // size * 32 + lane) * size + word % size)]
+        shift = T.cast(pair % (16 // width) * width + o * 16, "uint32")
+        part = T.bitwise_and(T.shift_right(packed, shift), T.uint32((1 << width) - 1))
+        code = T.bitwise_or(code, T.shift_left(part, T.uint32(start)))
+        begin += 64 * width
+    group = column % BLOCK * layout.block_groups // BLOCK
+    side = (*lead, tile, block // layout.scale_span, g, group, half)
+    zero: Expr = T.int32(layout.integer.levels // 2)
+    if not layout.integer.symmetric:
+        zero = T.cast(weights["zero"][side], "int32")
+    return T.cast(T.cast(code, "int32") - zero, "float32") * T.cast(weights["scale"][side], "float32")
+
+
+def embedding_func(layout: FragmentLayout, tokens: int | None, ids_dtype: str = "int64") -> tirx.PrimFunc:
+    """PrimFunc (ids [T], weight arrays..., out float32 [T, D])."""
+
+    def arguments() -> Any:
+        count = tokens if tokens is not None else T.int64()
+        ids = argument("ids", (count,), ids_dtype)
+        weights = weight_arguments(layout)
+        return count, ids, weights, argument("out", (count, layout.k), "float32")
+
+    def body(operands: Any, _: Shared, block: Expr, token: Expr, thread: Expr) -> None:
+        ids, weights, out = operands[1:]
+        grid_launch()
+        grid_wait()
+        column = T.Bind(block * THREADS + thread)
+        with when(column < layout.k):
+            row = T.Bind(T.cast(ids[token], "int32"))
+            store(out, element(layout, weights, (), row, column), token, column)
+
+    return kernel("embedding", THREADS, arguments, lambda o: [(layout.k + THREADS - 1) // THREADS, o[0]], body)

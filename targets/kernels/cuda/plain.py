@@ -1,0 +1,139 @@
+"""linear and experts for GPUs whose tensor cores have no kernel here: a warp computes a number, whatever the architecture.
+
+One row of weights is read for each token, so this is slow for many of them; one token has better kernels on every GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tvm import relax, tirx
+from tvm.tirx.script import builder as T
+
+from moec.targets.kernels.cpu.activation_functions import ExpertActivation
+from moec.targets.kernels.cuda.activation import gated, plain
+from moec.targets.kernels.cuda.embedding import element, weight_arguments
+from moec.targets.kernels.cuda.emit import WARP, Expr, argument, kernel, local, store, strided, when
+from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
+from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
+from moec.targets.kernels.cuda.layout import FragmentLayout
+from moec.targets.kernels.cuda.warp import warp_sum
+
+
+def _dot(layout: FragmentLayout, weights: Any, lead: tuple[Expr, ...], row: Expr, x: Any, lane: Expr) -> Expr:
+    total = local(1, "float32")
+    store(total, T.float32(0), 0)
+    with strided(lane, layout.k, WARP) as k:
+        store(total, total[0] + element(layout, weights, lead, row, k) * x(k), 0)
+    return warp_sum(total[0])
+
+
+def linear_func(layout: FragmentLayout, tokens: int | None, bias: bool) -> tirx.PrimFunc:
+    """PrimFunc (x, arrays..., [bias], out)."""
+
+    def arguments() -> Any:
+        count = tokens if tokens is not None else T.int64()
+        x = argument("x", (count, layout.k), "float32")
+        weights = weight_arguments(layout)
+        offset = argument("bias", (layout.n,), "float32") if bias else None
+        return count, x, weights, offset, argument("out", (count, layout.n), "float32")
+
+    def body(operands: Any, _: Any, row: Expr, token: Expr, lane: Expr) -> None:
+        x, weights, offset, out = operands[1:]
+        grid_launch()
+        grid_wait()
+        found = _dot(layout, weights, (), row, lambda k: x[token, k], lane)
+        with when(lane == 0):
+            store(out, found if offset is None else found + offset[row], token, row)
+
+    return kernel("linear", WARP, arguments, lambda o: [layout.n, o[0]], body)
+
+
+def linear(bb: relax.BlockBuilder, x: Any, weights: Mapping[str, Any], layout: FragmentLayout, bias: Any = None) -> relax.Var:
+    """As `moec.targets.kernels.cuda.linear.linear`."""
+    count = x.ty.shape[0]
+    func = bb.add_func(linear_func(layout, int(count) if isinstance(count, tirx.IntImm) else None, bias is not None), "linear")
+    args = [
+        x,
+        *(bb.emit(relax.op.reshape(weights[name], shape)) for name, (shape, _) in layout.arrays().items()),
+        *([] if bias is None else [bias]),
+    ]
+    return bb.emit(relax.call_tir(func, args, out_ty=relax.TensorType((count, layout.n), "float32")))
+
+
+def hidden_func(layout: ExpertsLayout, activation: ExpertActivation, tokens: int | None, top_k: int, biases: bool) -> tirx.PrimFunc:
+    """PrimFunc (x [T, D], ids [T, k], arrays of gate_up..., [bias], out [T, k, F])."""
+    up = layout.gate_up.classes[0]
+
+    def arguments() -> Any:
+        count = tokens if tokens is not None else T.int64()
+        x = argument("x", (count, layout.d), "float32")
+        ids = argument("ids", (count, top_k), "int64")
+        weights = weight_arguments(up, layout.experts)
+        bias = argument("bias", (layout.experts, up.n), "float32") if biases else None
+        return count, x, ids, weights, bias, argument("out", (count, top_k, layout.f), "float32")
+
+    def body(operands: Any, _: Any, f: Expr, slot: Expr, token: Expr, lane: Expr) -> None:
+        x, ids, weights, bias, out = operands[1:]
+        grid_launch()
+        grid_wait()
+        expert = T.Bind(ids[token, slot])
+        with when(T.And(expert >= 0, expert < layout.experts)):
+            first = T.Bind(f // layout.tile_rows * 16 + f % layout.tile_rows)
+            found = []
+            for part in range(layout.parts):
+                value = _dot(up, weights, (expert,), first + 8 * part, lambda k: x[token, k], lane)
+                found.append(value if bias is None else T.Bind(value + bias[expert, first + 8 * part]))
+            with when(lane == 0):
+                store(out, gated(activation, *found) if layout.gated else plain(activation, found[0]), token, slot, f)
+
+    return kernel("hidden", WARP, arguments, lambda o: [layout.f, top_k, o[0]], body)
+
+
+def combine_func(layout: ExpertsLayout, tokens: int | None, top_k: int, biases: bool) -> tirx.PrimFunc:
+    """PrimFunc (hidden [T, k, F], ids, weights [T, k], arrays of down..., [bias], out [T, D])."""
+    down = layout.down.classes[0]
+
+    def arguments() -> Any:
+        count = tokens if tokens is not None else T.int64()
+        hidden = argument("hidden", (count, top_k, layout.f), "float32")
+        ids = argument("ids", (count, top_k), "int64")
+        routing = argument("routing", (count, top_k), "float32")
+        weights = weight_arguments(down, layout.experts)
+        bias = argument("bias", (layout.experts, layout.d), "float32") if biases else None
+        return count, hidden, ids, routing, weights, bias, argument("out", (count, layout.d), "float32")
+
+    def body(operands: Any, _: Any, d: Expr, token: Expr, lane: Expr) -> None:
+        hidden, ids, routing, weights, bias, out = operands[1:]
+        grid_launch()
+        grid_wait()
+        total = local(1, "float32")
+        store(total, T.float32(0), 0)
+        with T.serial(top_k) as slot:
+            expert = T.Bind(ids[token, slot])
+            with when(T.And(expert >= 0, expert < layout.experts)):
+                value = _dot(down, weights, (expert,), d, lambda k: hidden[token, slot, k], lane)
+                value = value if bias is None else value + bias[expert, d]
+                store(total, total[0] + routing[token, slot] * value, 0)
+        with when(lane == 0):
+            store(out, total[0], token, d)
+
+    return kernel("combine", WARP, arguments, lambda o: [layout.d, o[0]], body)
+
+
+def experts(
+    bb: relax.BlockBuilder, x: Any, ids: Any, routing_weights: Any, weights: Mapping[str, Any], layout: ExpertsLayout,
+    activation: ExpertActivation, biases: tuple[Any, Any] | None = None,
+) -> relax.Var:  # fmt: skip
+    """As `moec.targets.kernels.cuda.experts.experts`, for experts of one format."""
+    count, top_k = x.ty.shape[0], int(ids.ty.shape[1])
+    static = int(count) if isinstance(count, tirx.IntImm) else None
+    up = [weights[f"gate_up_{name}"] for name in layout.gate_up.arrays()]
+    down = [weights[f"down_{name}"] for name in layout.down.arrays()]
+    func = bb.add_func(hidden_func(layout, activation, static, top_k, biases is not None), "hidden")
+    kind = relax.TensorType((count, top_k, layout.f), "float32")
+    hidden = bb.emit(relax.call_tir(func, [x, ids, *up, *([biases[0]] if biases else [])], out_ty=kind))
+    func = bb.add_func(combine_func(layout, static, top_k, biases is not None), "combine")
+    args = [hidden, ids, routing_weights, *down, *([biases[1]] if biases else [])]
+    return bb.emit(relax.call_tir(func, args, out_ty=relax.TensorType((count, layout.d), "float32")))

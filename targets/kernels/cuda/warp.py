@@ -1,0 +1,60 @@
+"""Reductions over the 32 lanes of a warp, and over the threads of a block."""
+
+from __future__ import annotations
+
+from tvm.tirx.script import builder as T
+
+from moec.targets.kernels.cuda.emit import WARP, Expr, Shared, store, sync, when
+from moec.targets.kernels.cuda.intrinsics import call
+
+_REDUCE = r"""
+#ifndef MOEC_REDUCE
+#define MOEC_REDUCE
+__device__ __forceinline__ float moec_sum(float x, int lanes) {
+  for (int i = lanes / 2; i; i >>= 1) x += __shfl_xor_sync(0xffffffffu, x, i);
+  return x;
+}
+__device__ __forceinline__ float moec_max(float x) {
+  for (int i = 16; i; i >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, i));
+  return x;
+}
+__device__ __forceinline__ int moec_argmax(float x, int at) {
+  for (int i = 16; i; i >>= 1) {
+    const float other = __shfl_xor_sync(0xffffffffu, x, i);
+    const int there = __shfl_xor_sync(0xffffffffu, at, i);
+    if (other > x || (other == x && there < at)) { x = other; at = there; }
+  }
+  return at;
+}
+#endif
+"""
+
+
+def warp_sum(x: Expr, lanes: int = WARP) -> Expr:
+    """The sum of float32 over neighbouring lanes, a power of two of them, in each of these."""
+    return T.Bind(call("moec_sum", _REDUCE, x, lanes, result="float32"))
+
+
+def warp_max(x: Expr) -> Expr:
+    """The largest float32 of a warp, in each lane."""
+    return T.Bind(call("moec_max", _REDUCE, x, result="float32"))
+
+
+def warp_argmax(x: Expr, index: Expr) -> Expr:
+    """The int32 index that goes with the largest float32 of a warp, the lowest of several, in each lane."""
+    return T.Bind(call("moec_argmax", _REDUCE, x, index, result="int32"))
+
+
+def block_sum(x: Expr, memory: Shared, thread: Expr, threads: int) -> Expr:
+    """The sum of float32 over the threads of a block, in each of them; every thread has to come here. It takes 32 words at most."""
+    x = warp_sum(x)
+    if threads == WARP:
+        return x
+    parts = memory.take((threads // WARP,), "float32")
+    with when(thread % WARP == 0):
+        store(parts, x, thread // WARP)
+    sync()
+    total = parts[0]
+    for warp in range(1, threads // WARP):
+        total = total + parts[warp]
+    return T.Bind(total)

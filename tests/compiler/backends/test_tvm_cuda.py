@@ -1,0 +1,101 @@
+"""The TVM backend for NVIDIA GPUs: whole models on an emulated GPU, machine code for several architectures, and what is refused."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moec.compiler.backends.tvm import cuda
+from moec.compiler.backends.tvm.backend import TvmBackend
+from moec.compiler.ir import Graph
+from moec.compiler.text import parse_graph
+from moec.runtime.cuda import Driver, runs_on
+from moec.runtime.errors import MoecError
+from moec.runtime.tvm_device import Gpu
+from moec.targets import get_target
+from moec.targets.kernels.cuda import plain
+from tests.compiler.backends.test_tvm import with_format
+from tests.compiler.backends.tvm_model import Compiled
+from tests.graphs import MOE, random_weights
+from tests.targets.kernels import emulator
+
+needs_compiler = pytest.mark.skipif(cuda.cuda_compiler() is None, reason="neither nvcc nor NVRTC is installed")
+needs_emulator = pytest.mark.skipif(not emulator.available(), reason="no C++ compiler to emulate a GPU with")
+
+
+def moe() -> Graph:
+    """The small model with rows of whole vectors."""
+    return parse_graph(MOE.replace("[6, 24, 16]", "[6, 32, 16]").replace("[6, 16, 12]", "[6, 16, 16]"))
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    """The emulated GPU, for models whose products are plain kernels: it has no tensor cores."""
+    emulator.install()
+    monkeypatch.setattr(cuda, "linear", plain.linear)
+    monkeypatch.setattr(cuda, "experts", plain.experts)
+    monkeypatch.setattr(cuda, "compile_source", lambda source, arch: b"")
+    return Gpu("", b"", None)
+
+
+@needs_emulator
+@pytest.mark.parametrize("name", ["bf16", "int4_g32", "int3_channel_asym"])
+def test_a_model_on_the_emulated_gpu(name: str, emulated: Gpu, tmp_path: Path) -> None:
+    graph = with_format(moe(), name)
+    model = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", emulated)
+    ids = np.random.default_rng(0).integers(0, model.executor.vocab_size, 40)
+    expected = model.expected(ids)
+    np.testing.assert_allclose(model.logits(ids), expected, atol=1e-4)
+    first, second = model.executor.add(), model.executor.add()
+    steps = [[(first, ids[:5])], [(first, ids[5:6])], [(second, ids[:1])], [(first, ids[6:7]), (second, ids[1:2])], [(first, ids[7:40])]]
+    found = [model.executor.forward(step) for step in steps]
+    for got, wanted in zip(found, [[4], [5], [0], [6, 1], [39]], strict=True):
+        np.testing.assert_allclose(got, expected[wanted], atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("target", ["h100-sxm", "a100-80g", "rtx-4090"])
+def test_machine_code_for_each_architecture(target: str, tmp_path: Path) -> None:
+    graph = with_format(moe(), "int4_g32")
+    section = TvmBackend(graph, get_target(target)).build(tmp_path, {})
+    assert (tmp_path / section["cuda"]["cubin"]).read_bytes()[:4] == b"\x7fELF"
+    assert section["cuda"]["arch"] == {"h100-sxm": "sm_90a", "a100-80g": "sm_80", "rtx-4090": "sm_89"}[target]
+
+
+def test_a_machine_without_a_gpu_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str, *_: Any) -> Any:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    with pytest.raises(MoecError, match="needs an NVIDIA GPU, and its driver .* --target cpu"):
+        Driver("sm_90a", "model.moec")
+
+
+def test_a_driver_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoGpus:
+        @staticmethod
+        def cuInit(_: int) -> int:  # noqa: N802  # NVIDIA's name
+            return 100
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_: NoGpus())
+    with pytest.raises(MoecError, match="the driver finds none"):
+        Driver("sm_90a", "model.moec")
+
+
+def test_code_of_one_architecture_on_another() -> None:
+    assert runs_on("sm_80", (8, 0))
+    assert runs_on("sm_80", (8, 9))
+    assert not runs_on("sm_80", (9, 0))
+    assert runs_on("sm_90a", (9, 0))
+    assert not runs_on("sm_90a", (9, 1))
+    assert runs_on("sm_100a", (10, 0))
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "cuda_compiler", lambda: None)
+    with pytest.raises(MoecError, match="put nvcc on the PATH, or pip install"):
+        cuda.compile_source("", "sm_90a")

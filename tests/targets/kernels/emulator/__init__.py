@@ -1,0 +1,133 @@
+"""CUDA modules of TVM executed by the processor: memory of the "GPU" is this machine's, and kernels are compiled as C++.
+
+`install()` registers the device and the loader of modules with TVM's runtime; from then on a library with CUDA code works without a GPU,
+slowly. It checks what a kernel computes, its barriers and its shuffles included, but neither races nor speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tvm_ffi
+
+HERE = Path(__file__).parent
+CACHE = Path(tempfile.gettempdir()) / "moec-cuda-emulator"
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-w")
+DIMENSIONS = [f"{kind}.{axis}" for kind in ("blockIdx", "threadIdx") for axis in "xyz"]
+
+
+class Function(NamedTuple):
+    """A kernel's entry in a module: its name, the bits of its arguments (0: a pointer), and what else is passed at a launch."""
+
+    name: str
+    types: Sequence[tuple[int, int]]
+    tags: Sequence[str]
+
+
+def available() -> bool:
+    """Whether there is a C++ compiler, and no GPU in whose place the emulator would stand."""
+    return shutil.which("g++") is not None and tvm_ffi.get_global_func("runtime.get_cuda_stream", allow_missing=True) is None
+
+
+@cache
+def install() -> None:
+    """Make TVM's device cuda the emulated one, for the rest of the process."""
+    specs = [importlib.util.find_spec(name) for name in ("tvm", "tvm_ffi")]
+    roots = [Path(folder) for spec in specs if spec for folder in spec.submodule_search_locations or ()]
+    includes = [f"-I{root / 'include'}" for root in roots]
+    ctypes.CDLL(str(_compile((HERE / "device.cc").read_text(), ".cc", includes)), ctypes.RTLD_GLOBAL)
+    tvm_ffi.register_global_func("ffi.Module.load_from_bytes.cuda", _load, override=True)
+
+
+def _load(data: Any) -> Any:
+    functions, source = _parse(bytes(data))
+    source = re.sub(r"^\s*#include <(cuda|cuda_fp16|cuda_bf16|mma|cooperative_groups)\.h>", "", source, flags=re.MULTILINE)
+    source = re.sub(r"extern __shared__ \S+\(\d+\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)emulator::shared;", source)
+    source = re.sub(r"__shared__ (alignas\(\d+\))", r"\1 static", source)
+    entries = "\n".join(f'extern "C" void run_{f.name}(void* p) {{ emulator::call(&{f.name}, (void**)p); }}' for f in functions)
+    library = ctypes.CDLL(
+        str(_compile(f'#include "emulator.h"\n{source}\n#include "entry.h"\n{entries}\n', ".cc", [f"-I{HERE}", str(HERE / "emulator.cc")]))
+    )
+    kept = {f.name: tvm_ffi.convert(_launcher(library, f)) for f in functions}
+    return tvm_ffi.get_global_func("emulator.module")(lambda name: kept.get(str(name)))
+
+
+def _launcher(library: ctypes.CDLL, function: Function) -> Any:
+    entry = getattr(library, f"run_{function.name}")
+
+    def launch(*args: Any) -> None:
+        count = len(function.types)
+        values = [_value(argument, *kind) for argument, kind in zip(args[:count], function.types, strict=True)]
+        size = dict.fromkeys(DIMENSIONS, 1)
+        size.update({tag: int(n) for tag, n in zip([t for t in function.tags if t in size], args[count:], strict=False)})
+        pointers = (ctypes.c_void_p * max(count, 1))(*(ctypes.addressof(value) for value in values))
+        sizes = (ctypes.c_int * 6)(*size.values())
+        if all(n > 0 for n in size.values()):
+            library.emulator_launch(ctypes.cast(entry, ctypes.c_void_p), pointers, sizes)
+
+    return launch
+
+
+def _value(argument: Any, code: int, bits: int) -> Any:
+    if code == 3:  # a pointer
+        return argument if isinstance(argument, ctypes.c_void_p) else ctypes.c_void_p(argument)
+    if code == 2:
+        return ctypes.c_float(argument)
+    return (ctypes.c_int64 if bits == 64 else ctypes.c_int32)(argument)
+
+
+def _parse(data: bytes) -> tuple[list[Function], str]:
+    """The functions of a serialised CUDA module, and its source."""
+    at = 0
+
+    def number() -> int:
+        nonlocal at
+        at += 8
+        return int.from_bytes(data[at - 8 : at], "little")
+
+    def text() -> str:
+        nonlocal at
+        size = number()
+        at += size
+        return data[at - size : at].decode()
+
+    assert text() == "cuda"
+    functions = []
+    for _ in range(number()):
+        text()
+        name = text()
+        types = []
+        for _ in range(number()):
+            types.append((data[at], data[at + 1]))
+            at += 4
+        tags = [text() for _ in range(number())]
+        extra = number()
+        at += 4 * extra
+        functions.append(Function(name, types, tags))
+    return functions, text()
+
+
+def _compile(source: str, suffix: str, extra: Sequence[str]) -> Path:
+    """The shared library of a source, compiled once."""
+    own = "".join((HERE / name).read_text() for name in ("emulator.h", "emulator.cc", "entry.h"))
+    path = CACHE / f"{hashlib.sha256((source + own).encode()).hexdigest()[:24]}.so"
+    if not path.exists():
+        CACHE.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            file, out = Path(folder, f"source{suffix}"), Path(folder, "out.so")
+            file.write_text(source)
+            done = subprocess.run(["g++", *FLAGS, str(file), *extra, "-o", str(out)], capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(done.stderr[:4000])
+            shutil.move(out, path)
+    return path

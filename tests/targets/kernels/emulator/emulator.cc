@@ -1,0 +1,88 @@
+#include "emulator.h"
+
+Index threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulator {
+std::vector<Thread> threads;
+std::vector<Barrier> warps;
+Barrier block;
+std::vector<uint64_t> slots;
+int current;
+long progress;
+alignas(1024) unsigned char shared[1 << 18];
+static ucontext_t scheduler;
+static void (*body)(void*);
+static void* arguments;
+constexpr size_t STACK = 1 << 17;
+
+void yield() {
+  int me = current;
+  swapcontext(&threads[me].context, &scheduler);
+  current = me;
+  threadIdx = threads[me].index;
+}
+
+static void leave(Barrier& barrier) {  // those that returned are not waited for
+  --barrier.size;
+  ++progress;
+  if (barrier.size && barrier.waiting >= barrier.size) { barrier.waiting = 0; ++barrier.generation; }
+}
+
+static void enter() {
+  int me = current;
+  threadIdx = threads[me].index;
+  body(arguments);
+  threads[me].done = true;
+  leave(warps[me / 32]);
+  leave(block);
+}
+
+static void run_block(int count) {
+  block = {0, count, 0};
+  for (size_t warp = 0; warp < warps.size(); ++warp) warps[warp] = {0, std::min(32, count - int(warp) * 32), 0};
+  for (int i = 0; i < count; ++i) {
+    Thread& thread = threads[i];
+    thread.done = false;
+    thread.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.data();
+    thread.context.uc_stack.ss_size = STACK;
+    thread.context.uc_link = &scheduler;
+    makecontext(&thread.context, enter, 0);
+  }
+  for (int left = count; left;) {
+    long before = progress;
+    for (int i = 0; i < count; ++i) {
+      if (threads[i].done) continue;
+      current = i;
+      swapcontext(&scheduler, &threads[i].context);
+      left -= threads[i].done;
+    }
+    if (left && progress == before) {
+      fprintf(stderr, "emulator: the threads of a block wait for each other at different barriers\n");
+      abort();
+    }
+  }
+}
+
+static void launch(void (*function)(void*), void* pointer, const int* size) {
+  body = function;
+  arguments = pointer;
+  gridDim = {unsigned(size[0]), unsigned(size[1]), unsigned(size[2])};
+  blockDim = {unsigned(size[3]), unsigned(size[4]), unsigned(size[5])};
+  int count = size[3] * size[4] * size[5];
+  threads.resize(std::max<size_t>(threads.size(), count));
+  for (auto& thread : threads) thread.stack.resize(STACK);
+  warps.resize((count + 31) / 32);
+  slots.resize(((count + 31) / 32) * 32);
+  for (unsigned z = 0; z < gridDim.z; ++z)
+    for (unsigned y = 0; y < gridDim.y; ++y)
+      for (unsigned x = 0; x < gridDim.x; ++x) {
+        blockIdx = {x, y, z};
+        run_block(count);
+      }
+}
+}  // namespace emulator
+
+// The last of the arguments of every entry point: a kernel as a function of a packed array of arguments, and the grid and block.
+extern "C" void emulator_launch(void (*function)(void*), void* arguments, const int* size) { emulator::launch(function, arguments, size); }

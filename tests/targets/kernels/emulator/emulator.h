@@ -1,0 +1,118 @@
+// What generated CUDA code needs, for a C++ compiler: a block's threads are coroutines that change places at barriers and shuffles.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+#include <ucontext.h>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __shared__ static
+#define __align__(n) alignas(n)
+#define __grid_constant__
+#define __constant__
+#define __host__
+
+using half = _Float16;
+using __half = _Float16;
+struct __nv_bfloat16 {
+  uint16_t bits;
+  __nv_bfloat16() = default;
+  __nv_bfloat16(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    bits = x != x ? 0x7fff : (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  }
+  operator float() const {
+    uint32_t u = uint32_t(bits) << 16;
+    float x;
+    memcpy(&x, &u, 4);
+    return x;
+  }
+};
+struct __half2 { half x, y; };
+inline bool __hgt(half a, half b) { return a > b; }
+inline bool __hlt(half a, half b) { return a < b; }
+using nv_bfloat16 = __nv_bfloat16;
+
+template <typename T, int N> struct vec;
+#define VEC(name, T)                                  \
+  struct alignas(2 * sizeof(T)) name##2 { T x, y; };  \
+  struct name##3 { T x, y, z; };                      \
+  struct alignas(4 * sizeof(T)) name##4 { T x, y, z, w; }; \
+  inline name##2 make_##name##2(T x, T y) { return {x, y}; } \
+  inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
+VEC(float, float)
+VEC(int, int)
+VEC(uint, unsigned int)
+VEC(longlong, long long)
+VEC(ushort, unsigned short)
+
+struct Index { unsigned int x, y, z; };
+extern Index threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulator {
+struct Barrier { int waiting = 0, size = 0; long generation = 0; };
+struct Thread { ucontext_t context; std::vector<char> stack; Index index; int id; bool done; };
+extern std::vector<Thread> threads;
+extern std::vector<Barrier> warps;
+extern Barrier block;
+extern std::vector<uint64_t> slots;
+extern int current;
+extern long progress;
+extern unsigned char shared[];  // what a block has, beyond variables
+void yield();
+inline void arrive(Barrier& barrier) {
+  long generation = barrier.generation;
+  if (++barrier.waiting >= barrier.size) { barrier.waiting = 0; ++barrier.generation; ++progress; return; }
+  while (barrier.generation == generation) yield();
+}
+template <typename T> T exchange(T value, int source) {
+  int me = current, warp = me / 32;
+  memcpy(&slots[me], &value, sizeof(T));
+  arrive(warps[warp]);
+  memcpy(&value, &slots[warp * 32 + source], sizeof(T));
+  arrive(warps[warp]);
+  return value;
+}
+}  // namespace emulator
+
+inline void __syncthreads() { emulator::arrive(emulator::block); }
+inline void __syncwarp(unsigned = ~0u) { emulator::arrive(emulator::warps[emulator::current / 32]); }
+inline void __threadfence() {}
+template <typename T> T __shfl_xor_sync(unsigned, T x, int mask, int = 32) { return emulator::exchange(x, (emulator::current % 32) ^ mask); }
+template <typename T> T __shfl_sync(unsigned, T x, int lane, int width = 32) {
+  int me = emulator::current % 32;
+  return emulator::exchange(x, me / width * width + lane % width);
+}
+template <typename T> T __shfl_down_sync(unsigned, T x, int by, int = 32) {
+  int me = emulator::current % 32;
+  return emulator::exchange(x, me + by < 32 ? me + by : me);
+}
+template <typename T> T __shfl_up_sync(unsigned, T x, int by, int = 32) {
+  int me = emulator::current % 32;
+  return emulator::exchange(x, me - by >= 0 ? me - by : me);
+}
+inline unsigned __ballot_sync(unsigned, bool x) {
+  unsigned found = 0;
+  for (int lane = 0; lane < 32; ++lane) found |= unsigned(emulator::exchange(int(x), lane) != 0) << lane;
+  return found;
+}
+template <typename T> T __ldg(const T* p) { return *p; }
+template <typename T> T atomicAdd(T* p, T x) { T old = *p; *p += x; return old; }
+inline float __expf(float x) { return expf(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+inline float __int_as_float(int x) { float y; memcpy(&y, &x, 4); return y; }
+inline float __uint_as_float(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
+inline unsigned __float_as_uint(float x) { unsigned y; memcpy(&y, &x, 4); return y; }
+inline float __half2float(half x) { return float(x); }
+inline float rsqrtf(float x) { return 1 / sqrtf(x); }
+using std::max;
+using std::min;
