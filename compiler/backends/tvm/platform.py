@@ -105,7 +105,7 @@ class Kernels(Protocol):
         self, routed: Sequence[Expr], weights: Sequence[Mapping[str, Expr]], layout: Any, activation: ExpertActivation,
         biases: Sequence[Expr], counts: Expr | None,
     ) -> Expr:  # fmt: skip
-        """(x [T, D], ids, weights [T, K]), the arrays of gate_up, down and their factors -> [T, D]. `counts` int64 [8] grow, if there are any."""
+        """(x [T, D], ids, weights [T, K]), the arrays of gate_up, down and their factors -> [T, D]. `counts` int64 [8] grow, if any."""
         ...
 
 
