@@ -1,0 +1,157 @@
+"""Which kernels an experts layer runs on a target, and with which options: what measured records say, or a default. Each choice says why.
+
+A record of the same layer decides; where T was not measured, its nearest T does. Without one, the record of the most alike layer lends its
+options, if they fit here; without that, options are defaults. Results that are off by more than `MOST_ERROR` are not chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import inf, log2
+from pathlib import Path
+
+from moec.targets.kernels.cuda.space import FAMILY, MOST_DECODE, Layer, Options, bits, default, fingerprint, fits
+from moec.targets.measured import Measurement, Record, read_records
+
+MOST_ERROR = 5e-3
+"""Of the result, relative to float64."""
+
+ALIKE = 4.0
+"""Octaves in all the sizes of two layers together, within which options are lent."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs.
+
+    Args:
+        kernel: `decode`, the two kernels of a few tokens, or `prefill`, the four of many.
+        options: of `DecodeSpec` or of `product.Shape`.
+        us: microseconds, if this was measured for this T; those of two kernels alone are added up.
+        why: where the options are from.
+        measured: whether they are from a record of this layer.
+    """
+
+    kernel: str
+    options: Options
+    us: float | None
+    why: str
+    measured: bool
+
+
+def choose(target: str, layer: Layer, tokens: int, folders: Sequence[Path] | None = None, tvm: str | None = None) -> Choice:
+    """What runs for T tokens of a layer.
+
+    Args:
+        target: its name.
+        tokens: T.
+        folders: of records; see `read_records`.
+        tvm: the version that compiles; a record of another is used, and the choice says so.
+    """
+    return _choose(_records(target, folders), target, layer, tokens, tvm)
+
+
+def dispatch(
+    target: str, layer: Layer, most: int = 8192, folders: Sequence[Path] | None = None, tvm: str | None = None
+) -> list[tuple[int | None, Choice]]:
+    """(upper bound of T, what runs up to there): each T up to `MOST_DECODE`, then ranges; the last has no bound.
+
+    Ranges end at powers of 2, and half between measured T on a logarithmic scale.
+    """
+    records = _records(target, folders)
+    found: list[tuple[int | None, Choice]] = [
+        (tokens, _choose(records, target, layer, tokens, tvm)) for tokens in range(1, MOST_DECODE + 1)
+    ]
+    tokens = 2 * MOST_DECODE
+    while tokens <= most:
+        choice = _choose(records, target, layer, tokens, tvm)
+        if found[-1][0] != MOST_DECODE and found[-1][1].options == choice.options:
+            found.pop()
+        found.append((tokens * 3 // 2, choice))
+        tokens *= 2
+    return [*found[:-1], (None, found[-1][1])]
+
+
+def _records(target: str, folders: Sequence[Path] | None) -> list[tuple[Layer, Record]]:
+    found = [record for record in read_records(target, folders) if record.operator == "experts"]
+    return [(Layer.from_json(record.layer), record) for record in found]
+
+
+def _choose(records: Sequence[tuple[Layer, Record]], target: str, layer: Layer, tokens: int, tvm: str | None) -> Choice:
+    if tokens > MOST_DECODE:
+        return _one(records, target, layer, tokens, "prefill", tvm)
+    parts = [_one(records, target, layer, tokens, kernel, tvm) for kernel in ("gate_up", "down")]
+    us = sum(part.us or inf for part in parts)
+    options = {name: value for part in parts for name, value in part.options.items()}
+    why = parts[0].why if parts[0].why == parts[1].why else f"gate_up {parts[0].why}; down {parts[1].why}"
+    few = Choice("decode", options, None if us == inf else us, why, all(part.measured for part in parts))
+    many = _one(records, target, layer, tokens, "prefill", tvm)
+    return many if many.us is not None and few.us is not None and many.us < few.us else few
+
+
+def _one(records: Sequence[tuple[Layer, Record]], target: str, layer: Layer, tokens: int, kernel: str, tvm: str | None) -> Choice:
+    """The choice for one kernel."""
+    for other, record in records:
+        if other == layer and (best := _best(record.measurements, kernel, layer, tokens)) is not None:
+            note = _age(record, kernel, tvm)
+            if best.tokens == tokens:
+                return Choice(kernel, dict(best.options), best.us, f"measured on {record.device}{note}", measured=True)
+            return Choice(kernel, dict(best.options), None, f"measured on {record.device} for T = {best.tokens}{note}", measured=True)
+    for distance, other, record in sorted(((_distance(layer, o), o, r) for o, r in records), key=lambda entry: entry[0]):
+        if distance <= ALIKE and (best := _best(record.measurements, kernel, layer, tokens)) is not None:
+            why = f"lent by {other.name}, T = {best.tokens}, measured on {record.device}{_age(record, kernel, tvm)}"
+            return Choice(kernel, dict(best.options), None, why, measured=False)
+    return Choice(kernel, default(kernel, layer, tokens), None, f"default: nothing like it was measured on {target}", measured=False)
+
+
+def _best(measurements: Iterable[Measurement], kernel: str, layer: Layer, tokens: int) -> Measurement | None:
+    """The fastest of the measured T nearest to this one, of what fits and is right."""
+    usable = [
+        m for m in measurements
+        if m.kernel == kernel and (m.error is None or m.error < MOST_ERROR) and fits(kernel, layer, tokens, dict(m.options))
+    ]  # fmt: skip
+    if not usable:
+        return None
+    nearest = min({m.tokens for m in usable}, key=lambda t: (abs(log2(t / max(tokens, 1))), t))
+    return min((m for m in usable if m.tokens == nearest), key=lambda m: m.us)
+
+
+def _distance(a: Layer, b: Layer) -> float:
+    """How unlike two layers are: octaves between their sizes."""
+    if (a.dtype, a.gated) != (b.dtype, b.gated):
+        return inf
+    sizes = zip((a.experts, a.top_k, a.d, a.f, bits(a)), (b.experts, b.top_k, b.d, b.f, bits(b)), strict=True)
+    return sum(abs(log2(x / y)) for x, y in sizes)
+
+
+def _age(record: Record, kernel: str, tvm: str | None) -> str:
+    """What is not as it was when the record was made."""
+    family = FAMILY[kernel]
+    notes = [] if record.kernels.get(family) == fingerprint(family) else ["an earlier version of the kernels"]
+    notes += [] if tvm is None or tvm == record.tvm else [f"TVM {record.tvm}"]
+    return f" with {' and '.join(notes)}" if notes else ""
+
+
+def order(records: Iterable[Record], kernel: str, tokens: int, options: Sequence[Options]) -> list[Options]:
+    """Candidates, those first that did best for other layers: by the mean of time over the least time of its layer and T.
+
+    What was never measured counts as half again as slow as the best, and keeps its order.
+    """
+    ratios: dict[tuple[tuple[str, int], ...], list[float]] = {}
+    for record in records:
+        groups: dict[int, list[Measurement]] = {}
+        for m in record.measurements:
+            if m.kernel == kernel:
+                groups.setdefault(m.tokens, []).append(m)
+        if groups:
+            nearest = min(groups, key=lambda t: abs(log2(t / max(tokens, 1))))
+            least = min(m.us for m in groups[nearest])
+            for m in groups[nearest]:
+                ratios.setdefault(m.options, []).append(m.us / least)
+
+    def rank(candidate: Options) -> float:
+        found = ratios.get(tuple(sorted(candidate.items())))
+        return 1.5 if found is None else sum(found) / len(found)
+
+    return sorted(options, key=rank)
