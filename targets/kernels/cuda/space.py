@@ -21,6 +21,16 @@ from moec.targets.kernels.cuda.layout import BLOCK, ceil_div
 
 Options = dict[str, int]
 
+PREFILL_OPTIONS = ("tokens", "tiles", "stages", "exact", "residency", "depth", "batch")
+PREFILL = (
+    (8, 1, 6, 1, 3, 4, 4), (8, 1, 6, 1, 2, 8, 4), (8, 1, 6, 1, 2, 4, 8), (16, 1, 6, 1, 2, 4, 4), (16, 1, 6, 1, 2, 6, 4),
+    (24, 1, 6, 1, 2, 4, 4), (24, 1, 6, 1, 3, 3, 2), (32, 1, 4, 1, 2, 4, 2), (32, 1, 4, 1, 2, 3, 4), (40, 1, 4, 1, 2, 3, 2),
+    (48, 1, 4, 1, 2, 3, 2), (48, 1, 4, 1, 2, 2, 2), (64, 1, 4, 1, 2, 2, 1), (64, 1, 4, 0, 2, 2, 1), (64, 2, 4, 0, 1, 3, 1),
+    (64, 2, 4, 0, 1, 2, 2), (72, 2, 4, 0, 1, 2, 2), (80, 2, 4, 0, 1, 2, 1), (96, 2, 4, 0, 1, 2, 1), (128, 2, 4, 0, 1, 2, 1),
+    (144, 1, 4, 1, 1, 2, 2),
+)  # fmt: skip
+"""What a sweep tries of the kernels of many tokens, by columns: the product is too large, and most of it does not fit in registers."""
+
 MOST_DECODE = 8
 """The most tokens of the kernels of a few tokens."""
 
@@ -104,9 +114,10 @@ def default(kernel: str, layer: Layer, tokens: int) -> Options:
         wide = next((n for n in (8, 16, 32) if 1.5 * each <= n), 64)
         few = wide <= 32
         found = {"tokens": wide, "tiles": 1, "stages": 6 if wide <= 16 else 4, "terms": layer.terms, "exact": 1,
-                 "residency": 2 if layer.terms == 1 else 1, "depth": 4 if few else 2}  # fmt: skip
+                 "residency": 2 if layer.terms == 1 else 1, "depth": 4 if few else 2, "batch": 2 if few else 1}  # fmt: skip
         return found if fits("prefill", layer, tokens, found) else {**found, "stages": 3, "residency": 1}
-    gate_up = {"warps": 8, "splits": 4, "unroll": 128, "residency": 0}
+    splits = next(n for n in (4, 2, 1) if n <= ceil_div(layer.d, BLOCK))
+    gate_up = {"warps": 8, "splits": splits, "unroll": 128, "residency": 0}
     down = {"down_warps": 16, "down_unroll": 64}
     return {"gate_up": gate_up, "down": down, "decode": {**gate_up, **down}}[kernel]
 
@@ -136,13 +147,7 @@ def _all(kernel: str, layer: Layer) -> list[Options]:
         ]
     if kernel == "down":
         return [{"down_warps": warps, "down_unroll": unroll} for warps, unroll in product((8, 16, 32), (32, 64, 128))]
-    shapes = [
-        (8, 1, 6, 1, 3, 4), (8, 1, 6, 1, 2, 8), (16, 1, 6, 1, 2, 4), (16, 1, 6, 1, 3, 4), (32, 1, 4, 1, 2, 4), (32, 1, 4, 1, 2, 2),
-        (48, 1, 4, 1, 2, 3), (48, 2, 4, 0, 1, 2), (64, 1, 4, 1, 2, 2), (64, 1, 4, 0, 2, 2), (64, 2, 4, 0, 1, 3), (96, 2, 4, 0, 1, 2),
-        (128, 1, 4, 1, 1, 2), (128, 2, 4, 0, 1, 2),
-    ]  # fmt: skip
-    names = ("tokens", "tiles", "stages", "exact", "residency", "depth")
-    return [{**dict(zip(names, shape, strict=True)), "terms": layer.terms} for shape in shapes]
+    return [dict(zip(PREFILL_OPTIONS, shape, strict=True)) | {"terms": layer.terms} for shape in PREFILL]
 
 
 def fits(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int], limit: int = 232_448) -> bool:

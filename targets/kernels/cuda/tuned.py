@@ -79,7 +79,7 @@ def _records(target: str, folders: Sequence[Path] | None) -> list[tuple[Layer, R
 
 
 def _choose(records: Sequence[tuple[Layer, Record]], target: str, layer: Layer, tokens: int, tvm: str | None) -> Choice:
-    if tokens > MOST_DECODE:
+    if tokens > MOST_DECODE or not fits("gate_up", layer, tokens, default("gate_up", layer, tokens)):  # wide rows of many tokens
         return _one(records, target, layer, tokens, "prefill", tvm)
     parts = [_one(records, target, layer, tokens, kernel, tvm) for kernel in ("gate_up", "down")]
     us = sum(part.us or inf for part in parts)
