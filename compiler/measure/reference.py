@@ -52,7 +52,8 @@ def matrix_codes(stack: Stack, arrays: Arrays, expert: int) -> Codes:
         part = words[..., at : at + 64 * width].reshape(layout.tiles, layout.blocks, 2 * width // size, 32, size).transpose(-3, -2)
         own = part.reshape(layout.tiles, layout.blocks, 32, 2, width).transpose(-3, -2)  # [..., 2, 32 lanes, words]
         shifts = (torch.arange(16 // width, device=words.device) * width)[:, None] + torch.tensor([0, 16], device=words.device)
-        found = found | (((own[..., None, None] >> shifts.int()) & ((1 << width) - 1)) << start)
+        bits = ((own[..., None, None] >> shifts.int()) & ((1 << width) - 1)) << start
+        found = found | bits.reshape(layout.tiles, layout.blocks, 2, 32, 32)
         at += 64 * width
     codes = _rows(found.reshape(layout.tiles, layout.blocks, 2, 8, 4, 8, 2, 2), layout).to(torch.uint8)
     zero = None if integer.symmetric else _sides(arrays["zero" + suffix][place], layout)
