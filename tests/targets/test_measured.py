@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moec.runtime.errors import MoecError
@@ -22,6 +22,7 @@ MEASUREMENTS = st.builds(
 RECORD = Record("box", "experts", {"experts": 4, "gate_up": ["a", "b"]}, "A GPU", "0.27", {"decode": "1"}, {"read_gb_s": 2960.0})
 
 
+@settings(deadline=None)
 @given(st.lists(MEASUREMENTS, max_size=5))
 def test_what_is_written_is_read(found: list[Measurement]) -> None:
     import tempfile

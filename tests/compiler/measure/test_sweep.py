@@ -14,9 +14,11 @@ from moec.compiler.measure.device import Ceilings, check_gpu
 from moec.compiler.measure.here import target_of
 from moec.compiler.measure.layers import layers_of, make_layer
 from moec.compiler.measure.sweep import FIRST, Results, Task, run_sweep, summary, tasks
+from moec.compiler.text import parse_graph
 from moec.targets.kernels.cuda.space import Layer, candidates, default
 from moec.targets.kernels.cuda.tuned import choose
 from moec.targets.measured import read_record
+from tests import graphs
 
 LAYER = Layer(8, 2, 512, 384, "int4_g64", "int4_g64")
 WANTED = tasks([LAYER], [1, 8, 64])
@@ -158,11 +160,11 @@ def test_wrong_layers_are_refused(arguments: tuple[None, list[str], list[str], s
         layers_of(*arguments)
 
 
-def test_layers_of_a_model() -> None:
-    folder = Path(__file__).parents[3] / "examples/models/tiny-moe"
-    found = layers_of(str(folder), ["64,8,2048,1024"], ["int4_g64", "int2_g64/int8_g64"], "bfloat16")
-    assert len(found) == 4
-    assert (found[0].experts, found[0].top_k, found[0].d, found[0].f) == (64, 8, 2048, 1024)
+def test_layers_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = parse_graph(graphs.MOE.replace("[6, 24, 16]", "[6, 48, 16]").replace("[6, 16, 12]", "[6, 16, 24]"))
+    monkeypatch.setattr("moec.compiler.frontend.huggingface.load", lambda _: (graph, None))
+    found = layers_of("a folder", ["64,8,2048,1024"], ["int4_g64", "int2_g64/int8_g64"], "bfloat16")
+    assert [(m.experts, m.top_k, m.d, m.f) for m in found] == [(64, 8, 2048, 1024)] * 2 + [(6, 2, 16, 24)] * 2
     assert (found[3].gate_up, found[3].down) == ("int2_g64", "int8_g64")
 
 
