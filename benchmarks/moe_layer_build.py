@@ -13,7 +13,8 @@ from benchmarks.moe_layer import SHAPES, write_json
 from moec.compiler.measure.cases import Case, Index
 from moec.compiler.measure.layers import make_layer
 from moec.runtime.errors import MoecError, unknown
-from moec.targets.kernels.cuda.space import Layer
+from moec.targets import Target
+from moec.targets.kernels.cuda.space import Layer, shared_memory
 
 PLAN = "moe_layer.json"
 
@@ -74,7 +75,7 @@ def _size(shape: str) -> tuple[int, int, int, int]:
     return experts, top_k, d, f
 
 
-def entries_for(options: Namespace, target: str, tvm: str) -> list[Entry]:
+def entries_for(options: Namespace, target: Target, tvm: str) -> list[Entry]:
     """The cells of the table."""
     from moec.targets.kernels.cuda.tuned import choose
     from moec.targets.measured import SHIPPED, own_folder
@@ -98,11 +99,14 @@ def build(options: Namespace) -> int:
     from moec.targets.measured import read_records
 
     target = get_target(options.target)
-    entries = entries_for(options, target.name, compile_.tvm_version())
+    entries = entries_for(options, target, compile_.tvm_version())
     cases = [entry.case for entry in entries]
     if options.sweep:
         named = [layer for _, layer in layers(options.shapes, options.formats)]
-        cases += [task.case for task in tasks(named, [int(t) for t in options.tokens.split(",")], read_records(target.name))]
+        cases += [
+            task.case
+            for task in tasks(named, [int(t) for t in options.tokens.split(",")], read_records(target.name), shared_memory(target))
+        ]
     failed = _compile(compile_.build(options.folder, cases, target, options.jobs), len(set(cases)), Progress())
     built = Index.read(options.folder).files
     kept = {(e.shape, e.tokens, e.case.layer): e for e in (*_old_plan(options.folder), *entries) if e.case in built}

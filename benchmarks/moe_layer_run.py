@@ -21,7 +21,8 @@ from moec.compiler.measure.device import Ceilings, check_gpu, measure_ceilings, 
 from moec.compiler.measure.layer import LayerWeights, Runner, Tokens, expected_result, random_tokens, random_weights, relative_error
 from moec.compiler.measure.sweep import Bench, Results, rotated, run_sweep, summary, tasks
 from moec.runtime.errors import MoecError
-from moec.targets.kernels.cuda.space import Layer
+from moec.targets import get_target
+from moec.targets.kernels.cuda.space import Layer, shared_memory
 from moec.targets.measured import read_records
 
 FEW, MANY = 8, 4  # layers in a graph
@@ -211,7 +212,11 @@ def sweep(options: Namespace) -> int:
     counts = sorted({entry.tokens for entry in entries if entry.tokens})
     counts = counts if options.tokens is None else [int(t) for t in options.tokens.split(",")]
     results = Results(options.records, index.target, device, index.tvm, measure_ceilings())
-    wanted = [task for task in tasks(layers, counts, read_records(index.target)) if task.case in index.files]
+    wanted = [
+        task
+        for task in tasks(layers, counts, read_records(index.target), shared_memory(get_target(index.target)))
+        if task.case in index.files
+    ]
     bench = Bench(options.folder, index, options.repetitions)
     print(f"{device}: {len(wanted)} timings, {sum(results.has(task) for task in wanted)} of them done", flush=True)
     for done, (task, us, problem) in enumerate(run_sweep(wanted, results, bench.measure, options.seconds), 1):

@@ -17,7 +17,7 @@ from moec.compiler.measure.device import check_gpu, measure_ceilings
 from moec.compiler.measure.sweep import Bench, Results, Task, run_sweep, tasks
 from moec.compiler.progress import Progress
 from moec.targets import Target, get_target, known_targets
-from moec.targets.kernels.cuda.space import Layer
+from moec.targets.kernels.cuda.space import Layer, shared_memory
 from moec.targets.measured import Record, own_folder, read_records
 
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
@@ -73,7 +73,7 @@ def measure_here(
         ceilings = measure_ceilings()
     results = Results(folder or own_folder(), target.name, device, tvm_version(), ceilings)
     known = [record for record in read_records(target.name) if Layer.from_json(record.layer) not in layers]
-    wanted = tasks(layers, _for_device(tokens), known)
+    wanted = tasks(layers, _for_device(tokens), known, shared_memory(target))
     failed: list[tuple[Task, str]] = []
     with tempfile.TemporaryDirectory(prefix="moec-measure-") as work, progress.counter("timings") as count:
         left = [task for task in wanted if not results.has(task)]

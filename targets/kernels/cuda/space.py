@@ -7,6 +7,7 @@ four of many tokens. Options are the fields of `DecodeSpec` and of `product.Shap
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -16,6 +17,7 @@ from typing import Any
 
 from moec.runtime.formats import get_format
 from moec.runtime.formats.int import IntFormat
+from moec.targets import Target
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.layout import BLOCK, ceil_div
 
@@ -30,6 +32,9 @@ PREFILL = (
     (144, 1, 4, 1, 1, 2, 2),
 )  # fmt: skip
 """What a sweep tries of the kernels of many tokens, by columns: the product is too large, and most of it does not fit in registers."""
+
+MOST_SHARED = 232_448
+"""Bytes of shared memory of a block of compute capability 9.0."""
 
 MOST_DECODE = 8
 """The most tokens of the kernels of a few tokens."""
@@ -107,7 +112,12 @@ class Layer:
         return cls(**fields)
 
 
-def default(kernel: str, layer: Layer, tokens: int) -> Options:
+def shared_memory(target: Target) -> int:
+    """Bytes of shared memory that a block may have on a target."""
+    return int(json.loads(target.tvm).get("max_shared_memory_per_block", 48 << 10))
+
+
+def default(kernel: str, layer: Layer, tokens: int, limit: int = MOST_SHARED) -> Options:
     """Options that are right for want of measurements: as many tokens a tile as an expert gets, and not fewer warps than hide latency."""
     if kernel == "prefill":
         each = tokens * layer.top_k / layer.experts
@@ -115,16 +125,16 @@ def default(kernel: str, layer: Layer, tokens: int) -> Options:
         few = wide <= 32
         found = {"tokens": wide, "tiles": 1, "stages": 6 if wide <= 16 else 4, "terms": layer.terms, "exact": 1,
                  "residency": 2 if layer.terms == 1 else 1, "depth": 4 if few else 2, "batch": 2 if few else 1}  # fmt: skip
-        return found if fits("prefill", layer, tokens, found) else {**found, "stages": 3, "residency": 1}
+        return found if fits("prefill", layer, tokens, found, limit) else {**found, "stages": 3, "residency": 1}
     splits = next(n for n in (4, 2, 1) if n <= ceil_div(layer.d, BLOCK))
     gate_up = {"warps": 8, "splits": splits, "unroll": 128, "residency": 0}
     down = {"down_warps": 16, "down_unroll": 64}
     return {"gate_up": gate_up, "down": down, "decode": {**gate_up, **down}}[kernel]
 
 
-def candidates(kernel: str, layer: Layer, tokens: int) -> list[Options]:
+def candidates(kernel: str, layer: Layer, tokens: int, limit: int = MOST_SHARED) -> list[Options]:
     """What a sweep tries: all that fits, the default first."""
-    found = [default(kernel, layer, tokens), *(options for options in _all(kernel, layer) if fits(kernel, layer, tokens, options))]
+    found = [default(kernel, layer, tokens, limit), *(o for o in _all(kernel, layer) if fits(kernel, layer, tokens, o, limit))]
     unique: dict[tuple[tuple[str, int], ...], Options] = {}
     for options in found:
         unique.setdefault(tuple(sorted(_effective(layer, options).items())), options)
@@ -150,7 +160,7 @@ def _all(kernel: str, layer: Layer) -> list[Options]:
     return [dict(zip(PREFILL_OPTIONS, shape, strict=True)) | {"terms": layer.terms} for shape in PREFILL]
 
 
-def fits(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int], limit: int = 232_448) -> bool:
+def fits(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int], limit: int = MOST_SHARED) -> bool:
     """Whether a block has the threads and the shared memory (`limit` bytes) that the options ask for, and a use for them."""
     threads, shared = needs(kernel, layer, tokens, options)
     if threads > 1024 or shared > limit:

@@ -6,12 +6,15 @@ options, if they fit here; without that, options are defaults. Results that are 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf, log2
 from pathlib import Path
 
-from moec.targets.kernels.cuda.space import FAMILY, MOST_DECODE, Layer, Options, bits, default, fingerprint, fits
+from moec.runtime.errors import MoecError
+from moec.targets import Target
+from moec.targets.kernels.cuda.space import FAMILY, MOST_DECODE, Layer, Options, bits, default, fingerprint, fits, shared_memory
 from moec.targets.measured import Measurement, Record, read_records
 
 MOST_ERROR = 5e-3
@@ -40,32 +43,38 @@ class Choice:
     measured: bool
 
 
-def choose(target: str, layer: Layer, tokens: int, folders: Sequence[Path] | None = None, tvm: str | None = None) -> Choice:
+def choose(target: Target, layer: Layer, tokens: int, folders: Sequence[Path] | None = None, tvm: str | None = None) -> Choice:
     """What runs for T tokens of a layer.
 
     Args:
-        target: its name.
+        target: the GPU.
         tokens: T.
         folders: of records; see `read_records`.
         tvm: the version that compiles; a record of another is used, and the choice says so.
+
+    Raises:
+        MoecError: the target has no kernels for so many tokens.
     """
-    return _choose(_records(target, folders), target, layer, tokens, tvm)
+    return _Chooser.of(target, layer, folders, tvm).choose(tokens)
 
 
 def dispatch(
-    target: str, layer: Layer, most: int = 8192, folders: Sequence[Path] | None = None, tvm: str | None = None
+    target: Target, layer: Layer, most: int = 8192, folders: Sequence[Path] | None = None, tvm: str | None = None
 ) -> list[tuple[int | None, Choice]]:
     """(upper bound of T, what runs up to there): each T up to `MOST_DECODE`, then ranges; the last has no bound.
 
-    Ranges end at powers of 2, and half between measured T on a logarithmic scale.
+    Ranges end half between powers of 2. There are none on a target without the kernels of many tokens.
+
+    Raises:
+        MoecError: the target has no kernels for the layer.
     """
-    records = _records(target, folders)
-    found: list[tuple[int | None, Choice]] = [
-        (tokens, _choose(records, target, layer, tokens, tvm)) for tokens in range(1, MOST_DECODE + 1)
-    ]
+    chooser = _Chooser.of(target, layer, folders, tvm)
+    found: list[tuple[int | None, Choice]] = [(tokens, chooser.choose(tokens)) for tokens in range(1, MOST_DECODE + 1)]
+    if not chooser.many:
+        return found
     tokens = 2 * MOST_DECODE
     while tokens <= most:
-        choice = _choose(records, target, layer, tokens, tvm)
+        choice = chooser.choose(tokens)
         if found[-1][0] != MOST_DECODE and found[-1][1].options == choice.options:
             found.pop()
         found.append((tokens * 3 // 2, choice))
@@ -73,48 +82,67 @@ def dispatch(
     return [*found[:-1], (None, found[-1][1])]
 
 
-def _records(target: str, folders: Sequence[Path] | None) -> list[tuple[Layer, Record]]:
-    found = [record for record in read_records(target, folders) if record.operator == "experts"]
-    return [(Layer.from_json(record.layer), record) for record in found]
+@dataclass(frozen=True)
+class _Chooser:
+    """What choices for a layer depend on."""
 
+    target: str
+    many: bool
+    limit: int
+    layer: Layer
+    records: Sequence[tuple[Layer, Record]]
+    tvm: str | None
 
-def _choose(records: Sequence[tuple[Layer, Record]], target: str, layer: Layer, tokens: int, tvm: str | None) -> Choice:
-    if tokens > MOST_DECODE or not fits("gate_up", layer, tokens, default("gate_up", layer, tokens)):  # wide rows of many tokens
-        return _one(records, target, layer, tokens, "prefill", tvm)
-    parts = [_one(records, target, layer, tokens, kernel, tvm) for kernel in ("gate_up", "down")]
-    us = sum(part.us or inf for part in parts)
-    options = {name: value for part in parts for name, value in part.options.items()}
-    why = parts[0].why if parts[0].why == parts[1].why else f"gate_up {parts[0].why}; down {parts[1].why}"
-    few = Choice("decode", options, None if us == inf else us, why, all(part.measured for part in parts))
-    many = _one(records, target, layer, tokens, "prefill", tvm)
-    return many if many.us is not None and few.us is not None and many.us < few.us else few
+    @classmethod
+    def of(cls, target: Target, layer: Layer, folders: Sequence[Path] | None, tvm: str | None) -> _Chooser:
+        found = [record for record in read_records(target.name, folders) if record.operator == "experts"]
+        many = str(json.loads(target.tvm)["arch"]).startswith("sm_90")  # they use what only compute capability 9.0 has
+        return cls(target.name, many, shared_memory(target), layer, [(Layer.from_json(record.layer), record) for record in found], tvm)
 
+    def choose(self, tokens: int) -> Choice:
+        few_fit = 1 <= tokens <= MOST_DECODE and self.fits("gate_up", tokens, default("gate_up", self.layer, tokens, self.limit))
+        if not few_fit:  # too many, or rows that are too wide
+            if not self.many:
+                what = f"{tokens} tokens of {self.layer.d} {self.layer.dtype}"
+                raise MoecError(f"target {self.target}: no CUDA kernels for the experts of {what} at a time; pass fewer tokens")
+            return self.one(tokens, "prefill")
+        parts = [self.one(tokens, kernel) for kernel in ("gate_up", "down")]
+        us = sum(part.us or inf for part in parts)
+        options = {name: value for part in parts for name, value in part.options.items()}
+        why = parts[0].why if parts[0].why == parts[1].why else f"gate_up {parts[0].why}; down {parts[1].why}"
+        few = Choice("decode", options, None if us == inf else us, why, all(part.measured for part in parts))
+        many = self.one(tokens, "prefill") if self.many else few
+        return many if many.us is not None and few.us is not None and many.us < few.us else few
 
-def _one(records: Sequence[tuple[Layer, Record]], target: str, layer: Layer, tokens: int, kernel: str, tvm: str | None) -> Choice:
-    """The choice for one kernel."""
-    for other, record in records:
-        if other == layer and (best := _best(record.measurements, kernel, layer, tokens)) is not None:
-            note = _age(record, kernel, tvm)
-            if best.tokens == tokens:
-                return Choice(kernel, dict(best.options), best.us, f"measured on {record.device}{note}", measured=True)
-            return Choice(kernel, dict(best.options), None, f"measured on {record.device} for T = {best.tokens}{note}", measured=True)
-    for distance, other, record in sorted(((_distance(layer, o), o, r) for o, r in records), key=lambda entry: entry[0]):
-        if distance <= ALIKE and (best := _best(record.measurements, kernel, layer, tokens)) is not None:
-            why = f"lent by {other.name}, T = {best.tokens}, measured on {record.device}{_age(record, kernel, tvm)}"
-            return Choice(kernel, dict(best.options), None, why, measured=False)
-    return Choice(kernel, default(kernel, layer, tokens), None, f"default: nothing like it was measured on {target}", measured=False)
+    def one(self, tokens: int, kernel: str) -> Choice:
+        """The choice for one kernel."""
+        for other, record in self.records:
+            if other == self.layer and (best := self.best(record.measurements, kernel, tokens)) is not None:
+                age, options = _age(record, kernel, self.tvm), dict(best.options)
+                if best.tokens == tokens:
+                    return Choice(kernel, options, best.us, f"measured on {record.device}{age}", measured=True)
+                return Choice(kernel, options, None, f"measured on {record.device} for T = {best.tokens}{age}", measured=True)
+        for distance, other, record in sorted(((_distance(self.layer, o), o, r) for o, r in self.records), key=lambda entry: entry[0]):
+            if distance <= ALIKE and (best := self.best(record.measurements, kernel, tokens)) is not None:
+                why = f"lent by {other.name}, T = {best.tokens}, measured on {record.device}{_age(record, kernel, self.tvm)}"
+                return Choice(kernel, dict(best.options), None, why, measured=False)
+        options = default(kernel, self.layer, tokens, self.limit)
+        return Choice(kernel, options, None, f"default: nothing like it was measured on {self.target}", measured=False)
 
+    def best(self, measurements: Iterable[Measurement], kernel: str, tokens: int) -> Measurement | None:
+        """The fastest of the measured T nearest to this one, of what fits and is right."""
+        usable = [
+            m for m in measurements
+            if m.kernel == kernel and (m.error is None or m.error < MOST_ERROR) and self.fits(kernel, tokens, dict(m.options))
+        ]  # fmt: skip
+        if not usable:
+            return None
+        nearest = min({m.tokens for m in usable}, key=lambda t: (abs(log2(t / max(tokens, 1))), t))
+        return min((m for m in usable if m.tokens == nearest), key=lambda m: m.us)
 
-def _best(measurements: Iterable[Measurement], kernel: str, layer: Layer, tokens: int) -> Measurement | None:
-    """The fastest of the measured T nearest to this one, of what fits and is right."""
-    usable = [
-        m for m in measurements
-        if m.kernel == kernel and (m.error is None or m.error < MOST_ERROR) and fits(kernel, layer, tokens, dict(m.options))
-    ]  # fmt: skip
-    if not usable:
-        return None
-    nearest = min({m.tokens for m in usable}, key=lambda t: (abs(log2(t / max(tokens, 1))), t))
-    return min((m for m in usable if m.tokens == nearest), key=lambda m: m.us)
+    def fits(self, kernel: str, tokens: int, options: Options) -> bool:
+        """Whether the target can run them."""
+        return fits(kernel, self.layer, tokens, options, self.limit)
 
 
 def _distance(a: Layer, b: Layer) -> float:

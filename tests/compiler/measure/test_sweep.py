@@ -15,11 +15,13 @@ from moec.compiler.measure.here import target_of
 from moec.compiler.measure.layers import layers_of, make_layer
 from moec.compiler.measure.sweep import FIRST, Results, Task, run_sweep, summary, tasks
 from moec.compiler.text import parse_graph
+from moec.targets import Target, cuda
 from moec.targets.kernels.cuda.space import Layer, candidates, default
 from moec.targets.kernels.cuda.tuned import choose
 from moec.targets.measured import read_record
 from tests import graphs
 
+BOX = Target("box", "a GPU of ours", "cuda", cuda("sm_90a", 232_448))
 LAYER = Layer(8, 2, 512, 384, "int4_g64", "int4_g64")
 WANTED = tasks([LAYER], [1, 8, 64])
 CEILINGS = Ceilings(3000.0, 2900.0, 700.0)
@@ -58,7 +60,7 @@ def test_all_is_kept_and_chosen_from(tmp_path: Path) -> None:
     record = read_record(found.path(LAYER))
     assert len(record.measurements) == len(WANTED)
     assert record.ceilings == CEILINGS.to_json()
-    choice = choose("box", LAYER, 1, [tmp_path])
+    choice = choose(BOX, LAYER, 1, [tmp_path])
     best = max(candidates("gate_up", LAYER, 1), key=lambda o: sum(o.values()))
     assert {name: choice.options[name] for name in best} == best
     assert choice.why == "measured on GPU"
