@@ -14,7 +14,7 @@ from moec.compiler.measure.cases import Case, Index
 from moec.compiler.measure.layers import make_layer
 from moec.runtime.errors import MoecError, unknown
 from moec.targets import Target
-from moec.targets.kernels.cuda.space import Layer, shared_memory
+from moec.targets.kernels.cuda.space import Layer
 
 PLAN = "moe_layer.json"
 
@@ -103,10 +103,7 @@ def build(options: Namespace) -> int:
     cases = [entry.case for entry in entries]
     if options.sweep:
         named = [layer for _, layer in layers(options.shapes, options.formats)]
-        cases += [
-            task.case
-            for task in tasks(named, [int(t) for t in options.tokens.split(",")], read_records(target.name), shared_memory(target))
-        ]
+        cases += [task.case for task in tasks(named, [int(t) for t in options.tokens.split(",")], target, read_records(target.name))]
     failed = _compile(compile_.build(options.folder, cases, target, options.jobs), len(set(cases)), Progress())
     built = Index.read(options.folder).files
     kept = {(e.shape, e.tokens, e.case.layer): e for e in (*_old_plan(options.folder), *entries) if e.case in built}

@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from moec.compiler.errors import MoecError
 from moec.compiler.measure.build import build, tvm_version
 from moec.compiler.measure.cases import Index
@@ -17,7 +15,7 @@ from moec.compiler.measure.device import check_gpu, measure_ceilings
 from moec.compiler.measure.sweep import Bench, Results, Task, run_sweep, tasks
 from moec.compiler.progress import Progress
 from moec.targets import Target, get_target, known_targets
-from moec.targets.kernels.cuda.space import Layer, shared_memory
+from moec.targets.kernels.cuda.space import Layer
 from moec.targets.measured import Record, own_folder, read_records
 
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
@@ -73,7 +71,7 @@ def measure_here(
         ceilings = measure_ceilings()
     results = Results(folder or own_folder(), target.name, device, tvm_version(), ceilings)
     known = [record for record in read_records(target.name) if Layer.from_json(record.layer) not in layers]
-    wanted = tasks(layers, _for_device(tokens), known, shared_memory(target))
+    wanted = tasks(layers, tokens, target, known)
     failed: list[tuple[Task, str]] = []
     with tempfile.TemporaryDirectory(prefix="moec-measure-") as work, progress.counter("timings") as count:
         left = [task for task in wanted if not results.has(task)]
@@ -90,11 +88,6 @@ def measure_here(
     bad = {task for task, _ in failed}
     remaining = sum(task not in bad and not results.has(task) for task in wanted)
     return [results.record(layer) for layer in layers], failed, remaining
-
-
-def _for_device(tokens: Sequence[int]) -> list[int]:
-    """T for which there are kernels: those of many tokens need compute capability 9.0."""
-    return [t for t in tokens if t <= 8 or torch.cuda.get_device_capability() == (9, 0)]
 
 
 def _batches(wanted: Sequence[Task], size: int) -> Iterator[Sequence[Task]]:

@@ -18,7 +18,8 @@ from torch import Tensor
 from moec.compiler.measure.cases import Case, Index
 from moec.compiler.measure.device import Ceilings, time_graph
 from moec.compiler.measure.layer import LayerWeights, Runner, Tokens, expected_result, random_tokens, random_weights, relative_error
-from moec.targets.kernels.cuda.space import FAMILIES, FAMILY, MOST_DECODE, MOST_SHARED, Layer, candidates, fingerprint
+from moec.targets import Target
+from moec.targets.kernels.cuda.space import FAMILIES, FAMILY, MOST_DECODE, Layer, candidates, fingerprint, has_many, shared_memory
 from moec.targets.kernels.cuda.tuned import order
 from moec.targets.measured import Measurement, Record, read_record, write_record
 
@@ -46,19 +47,20 @@ class Task:
         return self.case.layer, self.kernel, self.tokens
 
 
-def tasks(layers: Sequence[Layer], tokens: Sequence[int], known: Sequence[Record] = (), limit: int = MOST_SHARED) -> list[Task]:
+def tasks(layers: Sequence[Layer], tokens: Sequence[int], target: Target, known: Sequence[Record] = ()) -> list[Task]:
     """What a sweep times, in its order: the kernels of few tokens where T is at most `MOST_DECODE`, those of many for every T from there.
 
     Args:
+        target: what is left out is what it cannot run.
         known: records of other layers, which order the candidates.
-        limit: bytes of shared memory of a block.
     """
+    many = ("prefill",) if has_many(target) else ()
     rounds: tuple[list[Task], list[Task]] = ([], [])
     for layer in layers:
         for t in tokens:
-            kernels = ("gate_up", "down", "prefill") if t == MOST_DECODE else ("gate_up", "down") if t < MOST_DECODE else ("prefill",)
+            kernels = (*(("gate_up", "down") if t <= MOST_DECODE else ()), *(many if t >= MOST_DECODE else ()))
             for kernel in kernels:
-                found = candidates(kernel, layer, t, limit)
+                found = candidates(kernel, layer, t, shared_memory(target))
                 ordered = [found[0], *order(known, kernel, t, found[1:])]
                 for place, options in enumerate(ordered):
                     rounds[place >= FIRST].append(Task(kernel, t, Case.of(kernel, layer, options, t)))

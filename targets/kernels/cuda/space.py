@@ -117,6 +117,11 @@ def shared_memory(target: Target) -> int:
     return int(json.loads(target.tvm).get("max_shared_memory_per_block", 48 << 10))
 
 
+def has_many(target: Target) -> bool:
+    """Whether a target can run the kernels of many tokens: they use what only compute capability 9.0 has."""
+    return str(json.loads(target.tvm)["arch"]).startswith("sm_90")
+
+
 def default(kernel: str, layer: Layer, tokens: int, limit: int = MOST_SHARED) -> Options:
     """Options that are right for want of measurements: as many tokens a tile as an expert gets, and not fewer warps than hide latency."""
     if kernel == "prefill":

@@ -6,7 +6,6 @@ options, if they fit here; without that, options are defaults. Results that are 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf, log2
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from moec.runtime.errors import MoecError
 from moec.targets import Target
-from moec.targets.kernels.cuda.space import FAMILY, MOST_DECODE, Layer, Options, bits, default, fingerprint, fits, shared_memory
+from moec.targets.kernels.cuda.space import FAMILY, MOST_DECODE, Layer, Options, bits, default, fingerprint, fits, has_many, shared_memory
 from moec.targets.measured import Measurement, Record, read_records
 
 MOST_ERROR = 5e-3
@@ -96,8 +95,9 @@ class _Chooser:
     @classmethod
     def of(cls, target: Target, layer: Layer, folders: Sequence[Path] | None, tvm: str | None) -> _Chooser:
         found = [record for record in read_records(target.name, folders) if record.operator == "experts"]
-        many = str(json.loads(target.tvm)["arch"]).startswith("sm_90")  # they use what only compute capability 9.0 has
-        return cls(target.name, many, shared_memory(target), layer, [(Layer.from_json(record.layer), record) for record in found], tvm)
+        return cls(
+            target.name, has_many(target), shared_memory(target), layer, [(Layer.from_json(record.layer), record) for record in found], tvm
+        )
 
     def choose(self, tokens: int) -> Choice:
         few_fit = 1 <= tokens <= MOST_DECODE and self.fits("gate_up", tokens, default("gate_up", self.layer, tokens, self.limit))

@@ -15,7 +15,7 @@ from moec.compiler.measure.here import target_of
 from moec.compiler.measure.layers import layers_of, make_layer
 from moec.compiler.measure.sweep import FIRST, Results, Task, run_sweep, summary, tasks
 from moec.compiler.text import parse_graph
-from moec.targets import Target, cuda
+from moec.targets import Target, cuda, get_target
 from moec.targets.kernels.cuda.space import Layer, candidates, default
 from moec.targets.kernels.cuda.tuned import choose
 from moec.targets.measured import read_record
@@ -23,7 +23,7 @@ from tests import graphs
 
 BOX = Target("box", "a GPU of ours", "cuda", cuda("sm_90a", 232_448))
 LAYER = Layer(8, 2, 512, 384, "int4_g64", "int4_g64")
-WANTED = tasks([LAYER], [1, 8, 64])
+WANTED = tasks([LAYER], [1, 8, 64], BOX)
 CEILINGS = Ceilings(3000.0, 2900.0, 700.0)
 
 
@@ -52,6 +52,10 @@ def test_tasks_are_all_candidates_the_promising_ones_of_each_kernel_first() -> N
         assert dict(own[0].case.options) == default(kernel, LAYER, tokens)
     first = sum(min(FIRST, len(candidates(kernel, LAYER, tokens))) for kernel, tokens in kernels)
     assert {task.group for task in WANTED[:first]} == groups
+
+
+def test_older_gpus_have_no_tasks_of_many_tokens() -> None:
+    assert {(task.kernel, task.tokens) for task in tasks([LAYER], [1, 64], get_target("a100"))} == {("gate_up", 1), ("down", 1)}
 
 
 def test_all_is_kept_and_chosen_from(tmp_path: Path) -> None:
