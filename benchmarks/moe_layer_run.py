@@ -212,11 +212,7 @@ def sweep(options: Namespace) -> int:
     counts = sorted({entry.tokens for entry in entries if entry.tokens})
     counts = counts if options.tokens is None else [int(t) for t in options.tokens.split(",")]
     results = Results(options.records, index.target, device, index.tvm, measure_ceilings())
-    wanted = [
-        task
-        for task in tasks(layers, counts, read_records(index.target), shared_memory(get_target(index.target)))
-        if task.case in index.files
-    ]
+    wanted = [task for task in tasks(layers, counts, get_target(index.target), read_records(index.target)) if task.case in index.files]
     bench = Bench(options.folder, index, options.repetitions)
     print(f"{device}: {len(wanted)} timings, {sum(results.has(task) for task in wanted)} of them done", flush=True)
     for done, (task, us, problem) in enumerate(run_sweep(wanted, results, bench.measure, options.seconds), 1):
