@@ -23,13 +23,15 @@ from moec.targets.kernels.cuda.layout import BLOCK, ceil_div
 
 Options = dict[str, int]
 
-PREFILL_OPTIONS = ("tokens", "tiles", "stages", "exact", "residency", "depth", "batch")
+PREFILL_OPTIONS = ("tokens", "tiles", "stages", "exact", "residency", "depth", "batch", "multiprocessors")
 PREFILL = (
-    (8, 1, 6, 1, 3, 4, 4), (8, 1, 6, 1, 2, 8, 4), (8, 1, 6, 1, 2, 4, 8), (16, 1, 6, 1, 2, 4, 4), (16, 1, 6, 1, 2, 6, 4),
-    (24, 1, 6, 1, 2, 4, 4), (24, 1, 6, 1, 3, 3, 2), (32, 1, 4, 1, 2, 4, 2), (32, 1, 4, 1, 2, 3, 4), (40, 1, 4, 1, 2, 3, 2),
-    (48, 1, 4, 1, 2, 3, 2), (48, 1, 4, 1, 2, 2, 2), (64, 1, 4, 1, 2, 2, 1), (64, 1, 4, 0, 2, 2, 1), (64, 2, 4, 0, 1, 3, 1),
-    (64, 2, 4, 0, 1, 2, 2), (72, 2, 4, 0, 1, 2, 2), (80, 2, 4, 0, 1, 2, 1), (96, 2, 4, 0, 1, 2, 1), (128, 2, 4, 0, 1, 2, 1),
-    (144, 1, 4, 1, 1, 2, 2),
+    (8, 1, 6, 1, 2, 2, 1, 0), (8, 1, 6, 1, 2, 4, 1, 0), (8, 1, 6, 1, 2, 8, 1, 0), (8, 1, 6, 1, 2, 8, 1, 132), (8, 1, 6, 1, 3, 4, 1, 132),
+    (16, 1, 6, 1, 2, 2, 1, 0), (16, 1, 6, 1, 2, 4, 1, 0), (16, 1, 6, 1, 2, 4, 1, 132), (16, 1, 6, 1, 2, 4, 4, 132),
+    (24, 1, 6, 1, 2, 4, 1, 0), (24, 1, 6, 1, 2, 4, 4, 132), (32, 1, 4, 1, 2, 4, 1, 0), (32, 1, 4, 1, 2, 4, 2, 132),
+    (40, 1, 4, 1, 2, 3, 1, 0), (40, 1, 4, 1, 2, 3, 2, 132), (48, 1, 4, 1, 2, 3, 1, 0), (48, 1, 4, 1, 2, 3, 1, 132),
+    (64, 1, 4, 1, 2, 2, 1, 0), (64, 1, 4, 0, 2, 2, 1, 0), (64, 2, 4, 0, 1, 3, 1, 132), (72, 2, 4, 0, 1, 2, 2, 132),
+    (80, 2, 4, 0, 1, 2, 1, 132), (96, 2, 4, 0, 1, 2, 1, 132), (128, 2, 4, 0, 1, 2, 1, 0), (128, 2, 4, 0, 1, 2, 1, 132),
+    (144, 1, 4, 1, 1, 2, 2, 132),
 )  # fmt: skip
 """What a sweep tries of the kernels of many tokens, by columns: the product is too large, and most of it does not fit in registers."""
 
@@ -127,9 +129,9 @@ def default(kernel: str, layer: Layer, tokens: int, limit: int = MOST_SHARED) ->
     if kernel == "prefill":
         each = tokens * layer.top_k / layer.experts
         wide = next((n for n in (8, 16, 32) if 1.5 * each <= n), 64)
-        few = wide <= 32
         found = {"tokens": wide, "tiles": 1, "stages": 6 if wide <= 16 else 4, "terms": layer.terms, "exact": 1,
-                 "residency": 2 if layer.terms == 1 else 1, "depth": 4 if few else 2, "batch": 2 if few else 1}  # fmt: skip
+                 "residency": 2 if layer.terms == 1 else 1, "depth": 4 if wide <= 32 else 2, "batch": 1,
+                 "multiprocessors": 0 if wide <= 16 else 132}  # fmt: skip
         return found if fits("prefill", layer, tokens, found, limit) else {**found, "stages": 3, "residency": 1}
     splits = next(n for n in (4, 2, 1) if n <= ceil_div(layer.d, BLOCK))
     gate_up = {"warps": 8, "splits": splits, "unroll": 128, "residency": 0}
