@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -41,22 +42,33 @@ MOST_SHARED = 232_448
 MOST_DECODE = 8
 """The most tokens of the kernels of a few tokens."""
 
-_SHARED = ("emit.py", "intrinsics.py", "layout.py", "experts_layout.py", "activation.py", "pipeline.py")
-FAMILIES: dict[str, tuple[str, ...]] = {
-    "decode": (*_SHARED, "experts_decode.py", "stream.py", "routing.py"),
-    "prefill": (*_SHARED, "experts_prefill.py", "product.py", "matrix.py", "sort.py"),
-}
-"""The source files of the kernels of a few tokens and of many."""
+FAMILIES = {"decode": ("experts_decode", "pipeline"), "prefill": ("experts_prefill", "sort", "pipeline")}
+"""The modules that the kernels of a few tokens and of many are built by; what they import of this folder belongs to them."""
+
+_IMPORT = re.compile(r"^from moec\.targets\.kernels\.cuda\.(\w+) import", re.MULTILINE)
 
 FAMILY = {"gate_up": "decode", "down": "decode", "decode": "decode", "prefill": "prefill"}
+
+
+@cache
+def sources(family: str) -> tuple[Path, ...]:
+    """The source files of a family of kernels."""
+    found, new = set[str](), set(FAMILIES[family])
+    while new:
+        found |= new
+        texts = [Path(__file__).with_name(f"{name}.py").read_text() for name in new]
+        new = {
+            name for text in texts for name in re.findall(r"^from moec\.targets\.kernels\.cuda\.(\w+) import", text, re.MULTILINE)
+        } - found
+    return tuple(Path(__file__).with_name(f"{name}.py") for name in sorted(found))
 
 
 @cache
 def fingerprint(family: str) -> str:
     """Which version of the sources of a family of kernels this is."""
     digest = hashlib.sha256()
-    for name in FAMILIES[family]:
-        digest.update(Path(__file__).with_name(name).read_bytes())
+    for path in sources(family):
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 

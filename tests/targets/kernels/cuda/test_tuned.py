@@ -10,7 +10,18 @@ import pytest
 
 from moec.runtime.errors import MoecError
 from moec.targets import Target, cuda, get_target
-from moec.targets.kernels.cuda.space import FAMILIES, MOST_DECODE, Layer, candidates, default, fingerprint, fits, needs, shared_memory
+from moec.targets.kernels.cuda.space import (
+    FAMILIES,
+    MOST_DECODE,
+    Layer,
+    candidates,
+    default,
+    fingerprint,
+    fits,
+    needs,
+    shared_memory,
+    sources,
+)
 from moec.targets.kernels.cuda.tuned import choose, dispatch, order
 from moec.targets.measured import Measurement, Record, read_records, write_record
 
@@ -83,6 +94,14 @@ def test_alike_layers_lend_and_others_do_not(tmp_path: Path) -> None:
         found = choose(BOX, other, 1, folders)
         assert found.why == "default: nothing like it was measured on box"
         assert found.options == default("decode", other, 1)
+
+
+def test_kernels_are_known_by_all_their_sources() -> None:
+    decode, prefill = ({path.stem for path in sources(family)} for family in ("decode", "prefill"))
+    assert {"experts_decode", "stream", "routing", "intrinsics", "layout", "experts_layout", "emit", "activation", "pipeline"} <= decode
+    assert {"experts_prefill", "product", "matrix", "sort", "intrinsics", "layout", "experts_layout", "emit", "pipeline"} <= prefill
+    assert "product" not in decode
+    assert not {"space", "tuned"} & (decode | prefill)
 
 
 def test_no_tokens_run_the_kernels_of_any_number(tmp_path: Path) -> None:
