@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moec.compiler.cli.common import JsonOption, format_size, not_available, print_json
+from moec.compiler.cli.common import JsonOption, format_size, import_extra, parse_list, print_json
+from moec.compiler.progress import Progress
+from moec.runtime.host import available_cores
 from moec.targets import get_target, known_targets
 
 app = typer.Typer(help="The hardware that moec compiles for.", invoke_without_command=True)
@@ -52,6 +55,39 @@ def show(
 
 
 @app.command("measure")
-def measure() -> None:
-    """Measure this machine (not available in this version)."""
-    raise not_available("targets measure")
+def measure(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A checkpoint, or a folder with its config.json.")] = None,
+    layer: Annotated[list[str] | None, typer.Option(metavar="E,K,D,F", help="A layer's experts, top-k and sizes; repeatable.")] = None,
+    formats: Annotated[str, typer.Option(metavar="NAME,...", help="Weight formats; `a/b`: of gate_up and of down.")] = "int4_g128",
+    tokens: Annotated[str, typer.Option(metavar="T,...", help="Numbers of tokens.")] = "1,2,4,8,16,64,256,1024,4096",
+    target: Annotated[str | None, typer.Option(metavar="NAME|FILE", help="What the GPU is; found by its name unless given.")] = None,
+    activations: Annotated[str, typer.Option(metavar="bfloat16|float32", help="Of the kernels.")] = "bfloat16",
+    seconds: Annotated[float, typer.Option(metavar="S", min=1, help="After so long no new timing begins.")] = 600,
+    jobs: Annotated[int | None, typer.Option(metavar="N", min=1, help="Processes that compile; all cores unless given.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Where the records go.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Find the fastest kernels for the MoE layers of a model on this machine's GPU.
+
+    What is found is kept (in $MOEC_MEASURED, or ~/.local/share/moec/measured), and compiling takes it from there. A sweep that ran out of
+    time, or was interrupted, goes on when it is called again; timings of other versions of the kernels or of TVM are made anew.
+    """
+    here = import_extra("moec.compiler.measure.here", "compile")
+    sweep = import_extra("moec.compiler.measure.sweep", "compile")
+    layers = import_extra("moec.compiler.measure.layers", "compile").layers_of(model, layer or [], formats.split(","), activations)
+    known = None if target is None else get_target(target)
+    counts = parse_list(tokens, "--tokens")
+    records, failed, left = here.measure_here(layers, known, counts, output, seconds, jobs or available_cores(), Progress())
+    rows = [row for record in records for row in sweep.summary(record)]
+    if json:
+        problems = [{"layer": task.case.layer.name, "kernel": task.kernel, "tokens": task.tokens, "problem": why} for task, why in failed]
+        print_json({"best": rows, "failed": problems, "left": left})
+        return
+    print("| layer | kernel | T | us | over the default | of | options |\n|---|---|---|---|---|---|---|")
+    for row in rows:
+        gain = "" if row["gain"] is None else f"{row['gain']:.2f}"
+        print(f"| {row['layer']} | {row['kernel']} | {row['tokens']} | {row['us']:.2f} | {gain} | {row['tried']} | {row['options']} |")
+    if failed:
+        print(f"{len(failed)} candidates failed, the first ({failed[0][0].kernel}, T = {failed[0][0].tokens}): {failed[0][1]}")
+    if left:
+        print(f"{left} candidates are left: call it again to go on")

@@ -1,0 +1,214 @@
+"""What can be chosen for the experts kernels: the layers, the options of each kernel, and which of them fit. Data only, no compiler.
+
+Kernels are named by what a measurement times: `gate_up` and `down` are the two of a few tokens, `decode` both in a row, and `prefill` the
+four of many tokens. Options are the fields of `DecodeSpec` and of `product.Shape`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from moec.runtime.formats import get_format
+from moec.runtime.formats.int import IntFormat
+from moec.targets import Target
+from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
+from moec.targets.kernels.cuda.layout import BLOCK, ceil_div
+
+Options = dict[str, int]
+
+PREFILL_OPTIONS = ("tokens", "tiles", "stages", "exact", "residency", "depth", "batch", "multiprocessors")
+PREFILL = (
+    (8, 1, 6, 1, 2, 2, 1, 0), (8, 1, 6, 1, 2, 4, 1, 0), (8, 1, 6, 1, 2, 8, 1, 0), (8, 1, 6, 1, 2, 8, 1, 132), (8, 1, 6, 1, 3, 4, 1, 132),
+    (16, 1, 6, 1, 2, 2, 1, 0), (16, 1, 6, 1, 2, 4, 1, 0), (16, 1, 6, 1, 2, 4, 1, 132), (16, 1, 6, 1, 2, 4, 4, 132),
+    (24, 1, 6, 1, 2, 4, 1, 0), (24, 1, 6, 1, 2, 4, 4, 132), (32, 1, 4, 1, 2, 4, 1, 0), (32, 1, 4, 1, 2, 4, 2, 132),
+    (40, 1, 4, 1, 2, 3, 1, 0), (40, 1, 4, 1, 2, 3, 2, 132), (48, 1, 4, 1, 2, 3, 1, 0), (48, 1, 4, 1, 2, 3, 1, 132),
+    (64, 1, 4, 1, 2, 2, 1, 0), (64, 1, 4, 0, 2, 2, 1, 0), (64, 2, 4, 0, 1, 3, 1, 132), (72, 2, 4, 0, 1, 2, 2, 132),
+    (80, 2, 4, 0, 1, 2, 1, 132), (96, 2, 4, 0, 1, 2, 1, 132), (128, 2, 4, 0, 1, 2, 1, 0), (128, 2, 4, 0, 1, 2, 1, 132),
+    (144, 1, 4, 1, 1, 2, 2, 132),
+)  # fmt: skip
+"""What a sweep tries of the kernels of many tokens, by columns: the product is too large, and most of it does not fit in registers."""
+
+MOST_SHARED = 232_448
+"""Bytes of shared memory of a block of compute capability 9.0."""
+
+MOST_DECODE = 8
+"""The most tokens of the kernels of a few tokens."""
+
+FAMILIES = {"decode": ("experts_decode", "pipeline"), "prefill": ("experts_prefill", "sort", "pipeline")}
+"""The modules that the kernels of a few tokens and of many are built by; what they import of this folder belongs to them."""
+
+_IMPORT = re.compile(r"^from moec\.targets\.kernels\.cuda\.(\w+) import", re.MULTILINE)
+
+FAMILY = {"gate_up": "decode", "down": "decode", "decode": "decode", "prefill": "prefill"}
+
+
+@cache
+def sources(family: str) -> tuple[Path, ...]:
+    """The source files of a family of kernels."""
+    found, new = set[str](), set(FAMILIES[family])
+    while new:
+        found |= new
+        texts = [Path(__file__).with_name(f"{name}.py").read_text() for name in new]
+        new = {
+            name for text in texts for name in re.findall(r"^from moec\.targets\.kernels\.cuda\.(\w+) import", text, re.MULTILINE)
+        } - found
+    return tuple(Path(__file__).with_name(f"{name}.py") for name in sorted(found))
+
+
+@cache
+def fingerprint(family: str) -> str:
+    """Which version of the sources of a family of kernels this is."""
+    digest = hashlib.sha256()
+    for path in sources(family):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The experts of a layer, as far as tuning goes.
+
+    Args:
+        experts, top_k, d, f: E, K, D, F.
+        gate_up, down: the format of all experts, or of each.
+        dtype: of activations, `bfloat16`, or `float32` as two terms of it.
+        gated: whether there is a gate projection.
+    """
+
+    experts: int
+    top_k: int
+    d: int
+    f: int
+    gate_up: str | tuple[str, ...]
+    down: str | tuple[str, ...]
+    dtype: str = "bfloat16"
+    gated: bool = True
+
+    @property
+    def layout(self) -> ExpertsLayout:
+        """How its weights lie in memory."""
+        return ExpertsLayout(self.experts, self.d, self.f, self.gate_up, self.down, self.gated)
+
+    @property
+    def terms(self) -> int:
+        """Terms of bfloat16 that an activation is."""
+        return 1 if self.dtype == "bfloat16" else 2
+
+    @property
+    def formats(self) -> str:
+        """The formats in a word: `int4_g128`, `int4_g128/int2_g64` (gate_up and down), `int2_g64+int4_g64` (of experts)."""
+        up, down = (f if isinstance(f, str) else "+".join(sorted(set(f))) for f in (self.gate_up, self.down))
+        return up if up == down else f"{up}/{down}"
+
+    @property
+    def name(self) -> str:
+        """A file name."""
+        formats = self.formats.replace("/", "-")
+        rest = ("" if self.gated else "-plain") + ("" if self.dtype == "bfloat16" else f"-{self.dtype}")
+        return f"experts-{self.experts}x{self.d}x{self.f}-top{self.top_k}-{formats}{rest}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields as JSON values."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Layer:
+        """The inverse of `to_json`."""
+        fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**fields)
+
+
+def shared_memory(target: Target) -> int:
+    """Bytes of shared memory that a block may have on a target."""
+    return int(json.loads(target.tvm).get("max_shared_memory_per_block", 48 << 10))
+
+
+def has_many(target: Target) -> bool:
+    """Whether a target can run the kernels of many tokens: they use what only compute capability 9.0 has."""
+    return str(json.loads(target.tvm)["arch"]).startswith("sm_90")
+
+
+def default(kernel: str, layer: Layer, tokens: int, limit: int = MOST_SHARED) -> Options:
+    """Options that are right for want of measurements: as many tokens a tile as an expert gets, and not fewer warps than hide latency."""
+    if kernel == "prefill":
+        each = tokens * layer.top_k / layer.experts
+        wide = next((n for n in (8, 16, 32) if 1.5 * each <= n), 64)
+        found = {"tokens": wide, "tiles": 1, "stages": 6 if wide <= 16 else 4, "terms": layer.terms, "exact": 1,
+                 "residency": 2 if layer.terms == 1 else 1, "depth": 4 if wide <= 32 else 2, "batch": 1,
+                 "multiprocessors": 0 if wide <= 16 else 132}  # fmt: skip
+        return found if fits("prefill", layer, tokens, found, limit) else {**found, "stages": 3, "residency": 1}
+    splits = next(n for n in (4, 2, 1) if n <= ceil_div(layer.d, BLOCK))
+    gate_up = {"warps": 8, "splits": splits, "unroll": 128, "residency": 0}
+    down = {"down_warps": 16, "down_unroll": 64}
+    return {"gate_up": gate_up, "down": down, "decode": {**gate_up, **down}}[kernel]
+
+
+def candidates(kernel: str, layer: Layer, tokens: int, limit: int = MOST_SHARED) -> list[Options]:
+    """What a sweep tries: all that fits, the default first."""
+    found = [default(kernel, layer, tokens, limit), *(o for o in _all(kernel, layer) if fits(kernel, layer, tokens, o, limit))]
+    unique: dict[tuple[tuple[str, int], ...], Options] = {}
+    for options in found:
+        unique.setdefault(tuple(sorted(_effective(layer, options).items())), options)
+    return list(unique.values())
+
+
+def _effective(layer: Layer, options: Options) -> Options:
+    """Options whose bytes under way are whole blocks of the widest format, as the kernels take them."""
+    stack = layer.layout.down if "down_unroll" in options else layer.layout.gate_up
+    block = max(c.block_words // 8 for c in stack.classes)
+    return {name: max(1, value // block) if name.endswith("unroll") else value for name, value in options.items()}
+
+
+def _all(kernel: str, layer: Layer) -> list[Options]:
+    if kernel == "gate_up":
+        return [
+            {"warps": warps, "splits": splits, "unroll": unroll, "residency": residency}
+            for residency, warps, splits, unroll in product((0, 2), (4, 8, 16), (2, 4, 8), (64, 128))
+            if splits <= warps
+        ]
+    if kernel == "down":
+        return [{"down_warps": warps, "down_unroll": unroll} for warps, unroll in product((8, 16, 32), (32, 64, 128))]
+    return [dict(zip(PREFILL_OPTIONS, shape, strict=True)) | {"terms": layer.terms} for shape in PREFILL]
+
+
+def fits(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int], limit: int = MOST_SHARED) -> bool:
+    """Whether a block has the threads and the shared memory (`limit` bytes) that the options ask for, and a use for them."""
+    threads, shared = needs(kernel, layer, tokens, options)
+    if threads > 1024 or shared > limit:
+        return False
+    if kernel == "prefill":
+        each = tokens * layer.top_k / layer.experts  # tiles of which next to nothing would be used
+        return options["residency"] * shared <= limit and (options["tokens"] <= 8 or options["tokens"] <= 8 * each)
+    return kernel == "down" or options["splits"] <= ceil_div(layer.d, BLOCK)
+
+
+def needs(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int]) -> tuple[int, int]:
+    """Threads and bytes of shared memory of a block.
+
+    >>> needs("down", Layer(64, 8, 2048, 1024, "int4_g128", "int4_g128"), 1, {"down_warps": 16, "down_unroll": 64})
+    (512, 8192)
+    """
+    if kernel == "prefill":
+        stages = options["stages"] * options["terms"] * options["tokens"] * BLOCK * 2 + 1024
+        return 256, stages + 8 * options["tokens"] * ((32 if layer.dtype == "bfloat16" else 64) + 4)
+    columns = tokens * layer.terms
+    fragments, slots = ceil_div(columns, 8), tokens * layer.top_k
+    routing = 0 if tokens == 1 else sum(ceil_div(n, 4) * 4 for n in (layer.experts * layer.top_k, slots, slots * tokens, 1))
+    threads = 32 * options["warps" if kernel == "gate_up" else "down_warps"]
+    words = threads * 4 * fragments + routing
+    return threads, 4 * (words + (columns * (ceil_div(layer.d, BLOCK) * BLOCK // 2 + 16) if kernel == "gate_up" else 0))
+
+
+def bits(layer: Layer) -> float:
+    """Bits of a weight, the mean over experts and projections, scales not counted."""
+    both = [(f,) * layer.experts if isinstance(f, str) else f for f in (layer.gate_up, layer.down)]
+    found = [f.bits if isinstance(f := get_format(name), IntFormat) else 16 for names in both for name in names]
+    return sum(found) / len(found)

@@ -1,0 +1,114 @@
+"""Every kernel compiles to machine code of the GPUs that it is for, without one; the options' needs are what the kernels take."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+import pytest
+from tvm import IRModule
+
+from moec.compiler.measure.build import cuda_compiler, generate, kernel_functions, machine_code
+from moec.compiler.measure.cases import Case
+from moec.targets import get_target
+from moec.targets.kernels.cuda.layout import FragmentLayout
+from moec.targets.kernels.cuda.linear import LinearSpec, decode_func, prefill_func, split_func
+from moec.targets.kernels.cuda.space import Layer, candidates, default, needs
+
+# A format of each kind in one kernel: every width of the planes, symmetric and not, groups within a block, of a block and of a row.
+UP = ("int2_g64", "int3_g32_asym", "int8_g128", "bf16")
+DOWN = ("int4_g64", "int8_channel_asym", "bf16", "int6_g128")
+MIXED = Layer(4, 2, 264, 200, UP, DOWN)
+WIDE = Layer(4, 2, 264, 200, "int3_g32", "int4_g64", "float32")
+PLAIN = Layer(3, 1, 128, 72, "int4_g128", "int4_g128", gated=False)
+
+needs_compiler = pytest.mark.skipif(cuda_compiler() is None, reason="neither nvcc nor NVRTC is installed")
+
+
+def case(kernel: str, layer: Layer, tokens: int, activation: str = "silu", biases: bool = False) -> Case:
+    return Case.of(kernel, layer, default(kernel, layer, tokens), tokens, activation=activation, biases=biases)
+
+
+SMALL = case("decode", Layer(4, 2, 264, 200, ("int3_g32_asym", "bf16", "bf16", "bf16"), "int4_g64"), 3, biases=True)
+FOR_HOPPER = [
+    case("decode", MIXED, 3, "clamped_swiglu", biases=True),
+    case("decode", WIDE, 1, "gelu"),
+    case("decode", PLAIN, 8, "relu_squared"),
+    case("prefill", MIXED, 8, "clamped_swiglu", biases=True),
+    case("prefill", WIDE, 4),
+    case("prefill", PLAIN, 96, "quick_gelu"),
+]
+
+
+@cache
+def compiler() -> str:
+    found = cuda_compiler()
+    assert found is not None
+    return found
+
+
+def entries(code: bytes) -> set[str]:
+    """The names of the kernels in machine code."""
+    assert code[:4] == b"\x7fELF"
+    return {name.decode() for name in re.findall(rb"\.text\.([A-Za-z0-9_]+)", code)}
+
+
+@needs_compiler
+@pytest.mark.parametrize("target", ["a100-80g", "l4"])
+def test_decode_kernels_compile_for_several_architectures(target: str) -> None:
+    """The kernels of few tokens use nothing that came after compute capability 8.0, or do without it there."""
+    _, source = generate(SMALL, get_target(target))
+    assert entries(machine_code(source, get_target(target), compiler())) >= {"gate_up_kernel", "down_kernel"}
+
+
+@needs_compiler
+@pytest.mark.parametrize("wanted", FOR_HOPPER, ids=lambda c: f"{c.kernel}-{c.layer.formats[:9]}-{c.layer.dtype}")
+def test_kernels_compile_for_hopper(wanted: Case) -> None:
+    executable, source = generate(wanted, get_target("h100"))
+    assert {f"{name}_kernel" for name in wanted.functions} <= entries(machine_code(source, get_target("h100"), compiler()))
+    assert executable is not None
+
+
+@needs_compiler
+def test_linear_layers_compile() -> None:
+    import json
+
+    import tvm
+    from tvm.target import Target as TvmTarget
+
+    from moec.targets.kernels.cuda.pipeline import NAME
+
+    spec = LinearSpec(FragmentLayout(1000, 520, "int4_g64_asym"), bias=True)
+    functions = {"one": decode_func(spec), "many": prefill_func(spec), "split": split_func(520)}
+    target = get_target("h100")
+    module = IRModule({name: f.with_attr("global_symbol", name) for name, f in functions.items()})
+    found = tvm.compile(module, TvmTarget(json.loads(target.tvm), host="llvm"), tir_pipeline=NAME).mod.imports
+    (source,) = (str(part.inspect_source()) for part in found if part.kind == "cuda")
+    assert {f"{name}_kernel" for name in functions} <= entries(machine_code(source, target, compiler()))
+
+
+def shape_of(function: Any) -> tuple[int, int]:
+    """Threads of a block and bytes of its shared memory, as the function's text has them."""
+    text = function.script()
+    (threads,) = set(re.findall(r'launch_thread\("threadIdx.x", (\d+)\)', text))
+    (words,) = re.findall(r'alloc_buffer\(\((\d+),\), "uint32", scope="shared.dyn"', text)
+    return int(threads), 4 * int(words)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("layer", [MIXED, WIDE, PLAIN, Layer(64, 8, 2048, 1024, "int4_g128", "int4_g128")])
+@pytest.mark.parametrize("kernel", ["gate_up", "down"])
+def test_needs_are_what_the_kernels_take(kernel: str, layer: Layer, tokens: int) -> None:
+    for options in candidates(kernel, layer, tokens)[::5]:
+        function = kernel_functions(Case.of(kernel, layer, options, tokens))[kernel]
+        assert needs(kernel, layer, tokens, options) == shape_of(function)
+
+
+@pytest.mark.parametrize("layer", [MIXED, WIDE, PLAIN])
+def test_needs_of_many_tokens_are_the_larger_kernel_s(layer: Layer) -> None:
+    for options in candidates("prefill", layer, 256)[::4]:
+        functions = kernel_functions(Case.of("prefill", layer, options))
+        taken = [shape_of(functions[name]) for name in ("gate_up", "down")]
+        assert needs("prefill", layer, 256, options)[0] == taken[0][0] == taken[1][0]
+        assert needs("prefill", layer, 256, options)[1] >= max(shared for _, shared in taken) > 0

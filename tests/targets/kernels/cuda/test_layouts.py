@@ -1,0 +1,95 @@
+"""The layouts of weights for CUDA kernels: what goes in comes out, and sizes are known without data."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moec.runtime.errors import MoecError
+from moec.targets.kernels.cuda.experts_layout import ExpertsLayout, Stack
+from moec.targets.kernels.cuda.layout import BLOCK, ROWS, FragmentLayout, planes
+
+GROUPS = ("g16", "g32", "g64", "g128", "g256", "channel")
+FORMATS = [f"int{bits}_{group}{end}" for bits in range(1, 9) for group in GROUPS for end in ("", "_asym")]
+SIZES = st.integers(1, 50), st.integers(1, 40).map(lambda k: 8 * k)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(FORMATS), *SIZES, st.integers(1, 3), st.integers(0, 2**31))
+def test_integer_formats_come_back_bit_for_bit(name: str, n: int, k: int, lead: int, seed: int) -> None:
+    layout, random = FragmentLayout(n, k, name), np.random.default_rng(seed)
+    integer = layout.integer
+    assert integer is not None
+    codes = random.integers(0, integer.levels, (lead, n, k)).astype(np.uint8)
+    scale = random.standard_normal((lead, n, layout.groups)).astype(np.float16)
+    zero = random.integers(0, integer.levels, scale.shape).astype(np.uint8)
+    arrays = layout.tile(codes, scale, None if integer.symmetric else zero)
+    assert {key: (a.shape, a.dtype.name) for key, a in arrays.items()} == layout.arrays(lead)
+    assert sum(a.nbytes for a in arrays.values()) == layout.nbytes(lead)
+    found = layout.untile(arrays)
+    expected_zero = np.full_like(zero, integer.levels // 2) if integer.symmetric else zero
+    for got, expected in zip(found, (codes, scale, expected_zero), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+@settings(deadline=None, max_examples=30)
+@given(*SIZES, st.integers(0, 2**31))
+def test_bf16_comes_back_bit_for_bit(n: int, k: int, seed: int) -> None:
+    layout = FragmentLayout(n, k, "bf16")
+    values = np.random.default_rng(seed).integers(0, 1 << 16, (2, n, k)).astype(np.uint16)
+    arrays = layout.tile_values(values)
+    assert {key: (a.shape, a.dtype.name) for key, a in arrays.items()} == layout.arrays(2)
+    np.testing.assert_array_equal(layout.untile_values(arrays), values)
+
+
+def test_a_lane_has_the_numbers_that_the_tensor_core_wants() -> None:
+    """Lane 4 g + t: rows g and g + 8, columns 32 j + 16 s + 8 h + 2 t + o in this order (PTX ISA, fragments of mma.m16n8k16)."""
+    values = np.arange(ROWS * BLOCK, dtype=np.uint16).reshape(ROWS, BLOCK)
+    lanes = FragmentLayout(ROWS, BLOCK, "bf16").tile_values(values)["values"].reshape(4, 2, 32, 8)
+    for lane in (0, 5, 31):
+        g, t = divmod(lane, 4)
+        for j, half in ((0, 0), (3, 1)):
+            columns = [32 * j + 16 * s + 8 * h + 2 * t + o for s in range(2) for h in range(2) for o in range(2)]
+            assert lanes[j, half, lane].tolist() == values[g + 8 * half, columns].tolist()
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_planes_add_up(bits: int) -> None:
+    assert sum(width for width, _ in planes(bits)) == bits
+    assert [start for _, start in planes(bits)] == [sum(w for w, _ in planes(bits)[:i]) for i in range(len(planes(bits)))]
+
+
+@pytest.mark.parametrize(("n", "k", "name"), [(16, 128, "f8"), (16, 128, "int4_g48"), (16, 12, "int4_g64")])
+def test_what_no_kernel_can_read_is_refused(n: int, k: int, name: str) -> None:
+    with pytest.raises(MoecError, match=name if name == "f8" else "no CUDA kernel"):
+        FragmentLayout(n, k, name)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 4), st.integers(1, 70), st.integers(1, 3), st.booleans(), st.integers(0, 2**31))
+def test_rows_of_gate_and_up_come_back(experts: int, f: int, m: int, gated: bool, seed: int) -> None:
+    layout = ExpertsLayout(experts, 64, f, "int4_g64", "int4_g64", gated)
+    x = np.random.default_rng(seed).standard_normal((experts, layout.parts * f, m)).astype(np.float32)
+    inside = layout.interleave(x)
+    assert inside.shape == (experts, layout.gate_up.n, m)
+    np.testing.assert_array_equal(layout.deinterleave(inside), x)
+    if gated:  # a gate row is 8 rows before its up row
+        for row in (0, f - 1):
+            at = row // 8 * ROWS + row % 8
+            np.testing.assert_array_equal(inside[:, at], x[:, row])
+            np.testing.assert_array_equal(inside[:, at + 8], x[:, f + row])
+
+
+@given(st.lists(st.sampled_from(["int2_g64", "int3_g64", "int4_g128_asym", "int8_channel", "bf16"]), min_size=1, max_size=9))
+def test_every_expert_of_a_stack_has_its_place(formats: list[str]) -> None:
+    stack = Stack(len(formats), 24, 128, tuple(formats))
+    for expert, (index, place) in enumerate(stack.table().tolist()):
+        assert stack.classes[index].format == formats[expert]
+        assert stack.members(index)[place] == expert
+        assert stack.nbytes(expert) == FragmentLayout(24, 128, formats[expert]).nbytes()
+    assert stack.nbytes() == sum(stack.nbytes(e) for e in range(len(formats)))
+    assert ("table" in stack.arrays()) == stack.mixed == (len(set(formats)) > 1)
+    assert all(shape[0] == len(stack.members(i)) for i in range(len(stack.classes)) for name, (shape, _) in stack.arrays().items()
+               if name.endswith(f"_{i}"))  # fmt: skip
