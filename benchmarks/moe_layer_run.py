@@ -100,9 +100,26 @@ def run(options: Namespace) -> int:
             if options.json is not None:
                 head = {"device": device, "torch": torch.__version__, "tvm": index.tvm, "ceilings": ceilings.to_json()}
                 write_json(options.json, {**head, "skew": options.skew, "skipped": options.skipped, "rows": [asdict(row) for row in rows]})
+    if not options.check:
+        side_by_side(rows)
     bad = [row for row in rows if not row.kernel.startswith("peer") and (row.problem or not (row.error or 0) < _limit(row))]
     print(f"\n{len(rows)} rows, {len(bad)} of ours failed or are off" + "".join(f"\n  {r.shape} {r.format} T = {r.tokens}" for r in bad))
     return 1 if bad else 0
+
+
+def side_by_side(rows: Sequence[Row]) -> None:
+    """A table with a column for each T: microseconds, and the share of the floor in per cent."""
+    columns = sorted({row.tokens for row in rows if row.us is not None})
+    lines: dict[tuple[str, str, str], dict[int, str]] = {}
+    for row in rows:
+        if row.us is not None and row.share is not None:
+            name = "moec" if row.kernel.startswith("moec") else row.kernel.removeprefix("peer ")
+            lines.setdefault((row.shape, row.format, name), {})[row.tokens] = f"{row.us:.1f} ({100 * row.share:.0f})"
+    print()
+    print_row(("shape", "format", "kernel", *columns))
+    print_row(["---"] * (3 + len(columns)))
+    for key, cells in lines.items():
+        print_row((*key, *(cells.get(t, "") for t in columns)))
 
 
 def _limit(row: Row) -> float:

@@ -149,7 +149,9 @@ def test_a_run_checks_and_times_every_cell(tmp_path: Path, monkeypatch: pytest.M
     assert {row["us"] for row in ours if row["tokens"]} == {1.0 * moe_layer_run.FEW, 1.0 * moe_layer_run.MANY}
     peers = [row for row in found["rows"] if row["kernel"] == "peer mine"]
     assert {row["problem"] for row in peers} == {"RuntimeError: no such kernel"}
-    assert "0 of ours failed" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "0 of ours failed" in printed
+    assert "| shape | format | kernel | 1 | 3 | 40 |" in printed
 
 
 def test_a_wrong_kernel_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
