@@ -178,18 +178,25 @@ class Gpu:
         """A tensor whose numbers are yet to come."""
         return self._allocate(tvm_ffi.Shape(tuple(shape)), tvm_ffi.dtype(str(np.dtype(dtype))), self._device, None)
 
+    def _move(self, source: Any, target: Any) -> None:
+        """Copy between tensors, after all that was called before, and before all that comes.
+
+        TVM copies on the default stream, for which calls on ours do not wait, nor it for them.
+        """
+        self._sync(self._device, self._stream)
+        self._copy(source, target)
+        self._sync(self._device, 0)
+
     def constant(self, array: Array) -> Any:
         tensor = self.empty(array.shape, array.dtype)
         if array.nbytes:
-            self._copy(as_tensor(array), tensor)
-            self._sync(self._device, self._stream)
+            self._move(as_tensor(array), tensor)
         return tensor
 
     mirror = constant
 
     def refresh(self, tensor: Any, array: Array) -> None:
-        self._copy(as_tensor(array), tensor)
-        self._sync(self._device, self._stream)
+        self._move(as_tensor(array), tensor)
 
     def zeros(self, shape: tuple[int, ...], dtype: str, first: Any | None) -> Any:
         self._calls.clear()  # what was recorded has the old addresses
@@ -197,10 +204,9 @@ class Gpu:
         done = first.shape[0] if first is not None else 0
         row = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
         if first is not None:
-            self._copy(first, self.view(tensor, (done, *shape[1:]), dtype, 0))
+            self._move(first, self.view(tensor, (done, *shape[1:]), dtype, 0))
         rest = self.view(tensor, (shape[0] - done, *shape[1:]), dtype, done * row)
-        self._copy(as_tensor(aligned((shape[0] - done, *shape[1:]), dtype)), rest)
-        self._sync(self._device, self._stream)
+        self._move(as_tensor(aligned((shape[0] - done, *shape[1:]), dtype)), rest)
         return tensor
 
     def run(self, function: str, inputs: Sequence[Array], others: Sequence[Any]) -> NDArray[np.float32]:
@@ -224,15 +230,14 @@ class Gpu:
         if driver is not None:
             driver.copy_in(tensor.data_ptr(), array, self.stream)
         else:
-            self._copy(as_tensor(array), tensor)
+            self._move(as_tensor(array), tensor)
 
     def fetch(self, tensor: Any, driver: Driver | None) -> NDArray[np.float32]:
         """A tensor of float32 as an array of the host, once all before it is done; a driver copies it by a detour that is faster."""
         shape = tuple(int(n) for n in tensor.shape)
         if driver is None:
             found: NDArray[np.float32] = np.empty(shape, np.float32)
-            self._copy(tensor, tvm_ffi.from_dlpack(found))
-            self._sync(self._device, self._stream)
+            self._move(tensor, tvm_ffi.from_dlpack(found))
             return found
         size = 4 * int(np.prod(shape))
         if size not in self._pinned:
