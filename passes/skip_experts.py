@@ -94,7 +94,8 @@ class SkipExperts:
         thresholds = {n.name: {k: v for k, v in n.attrs.items() if k in ("ratio", "top_p")} for n in result.graph.nodes if n.op == "skip"}
         context.note(
             "skip_experts", rule=self.rule, target=self.target, fractions=fractions, thresholds=thresholds,
-            skipped={name: round(1 - kept_fraction(result.graph, name, trace), 4) for name, trace in traces.items()},
+            # How many tokens are protected, the trace of routing weights does not say.
+            skipped={n: None if n in protect else round(1 - kept_fraction(result.graph, n, trace), 4) for n, trace in traces.items()},
         )  # fmt: skip
         return result
 
