@@ -13,7 +13,6 @@ import importlib.util
 import json
 import multiprocessing
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from moec.compiler.cuda_code import machine_code, need_cuda_compiler
 from moec.compiler.errors import MoecError
 from moec.compiler.measure.cases import Case, Index
 from moec.targets import Target
@@ -41,19 +41,6 @@ def tvm_version() -> str:
         return metadata.version("apache-tvm")
     except metadata.PackageNotFoundError as error:
         raise MoecError("compiling kernels needs TVM: pip install 'moec[compile,gpu]'") from error
-
-
-def cuda_compiler() -> str | None:
-    """`nvcc` or `nvrtc`, whichever is installed."""
-    if shutil.which("nvcc"):
-        return "nvcc"
-    try:
-        from cuda.bindings import nvrtc  # type: ignore[import-not-found]  # of the extra `gpu`
-
-        nvrtc.nvrtcVersion()
-    except (ImportError, RuntimeError):
-        return None
-    return "nvrtc"
 
 
 def kernel_functions(case: Case) -> dict[str, Any]:
@@ -95,21 +82,11 @@ def generate(case: Case, target: Target) -> tuple[Any, str]:
     return executable, source
 
 
-def machine_code(source: str, target: Target, compiler: str) -> bytes:
-    """CUDA source as a cubin."""
-    from tvm.support import nvcc
-    from tvm.target import Target as TvmTarget
-
-    arch = json.loads(target.tvm)["arch"]
-    with TvmTarget(json.loads(target.tvm), host="llvm"):
-        return bytes(nvcc.compile_cuda(source, target_format="cubin", arch=arch, compiler=compiler))
-
-
 def compile_case(case: Case, folder: str, name: str, target: Target, compiler: str) -> str | None:
     """Write a library and its machine code; returns what went wrong."""
     try:
         executable, source = generate(case, target)
-        code = machine_code(source, target, compiler)
+        code = machine_code(source, json.loads(target.tvm)["arch"], compiler)
     except Exception as error:  # noqa: BLE001  # TVM's and nvcc's errors are of any type; the others go on
         return str(error).strip().splitlines()[-1][:300] or type(error).__name__
     _write(Path(folder, f"{hashlib.sha256(source.encode()).hexdigest()[:32]}.cubin"), code)
@@ -129,8 +106,7 @@ def build(folder: Path, cases: Sequence[Case], target: Target, jobs: int) -> Ite
     """
     if target.kind != "cuda":
         raise MoecError(f"target {target.name}: expected a GPU; `moec targets` lists them")
-    if (compiler := cuda_compiler()) is None:
-        raise MoecError("no CUDA compiler: put nvcc on the PATH, or pip install 'moec[gpu]'; the GPU itself is not needed")
+    compiler = need_cuda_compiler()
     folder.mkdir(parents=True, exist_ok=True)
     arch, tvm = json.loads(target.tvm)["arch"], tvm_version()
     name_of = partial(Case.file_name, arch=arch, tvm=tvm)

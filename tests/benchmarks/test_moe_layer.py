@@ -141,7 +141,7 @@ def test_a_build_has_a_plan_that_run_reads(tmp_path: Path, monkeypatch: pytest.M
             return future
 
     monkeypatch.setattr("moec.compiler.measure.build.ProcessPoolExecutor", Here)
-    monkeypatch.setattr("moec.compiler.measure.build.cuda_compiler", lambda: "nvcc")
+    monkeypatch.setattr("moec.compiler.cuda_code.cuda_compiler", lambda: "nvcc")
     monkeypatch.setattr("moec.compiler.measure.build.copy_runtime", lambda folder, python: [])
     arguments = ["build", str(tmp_path), "--shapes", "odd,4x2x256x128", "--formats", "int4_g64,float32:int2_g64+int4_g64"]
     assert moe_layer.main([*arguments, "--tokens", "1,64"]) == 0

@@ -12,11 +12,11 @@ import tvm
 from tvm import relax, tirx
 from tvm.ir import IRModule
 from tvm.s_tir import dlight
-from tvm.support import nvcc
 from tvm.target import Target as TvmTarget
 
 from moec.compiler.backends.tvm.cpu import RUNTIME, link, runtime_library
 from moec.compiler.backends.tvm.platform import Expr, Functions, count_of, static
+from moec.compiler.cuda_code import machine_code, need_cuda_compiler
 from moec.compiler.errors import MoecError
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cpu.experts_layout import Factors
@@ -149,8 +149,7 @@ class CudaPlatform:
     def export(self, executable: Any, path: Path) -> dict[str, Any]:
         link(executable, path, self.target)
         (source,) = _sources(executable.mod)
-        with self.target:
-            (path.parent / CUBIN).write_bytes(compile_source(source, self.arch))
+        (path.parent / CUBIN).write_bytes(machine_code(source, self.arch, need_cuda_compiler()))
         for name in (RUNTIME, CUDA_RUNTIME):
             shutil.copy(runtime_library(name), path.parent / name)
         return {"cuda": {"arch": self.arch, "cubin": CUBIN, "source_sha256": hashlib.sha256(source.encode()).hexdigest()}}
@@ -188,31 +187,3 @@ def _sources(module: Any) -> list[str]:
     """The CUDA sources in a module and what it imports."""
     own = [str(module.inspect_source())] if module.kind == "cuda" else []
     return [*own, *(source for imported in module.imports for source in _sources(imported))]
-
-
-def compile_source(source: str, arch: str) -> bytes:
-    """CUDA source as machine code, by nvcc where there is one, else by NVRTC.
-
-    Raises:
-        MoecError: there is neither, or the compiler fails.
-    """
-    if (compiler := cuda_compiler()) is None:
-        packages = "cuda-bindings nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cuda-cccl"
-        raise MoecError(f"no CUDA compiler: put nvcc on the PATH, or pip install {packages}; the GPU itself is not needed")
-    try:
-        return bytes(nvcc.compile_cuda(source, target_format="cubin", arch=arch, compiler=compiler))
-    except RuntimeError as error:
-        raise MoecError(f"{compiler} could not compile the kernels for {arch}: {str(error)[-2000:]}") from error
-
-
-def cuda_compiler() -> str | None:
-    """`nvcc` or `nvrtc`, whichever is installed."""
-    if shutil.which("nvcc"):
-        return "nvcc"
-    try:
-        from cuda.bindings import nvrtc  # type: ignore[import-not-found]  # optional
-
-        nvrtc.nvrtcVersion()
-    except (ImportError, RuntimeError):
-        return None
-    return "nvrtc"

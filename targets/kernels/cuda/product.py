@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from tvm.tirx.script import builder as T
 
-from moec.targets.kernels.cuda.emit import Buffer, Expr, argument, at, const, local, store, sync, when
+from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, sync, when
 from moec.targets.kernels.cuda.experts_layout import Stack
-from moec.targets.kernels.cuda.intrinsics import bf16_factors, dequantize, load_words, scale, widen
-from moec.targets.kernels.cuda.layout import BLOCK, FragmentLayout, planes
+from moec.targets.kernels.cuda.intrinsics import bf16_factors, dequantize, scale, widen
+from moec.targets.kernels.cuda.layout import BLOCK
 from moec.targets.kernels.cuda.matrix import (
     copy16,
     copy_commit,
@@ -29,6 +29,7 @@ from moec.targets.kernels.cuda.matrix import (
     wgmma_fence,
     wgmma_wait,
 )  # fmt: skip
+from moec.targets.kernels.cuda.stored import Classes, Stored
 
 THREADS = 256  # two warpgroups
 STEPS = 8  # products of 16 columns in a block
@@ -136,44 +137,28 @@ class Activations:
         return descriptor(self.base + T.cast(offset, "uint32"))
 
 
-class Weights:
+class Weights(Classes["_Product"]):
     """The parameters of a stack of weights, and how a block multiplies with them, a tile after the other: `begin`, then `run`."""
 
     def __init__(self, stack: Stack, prefix: str) -> None:
-        self.stack, self.blocks = stack, stack.classes[0].blocks
-        self._classes = [_Class(stack, index, prefix) for index in range(len(stack.classes))]
-        self._table = argument(f"{prefix}table", (stack.experts, 2), "int32") if stack.mixed else None
+        super().__init__(stack, prefix, _Product)
 
     def prepare(self, shape: Shape, lane: Expr) -> None:
         """Take the registers."""
-        for found in self._classes:
+        for found in self.kinds:
             found.prepare(shape, lane)
 
     def begin(self, expert: Expr, tiles: list[Expr]) -> None:
         """Ask for the first weights of rows `tiles` (of 16 a warp, a tile for each 64 of a warpgroup) of an expert."""
-        self._each(expert, lambda found, place: found.begin(place, tiles))
+        self.each(expert, lambda found, place: found.begin(place, tiles))
 
     def run(self, expert: Expr, tiles: list[Expr], activations: Activations, sums: Buffer) -> None:
         """sums [tiles, tokens / 2] = W[expert, tiles] @ B, after `begin` of both."""
-        self._each(expert, lambda found, place: found.run(place, tiles, activations, sums))
-
-    def _each(self, expert: Expr, act: Callable[[_Class, Expr], None]) -> None:
-        if self._table is None:
-            act(self._classes[0], expert)
-            return
-        kind, place = T.Bind(self._table[expert, 0]), T.Bind(self._table[expert, 1])
-        for index, found in enumerate(self._classes):
-            with when(kind == index):
-                act(found, place)
+        self.each(expert, lambda found, place: found.run(place, tiles, activations, sums))
 
 
-class _Class:
+class _Product(Stored):
     """The arrays of the experts of one format."""
-
-    def __init__(self, stack: Stack, index: int, prefix: str) -> None:
-        self.layout: FragmentLayout = stack.classes[index]
-        lead, end = len(stack.members(index)), stack.suffix(index)
-        self.buffers = {n: argument(f"{prefix}{n}{end}", s, d) for n, (s, d) in self.layout.arrays(lead).items()}
 
     def prepare(self, shape: Shape, lane: Expr) -> None:
         layout = self.layout
@@ -216,30 +201,11 @@ class _Class:
 
     def _fetch(self, which: int, side: int, place: Expr, tiles: list[Expr], block: Expr, unit: int) -> None:
         """Ask for the words of a unit, and with the first of a block for its scales."""
-        layout, lane, target = self.layout, self._lane, self._words[which % self._depth]
+        layout, lane = self.layout, self._lane
         for m, tile in enumerate(tiles):
-            first = m * layout.unit_words
-            if layout.integer is None:
-                for v in range(2):
-                    source = at(self.buffers["values"], place, tile, block, 256 * (2 * unit + v) + lane * 8)
-                    load_words(at(target, first + 4 * v), source, 4)
-                continue
-            if layout.units == 2:
-                for v in range(2):
-                    source = at(self.buffers["codes"], place, tile, block, 128 * (2 * v + unit) + lane * 4)
-                    load_words(at(target, first + 4 * v), source, 4)
-            else:
-                begin, done = 0, 0
-                for width, _ in planes(layout.integer.bits):
-                    count = min(4, 2 * width)
-                    for v in range(2 * width // count):
-                        source = at(self.buffers["codes"], place, tile, block, begin + v * 32 * count + lane * count)
-                        load_words(at(target, first + done + v * count), source, count)
-                    begin, done = begin + 64 * width, done + 2 * width
+            self.fetch(self._words[which % self._depth], m * layout.unit_words, place, tile, block, lane, unit)
             if unit == 0:
-                groups = layout.block_groups
-                source = at(self.buffers["scale"], place, tile, block // layout.scale_span, lane // 4, 0, 0)
-                load_words(at(self._sides[side % self._turn], m * groups), source, groups)
+                self.fetch_scales(self._sides[side % self._turn], m * layout.block_groups, place, tile, block, lane)
 
     def _unit(
         self, which: int, side: int, place: Expr, tiles: list[Expr], block: Expr, unit: int, activations: Activations, sums: Buffer,
@@ -259,7 +225,7 @@ class _Class:
                 for m in range(count):
                     target = at(own, 4 * (inner * count + m))
                     words = at(self._words[which % self._depth], m * layout.unit_words)
-                    dequantize(layout, target, words, first + inner, self._zeros(place, tiles[m], block, group), layout.units)
+                    dequantize(layout, target, words, first + inner, self.zeros(place, tiles[m], block, self._lane, group), layout.units)
                     if layout.integer is not None and not exact:
                         factors = local(2, "uint32")
                         bf16_factors(at(factors, 0), sides[m * groups + group])
@@ -288,13 +254,3 @@ class _Class:
             for i in range(width):
                 index = m * width + i
                 store(sums, sums[index] + parts[index] * scales[i % 4 // 2], index)
-
-    def _zeros(self, place: Expr, tile: Expr, block: Expr, group: int) -> tuple[Expr, Expr]:
-        """The zero points of a lane's two rows."""
-        integer = self.layout.integer
-        if integer is None or integer.symmetric:
-            middle = const(integer.levels // 2 if integer else 0, "uint32")
-            return middle, middle
-        index = (place, tile, block // self.layout.scale_span, self._lane // 4, group)
-        low, high = (T.Bind(T.cast(self.buffers["zero"][(*index, half)], "uint32")) for half in (0, 1))
-        return low, high

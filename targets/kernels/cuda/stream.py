@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from tvm.tirx.script import builder as T
 
-from moec.targets.kernels.cuda.emit import Buffer, Expr, argument, at, const, local, store, when
+from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, when
 from moec.targets.kernels.cuda.experts_layout import Stack
-from moec.targets.kernels.cuda.intrinsics import dequantize, load_words, mma, widen
-from moec.targets.kernels.cuda.layout import FragmentLayout, planes
+from moec.targets.kernels.cuda.intrinsics import dequantize, mma, widen
+from moec.targets.kernels.cuda.stored import Classes, Stored
 
 STEPS = 8  # products of 16 columns in a block
 
@@ -47,7 +47,7 @@ class Columns:
                 store(self.sums, self.sums[4 * n + c] + value, 4 * n + c)
 
 
-class Weights:
+class Weights(Classes["_Stream"]):
     """The parameters of a stack of weights, and how a warp multiplies with them.
 
     Args:
@@ -55,9 +55,8 @@ class Weights:
     """
 
     def __init__(self, stack: Stack, prefix: str, unroll: int) -> None:
-        self.stack, self._bytes = stack, unroll
-        self._classes = [_Class(stack, index, prefix) for index in range(len(stack.classes))]
-        self._table = argument(f"{prefix}table", (stack.experts, 2), "int32") if stack.mixed else None
+        super().__init__(stack, prefix, _Stream)
+        self._bytes = unroll
 
     def stream(
         self, expert: Expr, tile: Expr, start: Expr, stop: Expr, lane: Expr, load: LoadB, columns: Columns,
@@ -68,22 +67,11 @@ class Weights:
         Args:
             loaded: called once the first loads of weights are under way, before B is read.
         """
-        if self._table is None:
-            self._classes[0].stream(expert, tile, start, stop, lane, load, columns, loaded, self._bytes)
-            return
-        kind, place = T.Bind(self._table[expert, 0]), T.Bind(self._table[expert, 1])
-        for index, found in enumerate(self._classes):
-            with when(kind == index):
-                found.stream(place, tile, start, stop, lane, load, columns, loaded, self._bytes)
+        self.each(expert, lambda found, place: found.stream(place, tile, start, stop, lane, load, columns, loaded, self._bytes))
 
 
-class _Class:
+class _Stream(Stored):
     """The arrays of the experts of one format."""
-
-    def __init__(self, stack: Stack, index: int, prefix: str) -> None:
-        self.layout: FragmentLayout = stack.classes[index]
-        lead, end = len(stack.members(index)), stack.suffix(index)
-        self.buffers = {n: argument(f"{prefix}{n}{end}", s, d) for n, (s, d) in self.layout.arrays(lead).items()}
 
     @property
     def lane_words(self) -> int:
@@ -112,21 +100,8 @@ class _Class:
 
     def _fetch(self, words: Buffer, sides: Buffer, u: int, place: Expr, tile: Expr, block: Expr, lane: Expr) -> None:
         """Ask for the words and scales of a block."""
-        layout, first = self.layout, u * self.lane_words
-        if layout.integer is None:
-            for v in range(8):
-                load_words(at(words, first + 4 * v), at(self.buffers["values"], place, tile, block, 256 * v + lane * 8), 4)
-            return
-        begin, done = 0, 0
-        for width, _ in planes(layout.integer.bits):
-            count = min(4, 2 * width)
-            for v in range(2 * width // count):
-                source = at(self.buffers["codes"], place, tile, block, begin + v * 32 * count + lane * count)
-                load_words(at(words, first + done + v * count), source, count)
-            begin, done = begin + 64 * width, done + 2 * width
-        groups = layout.block_groups
-        source = at(self.buffers["scale"], place, tile, block // layout.scale_span, lane // 4, 0, 0)
-        load_words(at(sides, u * groups), source, groups)
+        self.fetch(words, u * self.lane_words, place, tile, block, lane)
+        self.fetch_scales(sides, u * self.layout.block_groups, place, tile, block, lane)
 
     def _multiply(
         self, words: Buffer, sides: Buffer, u: int, place: Expr, tile: Expr, block: Expr, lane: Expr, load: LoadB, columns: Columns
@@ -140,7 +115,7 @@ class _Class:
         for group in range(groups):
             for i in range(4 * columns.count):
                 store(parts, const(0.0, "float32"), i)
-            zeros = self._zeros(place, tile, block, lane, group)
+            zeros = self.zeros(place, tile, block, lane, group)
             for step in range(group * STEPS // groups, (group + 1) * STEPS // groups):
                 dequantize(layout, at(a, 0), at(words, u * self.lane_words), step, zeros)
                 for n in range(columns.count):
@@ -149,13 +124,3 @@ class _Class:
             if layout.integer is not None:
                 widen(at(scales, 0), sides[u * groups + group])
             columns.add(parts, scales if layout.integer is not None else None)
-
-    def _zeros(self, place: Expr, tile: Expr, block: Expr, lane: Expr, group: int) -> tuple[Expr, Expr]:
-        """The zero points of a lane's two rows."""
-        integer = self.layout.integer
-        if integer is None or integer.symmetric:
-            middle = const(integer.levels // 2 if integer else 0, "uint32")
-            return middle, middle
-        index = (place, tile, block // self.layout.scale_span, lane // 4, group)
-        low, high = (T.Bind(T.cast(self.buffers["zero"][(*index, half)], "uint32")) for half in (0, 1))
-        return low, high

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moec.compiler import cuda_code
 from moec.compiler.backends.tvm import cuda
 from moec.compiler.backends.tvm.backend import TvmBackend
 from moec.compiler.ir import Graph
@@ -23,7 +24,7 @@ from tests.compiler.backends.tvm_model import Compiled
 from tests.graphs import MOE, random_weights
 from tests.targets.kernels import emulator
 
-needs_compiler = pytest.mark.skipif(cuda.cuda_compiler() is None, reason="neither nvcc nor NVRTC is installed")
+needs_compiler = pytest.mark.skipif(cuda_code.cuda_compiler() is None, reason="neither nvcc nor NVRTC is installed")
 needs_emulator = pytest.mark.skipif(not emulator.available(), reason="no C++ compiler to emulate a GPU with")
 
 
@@ -38,7 +39,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     emulator.install()
     monkeypatch.setattr(cuda, "linear", plain.linear)
     monkeypatch.setattr(cuda, "experts", plain.experts)
-    monkeypatch.setattr(cuda, "compile_source", lambda source, arch: b"")
+    monkeypatch.setattr(cuda, "need_cuda_compiler", lambda: "none")
+    monkeypatch.setattr(cuda, "machine_code", lambda source, arch, compiler: b"")
     return Gpu("", b"", None)
 
 
@@ -96,6 +98,6 @@ def test_code_of_one_architecture_on_another() -> None:
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "cuda_compiler", lambda: None)
+    monkeypatch.setattr(cuda_code, "cuda_compiler", lambda: None)
     with pytest.raises(MoecError, match="put nvcc on the PATH, or pip install"):
-        cuda.compile_source("", "sm_90a")
+        cuda_code.need_cuda_compiler()

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks.moe_layer_run import check
-from moec.compiler.measure.build import build, cuda_compiler
+from moec.compiler.cuda_code import cuda_compiler
+from moec.compiler.measure.build import build
 from moec.compiler.measure.cases import Case, Index
 from moec.compiler.measure.layer import Runner, random_weights
 from moec.compiler.measure.layers import make_layer

@@ -1,0 +1,80 @@
+"""The arrays of packed weights as parameters of a kernel, and how a lane reads them. Experts of several formats have arrays for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from tvm.tirx.script import builder as T
+
+from moec.targets.kernels.cuda.emit import Buffer, Expr, argument, at, const, when
+from moec.targets.kernels.cuda.experts_layout import Stack
+from moec.targets.kernels.cuda.intrinsics import load_words
+from moec.targets.kernels.cuda.layout import FragmentLayout, planes
+
+
+class Stored:
+    """The arrays of the experts of one format."""
+
+    def __init__(self, stack: Stack, index: int, prefix: str) -> None:
+        self.layout: FragmentLayout = stack.classes[index]
+        lead, end = len(stack.members(index)), stack.suffix(index)
+        self._buffers = {n: argument(f"{prefix}{n}{end}", s, d) for n, (s, d) in self.layout.arrays(lead).items()}
+
+    def fetch(self, words: Buffer, first: int, place: Expr, tile: Expr, block: Expr, lane: Expr, unit: int | None = None) -> None:
+        """Ask for the words of a block of 16 rows, or of one of the layout's units of it, into registers from `first` on."""
+        layout = self.layout
+        if layout.integer is None:
+            for i, v in enumerate(range(8) if unit is None else (2 * unit, 2 * unit + 1)):
+                load_words(at(words, first + 4 * i), at(self._buffers["values"], place, tile, block, 256 * v + lane * 8), 4)
+        elif unit is not None and layout.units == 2:
+            for half in range(2):
+                source = at(self._buffers["codes"], place, tile, block, 128 * (2 * half + unit) + lane * 4)
+                load_words(at(words, first + 4 * half), source, 4)
+        else:
+            begin, done = 0, 0
+            for width, _ in planes(layout.integer.bits):
+                count = min(4, 2 * width)
+                for v in range(2 * width // count):
+                    source = at(self._buffers["codes"], place, tile, block, begin + v * 32 * count + lane * count)
+                    load_words(at(words, first + done + v * count), source, count)
+                begin, done = begin + 64 * width, done + 2 * width
+
+    def fetch_scales(self, sides: Buffer, first: int, place: Expr, tile: Expr, block: Expr, lane: Expr) -> None:
+        """Ask for the scales of a block, a pair of float16 for each group of a lane's two rows; floating-point formats have none."""
+        layout = self.layout
+        if layout.integer is not None:
+            source = at(self._buffers["scale"], place, tile, block // layout.scale_span, lane // 4, 0, 0)
+            load_words(at(sides, first), source, layout.block_groups)
+
+    def zeros(self, place: Expr, tile: Expr, block: Expr, lane: Expr, group: int) -> tuple[Expr, Expr]:
+        """The zero points of a lane's two rows."""
+        integer = self.layout.integer
+        if integer is None or integer.symmetric:
+            middle = const(integer.levels // 2 if integer else 0, "uint32")
+            return middle, middle
+        index = (place, tile, block // self.layout.scale_span, lane // 4, group)
+        low, high = (T.Bind(T.cast(self._buffers["zero"][(*index, half)], "uint32")) for half in (0, 1))
+        return low, high
+
+
+Kind = TypeVar("Kind", bound=Stored)
+
+
+class Classes(Generic[Kind]):
+    """The parameters of a stack of weights."""
+
+    def __init__(self, stack: Stack, prefix: str, kind: Callable[[Stack, int, str], Kind]) -> None:
+        self.stack, self.blocks = stack, stack.classes[0].blocks
+        self.kinds = [kind(stack, index, prefix) for index in range(len(stack.classes))]
+        self._table = argument(f"{prefix}table", (stack.experts, 2), "int32") if stack.mixed else None
+
+    def each(self, expert: Expr, act: Callable[[Kind, Expr], None]) -> None:
+        """Act with the arrays of an expert, and its place in them: a branch for each format."""
+        if self._table is None:
+            act(self.kinds[0], expert)
+            return
+        kind, place = T.Bind(self._table[expert, 0]), T.Bind(self._table[expert, 1])
+        for index, found in enumerate(self.kinds):
+            with when(kind == index):
+                act(found, place)
