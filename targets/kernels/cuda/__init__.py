@@ -10,6 +10,6 @@ it; `stream` multiplies it with a few tokens, `product` with many (compute capab
 `norm`, `rope`, `router`, `skip`, `embedding` and `attention` are the rest of a model. `emit`, `intrinsics`, `matrix` and
 `warp` have the words that they are written in; docs/kernels.md says what was tried, and what it gave.
 
-Integer weights meet the activations as they are, in bfloat16 without rounding, and scales multiply the sums; activations of float32 are two terms
-of bfloat16: results agree with float arithmetic on the dequantised weights to a few parts in 10^6 of their size.
+Integer weights meet the activations as they are, in bfloat16 without rounding, and scales multiply the sums; activations of float32 are
+two terms of bfloat16: results agree with float arithmetic on the dequantised weights to a few parts in 10^6 of their size.
 """
