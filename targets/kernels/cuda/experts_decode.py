@@ -19,12 +19,10 @@ from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cuda.activation import gated, plain
 from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, at, const, kernel, local, store, strided, sync, when
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
-from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait, load_pair, read_words, term
+from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait, read_words, term
 from moec.targets.kernels.cuda.layout import BLOCK, ROWS, ceil_div
 from moec.targets.kernels.cuda.routing import NONE, Routing
-from moec.targets.kernels.cuda.stream import Columns, Weights
-
-PADDING = 16  # words: rows that are neighbours are 64 bytes apart in the banks of shared memory
+from moec.targets.kernels.cuda.stream import PADDING, Columns, Weights, in_order, stage
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,9 @@ def gate_up_func(spec: DecodeSpec) -> tirx.PrimFunc:
         with when(rank < routing.count):
             expert = T.Bind(routing.expert(rank))
             with when(expert >= 0):
-                _stage(spec, x, staged, stride, routing, rank, thread, threads)
+                for token in range(spec.tokens):
+                    with when(routing.slot_of(rank, token) >= 0):
+                        stage(staged, stride, token * spec.terms, spec.terms, x, token, thread, threads)
                 sync()
                 tile = T.Bind(block_x * tiles_here + warp // spec.splits)
                 part = T.Bind(warp % spec.splits)
@@ -134,22 +134,6 @@ def gate_up_func(spec: DecodeSpec) -> tirx.PrimFunc:
         return [ceil_div(layout.f_tiles, tiles_here), spec.ranks]
 
     return kernel("gate_up", threads, arguments, grid, body, words=words, blocks_per_multiprocessor=spec.residency)
-
-
-def _stage(spec: DecodeSpec, x: Buffer, staged: Buffer, stride: int, routing: Routing, rank: Expr, thread: Expr, threads: int) -> None:
-    """The tokens of a rank as terms of bfloat16 pairs in shared memory, in the order in which lanes read them."""
-    d = spec.layout.d
-    for token in range(spec.tokens):
-        with when(routing.slot_of(rank, token) >= 0), strided(thread, stride - PADDING, threads) as pair:
-            inner = T.Bind(pair % 16)
-            place = T.Bind(pair - inner + inner % 4 * 4 + inner // 8 * 2 + inner // 4 % 2)
-            values = local(2, "float32")
-            store(values, const(0.0, "float32"), 0)
-            store(values, const(0.0, "float32"), 1)
-            with when(pair * 2 < d):
-                load_pair(at(values, 0), at(x, token, pair * 2), spec.dtype)
-            for index in range(spec.terms):
-                store(staged, term(values[0], values[1], index), (token * spec.terms + index) * stride + place)
 
 
 def _finish(
@@ -198,7 +182,7 @@ def _clear_rest(spec: DecodeSpec, hidden: Buffer, slot: Expr) -> None:
 def _place(pair: Expr) -> Expr:
     """Where a pair of hidden values is kept."""
     inner = pair % 16
-    return pair - inner + inner % 4 * 4 + inner // 8 * 2 + inner // 4 % 2
+    return in_order(pair, inner)
 
 
 def _keep(spec: DecodeSpec, hidden: Buffer, slot: Expr, f: Expr, value: Expr) -> None:

@@ -91,8 +91,7 @@ def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
         weights.prepare(shape, lane)
 
         def rows_of(part: Expr) -> list[Expr]:
-            base = part * (8 * shape.tiles) + group * (4 * shape.tiles) + warp
-            return [T.Bind(T.min(base + 4 * m, layout.f_tiles - 1)) for m in range(shape.tiles)]
+            return shape.row_tiles(shape.first_tile(part, group, warp), layout.f_tiles - 1)
 
         def begin(_: bool) -> None:
             expert, first, count, part = tile.now()
@@ -106,7 +105,7 @@ def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
 
         def finish() -> None:
             expert, first, count, part = tile.kept()
-            base = T.Bind(part * (8 * shape.tiles) + group * (4 * shape.tiles) + warp)
+            base = T.Bind(shape.first_tile(part, group, warp))
             _hidden(spec, sums, staged, hidden, bias, expert, first, count, part, base, thread)
 
         total = T.Bind(tiles[tiles.shape[0] - 1, 0] * parts)
@@ -179,11 +178,9 @@ def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
         tile, sums = Tile(tiles, parts), local(shape.tiles * shape.sums, "float32")
         activations = Activations(shape, ring, hidden, ceil_div(layout.f, 8) * 8, thread)
         weights.prepare(shape, lane)
-        last = stack.classes[0].tiles - 1
 
         def rows_of(part: Expr) -> list[Expr]:
-            base = part * (8 * shape.tiles) + group * (4 * shape.tiles) + warp
-            return [T.Bind(T.min(base + 4 * m, last)) for m in range(shape.tiles)]
+            return shape.row_tiles(shape.first_tile(part, group, warp), stack.classes[0].tiles - 1)
 
         def begin(at_first: bool) -> None:
             expert, first, count, part = tile.now()  # written by the kernel before the last one
@@ -199,7 +196,7 @@ def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
 
         def finish() -> None:
             expert, first, count, part = tile.kept()
-            base = T.Bind(part * (8 * shape.tiles) + group * (4 * shape.tiles) + warp)
+            base = T.Bind(shape.first_tile(part, group, warp))
             _outputs(spec, sums, staged, y, bias, order, routing_weights, expert, first, count, base, thread)
 
         total = T.Bind(tiles[tiles.shape[0] - 1, 0] * parts)

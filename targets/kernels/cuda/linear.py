@@ -16,12 +16,11 @@ from moec.targets.kernels.cpu.emit import tensor_shape, tensor_type
 from moec.targets.kernels.cuda import product, stream
 from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, at, const, kernel, local, store, strided, sync, when
 from moec.targets.kernels.cuda.experts_layout import Stack
-from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait, load_pair, read_words, term
+from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait, read_words, term
 from moec.targets.kernels.cuda.layout import BLOCK, ROWS, FragmentLayout, ceil_div
 from moec.targets.kernels.cuda.product import THREADS, Activations, Shape
 
 TERMS = 2
-PADDING = 16  # words: rows that are neighbours are 64 bytes apart in the banks of shared memory
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class LinearSpec:
 def decode_func(spec: LinearSpec) -> tirx.PrimFunc:
     """PrimFunc (x f32 [1, K], arrays..., [bias], out f32 [1, N])."""
     layout, here = spec.layout, spec.warps // spec.splits
-    threads, stride = spec.warps * 32, layout.blocks * BLOCK // 2 + PADDING
+    threads, stride = spec.warps * 32, layout.blocks * BLOCK // 2 + stream.PADDING
 
     def arguments() -> tuple[Buffer, stream.Weights, Buffer | None, Buffer]:
         x = argument("x", (1, layout.k), "float32")
@@ -70,16 +69,7 @@ def decode_func(spec: LinearSpec) -> tirx.PrimFunc:
             """The activations as terms in shared memory, once the kernel before this one has written them."""
             grid_wait()
             grid_launch()
-            with strided(thread, stride - PADDING, threads) as pair:
-                inner = T.Bind(pair % 16)
-                place = T.Bind(pair - inner + inner % 4 * 4 + inner // 8 * 2 + inner // 4 % 2)
-                values = local(2, "float32")
-                for i in range(2):
-                    store(values, const(0.0, "float32"), i)
-                with when(pair * 2 < layout.k):
-                    load_pair(at(values, 0), at(x, 0, pair * 2), "float32")
-                for index in range(TERMS):
-                    store(staged, term(values[0], values[1], index), index * stride + place)
+            stream.stage(staged, stride, 0, TERMS, x, 0, thread, threads)
             sync()
 
         def load(b: Buffer, block: Expr, j: int) -> None:
@@ -147,8 +137,8 @@ def prefill_func(spec: LinearSpec) -> tirx.PrimFunc:
         first = T.Bind(tile * shape.tokens)
         count = T.Bind(T.min(T.cast(tokens, "int32") - first, shape.tokens))
         warp, lane, group = T.Bind(thread // 32 % 4), T.Bind(thread % 32), T.Bind(thread // 128)
-        base = T.Bind(part * (8 * shape.tiles) + group * (4 * shape.tiles) + warp)
-        tiles = [T.Bind(T.min(base + 4 * m, layout.tiles - 1)) for m in range(shape.tiles)]
+        base = T.Bind(shape.first_tile(part, group, warp))
+        tiles = shape.row_tiles(base, layout.tiles - 1)
         activations, sums = Activations(shape, ring, x, layout.k, thread), local(shape.tiles * shape.sums, "float32")
         weights.prepare(shape, lane)
         weights.begin(const(0, "int32"), tiles)

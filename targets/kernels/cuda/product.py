@@ -82,6 +82,14 @@ class Shape:
         """Sums of a thread for 64 rows."""
         return self.tokens // 2
 
+    def first_tile(self, part: Expr, group: Expr, warp: Expr) -> Expr:
+        """The first tile of 16 rows of a warp, in a part of `rows` rows."""
+        return part * (8 * self.tiles) + group * (4 * self.tiles) + warp
+
+    def row_tiles(self, first: Expr, last: int) -> list[Expr]:
+        """All tiles of a warp; beyond the last there are none, and it takes that one again."""
+        return [T.Bind(T.min(first + 4 * m, last)) for m in range(self.tiles)]
+
 
 class Activations:
     """The ring of stages, and which rows of which memory go into it.

@@ -7,15 +7,40 @@ from dataclasses import dataclass
 
 from tvm.tirx.script import builder as T
 
-from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, when
+from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, strided, when
 from moec.targets.kernels.cuda.experts_layout import Stack
-from moec.targets.kernels.cuda.intrinsics import dequantize, mma, widen
+from moec.targets.kernels.cuda.intrinsics import dequantize, load_pair, mma, term, widen
 from moec.targets.kernels.cuda.stored import Classes, Stored
 
 STEPS = 8  # products of 16 columns in a block
+PADDING = 16  # words: rows that are neighbours are 64 bytes apart in the banks of shared memory
 
 LoadB = Callable[[Buffer, Expr, int], None]
 """Reads the B fragments of columns 32 j to 32 j + 31 of a block: (registers uint32 [columns / 8 * 4], block, j)."""
+
+
+def in_order(pair: Expr, inner: Expr) -> Expr:
+    """Where a lane reads a pair of columns, `inner` of 32: pair 8 s + 4 h + t is at 4 t + 2 s + h."""
+    return pair - inner + inner % 4 * 4 + inner // 8 * 2 + inner // 4 % 2
+
+
+def stage(staged: Buffer, stride: int, row: int, terms: int, x: Buffer, token: int, thread: Expr, threads: int) -> None:
+    """A token of x [T, k] as `terms` rows of bfloat16 pairs in shared memory, `row` the first, in the order in which lanes read them.
+
+    Args:
+        stride: words of a row, `PADDING` included.
+    """
+    k = int(x.shape[1])
+    with strided(thread, stride - PADDING, threads) as pair:
+        inner = T.Bind(pair % 16)
+        place = T.Bind(in_order(pair, inner))
+        values = local(2, "float32")
+        for i in range(2):
+            store(values, const(0.0, "float32"), i)
+        with when(pair * 2 < k):
+            load_pair(at(values, 0), at(x, token, pair * 2), str(x.dtype))
+        for index in range(terms):
+            store(staged, term(values[0], values[1], index), (row + index) * stride + place)
 
 
 @dataclass
