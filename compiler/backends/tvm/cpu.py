@@ -15,8 +15,10 @@ from tvm import relax
 from tvm.support import cc
 from tvm.target import Target as TvmTarget
 
+from moec.compiler.backends.tvm.fusion import Fusion
 from moec.compiler.backends.tvm.platform import Expr, Functions, count_of, static
 from moec.compiler.errors import MoecError
+from moec.compiler.ir import Graph
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cpu.attention import PAGE, attention_func, page_shapes
 from moec.targets.kernels.cpu.embedding import embedding_func
@@ -121,6 +123,10 @@ class CpuPlatform:
 
     def page_shapes(self, spec: AttentionSpec) -> Sequence[tuple[int, ...]]:
         return page_shapes(spec)
+
+    def fusions(self, graph: Graph, storage: Mapping[str, Any], tokens: int | None) -> Sequence[Fusion]:
+        del graph, storage, tokens
+        return ()
 
     def schedules(self) -> list[tvm.transform.Pass]:
         return []

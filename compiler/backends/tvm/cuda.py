@@ -15,9 +15,11 @@ from tvm.s_tir import dlight
 from tvm.target import Target as TvmTarget
 
 from moec.compiler.backends.tvm.cpu import RUNTIME, link, runtime_library
+from moec.compiler.backends.tvm.fusion import Fusion
 from moec.compiler.backends.tvm.platform import Expr, Functions, count_of, static
 from moec.compiler.cuda_code import machine_code, need_cuda_compiler
 from moec.compiler.errors import MoecError
+from moec.compiler.ir import Graph
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cpu.experts_layout import Factors
 from moec.targets.kernels.cuda import pipeline, plain
@@ -140,6 +142,10 @@ class CudaPlatform:
 
     def page_shapes(self, spec: AttentionSpec) -> Sequence[tuple[int, ...]]:
         return page_shapes(spec)
+
+    def fusions(self, graph: Graph, storage: Mapping[str, Any], tokens: int | None) -> Sequence[Fusion]:
+        del graph, storage, tokens
+        return ()
 
     def schedules(self) -> list[tvm.transform.Pass]:
         gpu = dlight.gpu

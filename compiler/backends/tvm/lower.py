@@ -14,6 +14,7 @@ from tvm import relax, tirx
 from moec.compiler.aten import overload
 from moec.compiler.backends.tvm import aten_table
 from moec.compiler.backends.tvm.aten_elementwise import ELEMENTWISE
+from moec.compiler.backends.tvm.fusion import Fusion
 from moec.compiler.backends.tvm.platform import COUNTS, Kernels, Platform
 from moec.compiler.backends.tvm.relax_types import DTYPES, Sizes, stream, typed
 from moec.compiler.backends.tvm.semantic import SEMANTIC, add_and_norm, residual_norm
@@ -64,6 +65,8 @@ class FunctionLowering:
         self._full: dict[str, Expr] = {}
         self._weights: dict[tuple[str, str], Expr] = {}
         self._layer = self._counted = 0
+        fusions = platform.fusions(graph, storage, self.tokens)
+        self._fused: dict[str, Fusion] = {value.name: f for f in fusions for node in f.nodes for value in node.outputs}
 
     def build(self, name: str, cache_types: Sequence[relax.TensorType]) -> None:
         """Add the function to the module."""
@@ -86,7 +89,8 @@ class FunctionLowering:
                 for value, var in zip(self.graph.inputs, inputs, strict=True):
                     self._flat[value.name] = var
                 for node in self.graph.nodes:
-                    self._node(node)
+                    if node.name not in self._fused:
+                        self._node(node)
                 result = self.bb.emit_output(self.flat(self.graph.outputs[0]))
             self.bb.emit_func_output(result)
 
@@ -123,6 +127,7 @@ class FunctionLowering:
 
     def flat(self, name: str) -> Expr:
         """A value as a stream [T, numbers], or [T] where a token has one number and one axis."""
+        self._ask(name)
         if name not in self._flat:
             kind = stream(self.graph.type_of(name))
             assert kind is not None, name
@@ -150,10 +155,19 @@ class FunctionLowering:
         """A value, or a parameter, in the shape that the graph states, with B = 1."""
         if name in self.graph.params:
             return self.weight(name, "data")
+        self._ask(name)
         if name not in self._full:
             shape = self.sizes.type(self.graph.type_of(name)).shape
             self._full[name] = self.bb.emit(relax.op.reshape(self._flat[name], shape))
         return self._full[name]
+
+    def _ask(self, name: str) -> None:
+        """Emit the fusion that computes a value, unless it is there."""
+        fusion = self._fused.get(name)
+        if fusion is not None:
+            for value in (value for node in fusion.nodes for value in node.outputs):
+                del self._fused[value.name]
+            fusion.lower(self)
 
     def set_flat(self, name: str, value: Expr) -> None:
         """Define a value by its stream."""

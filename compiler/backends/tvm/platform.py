@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from tvm import relax, tirx
 from tvm.target import Target as TvmTarget
 
+from moec.compiler.backends.tvm.fusion import Fusion
+from moec.compiler.ir import Graph
 from moec.targets import Target
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cpu.experts_layout import Factors
@@ -138,6 +140,10 @@ class Platform(Protocol):
 
     def page_shapes(self, spec: AttentionSpec) -> Sequence[tuple[int, ...]]:
         """Shapes of a page of K and of V."""
+        ...
+
+    def fusions(self, graph: Graph, storage: Mapping[str, Any], tokens: int | None) -> Sequence[Fusion]:
+        """Nodes that its kernels compute together, in a function of so many tokens (None: any number). No two share a node."""
         ...
 
     def schedules(self) -> list[tvm.transform.Pass]:
