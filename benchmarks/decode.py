@@ -1,20 +1,27 @@
 """Whole models: decode speed against the memory's bandwidth, and the time to the first token of a long prompt.
 
-    python -m benchmarks.decode ARTIFACT... [--batch 1,32] [-n 128] [--context 128] [--prompt 2048] [--repetitions 3]
-                                [--transformers CHECKPOINT] [--json]
+    python -m benchmarks.decode run MODEL... [--batch 1,32] [-n 128] [--context 128] [--prompt 2048] [--repetitions 3]
+                                    [--transformers CHECKPOINT] [--kernels] [--json]
+    python -m benchmarks.decode build FOLDER --shape olmoe-1b-7b [--recipe int4] [--experts int2_g128,int3_g128] [--target h100-sxm]
+
+MODEL is an artifact, or a folder of `build`, which compiles a published shape without weights: `run` makes random ones, so that a large
+model's speed is measured on a machine that needs neither the compiler nor the checkpoint. `--experts` are formats that the experts of a
+layer have in turn.
 
 tokens/s   of greedy decoding, logits on the host at every step, counted over all sequences of the batch
-MB/token   weights that one sequence reads for a token, from the artifact
+MB/token   weights that one sequence reads for a token
 roofline   tokens/s of one sequence times bytes a token, over the bandwidth of a device-to-device copy (a GPU) or of reading memory
            (a processor), measured in the same run; of several sequences, which share the weights that they read, it is not stated
 prompt     milliseconds to the first logits of one prompt
 
---transformers runs the checkpoint with transformers in bfloat16 beside them: eager, with its default cache.
+--transformers runs the checkpoint with transformers in bfloat16 beside them: eager, with its default cache. --kernels adds what a decode
+step of one sequence launches, from torch's profiler: how often, and mean microseconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import time
@@ -24,18 +31,19 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import decode_model
+from benchmarks.make_checkpoint import SHAPES
 from moec import runtime
 from moec.compiler.cli.bench import bytes_per_token
 from moec.runtime.errors import MoecError
+from moec.runtime.executor import Executor
 from moec.runtime.measure import read_bandwidth
-from moec.runtime.session import Session
 
 Row = dict[str, Any]
 
 
-def decode_speed(session: Session, batch: int, context: int, tokens: int) -> float:
+def decode_speed(executor: Executor, batch: int, context: int, tokens: int) -> float:
     """Tokens a second of greedy decoding after `context` random tokens in each of `batch` sequences."""
-    executor = session.executor
     draw = np.random.default_rng(0)
     handles = [executor.add() for _ in range(batch)]
     try:
@@ -52,9 +60,9 @@ def decode_speed(session: Session, batch: int, context: int, tokens: int) -> flo
             executor.remove(handle)
 
 
-def first_token_ms(session: Session, prompt: int, repetitions: int) -> float:
+def first_token_ms(executor: Executor, prompt: int, repetitions: int) -> float:
     """Milliseconds to the logits of a random prompt: the median of some runs after one to warm up."""
-    executor, times = session.executor, list[float]()
+    times = list[float]()
     ids = np.random.default_rng(1).integers(0, executor.vocab_size, prompt)
     for _ in range(repetitions + 1):
         handle = executor.add()
@@ -65,28 +73,60 @@ def first_token_ms(session: Session, prompt: int, repetitions: int) -> float:
     return statistics.median(times[1:])
 
 
-def bandwidth(session: Session) -> float:
+def bandwidth(executor: Executor) -> float:
     """Bytes a second of the memory that the model lies in."""
-    device = getattr(session.executor, "device", None)
+    device = getattr(executor, "device", None)
     measured = device.copy_bandwidth() if device is not None else None
     return measured or read_bandwidth(1)
+
+
+@contextlib.contextmanager
+def opened(path: Path, max_sequences: int) -> Iterator[tuple[Executor, int]]:
+    """The executor of an artifact, or of a folder of `build`, and the bytes of weights that a token reads."""
+    if (path / decode_model.FILE).is_file():
+        executor, found = decode_model.load(path, max_sequences)
+        yield executor, int(found["bytes_per_token"])
+        return
+    with runtime.load(path, max_sequences=max_sequences) as session:
+        yield session.executor, bytes_per_token(session.artifact.manifest) or 0
+
+
+def kernels(executor: Executor, context: int, steps: int = 8) -> list[tuple[str, float, float]]:
+    """(kernel, launches, mean microseconds) of a decode step of one sequence, those that take longest first."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.zeros(1, device="cuda")
+    handle, times = executor.add(), dict[str, list[float]]()
+    executor.forward([(handle, np.arange(context) % executor.vocab_size)])
+    for _ in range(4):  # from the third on it is one recorded graph
+        executor.forward([(handle, np.array([1]))])
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(steps):
+            executor.forward([(handle, np.array([1]))])
+    for event in profiled.events() or ():
+        times.setdefault(event.name, []).append(event.time_range.end - event.time_range.start)
+    executor.remove(handle)
+    order = sorted(times.items(), key=lambda item: -sum(item[1]))
+    return [(name, len(found) / steps, statistics.mean(found)) for name, found in order]
 
 
 def measure(path: Path, batches: list[int], args: argparse.Namespace) -> Iterator[Row]:
     """A row for each batch."""
     start = time.perf_counter()
-    with runtime.load(path, max_sequences=max(batches)) as session:
+    with opened(path, max(batches)) as (executor, read):
         loaded = time.perf_counter() - start
-        limit = session.executor.context_length
-        memory, read = bandwidth(session), bytes_per_token(session.artifact.manifest) or 0
+        limit = executor.context_length
+        memory = bandwidth(executor)
+        context = min(args.context, limit - args.n - 16)
         prompt = min(args.prompt, limit)
-        first = first_token_ms(session, prompt, args.repetitions)
+        first = first_token_ms(executor, prompt, args.repetitions)
         for batch in batches:
-            speeds = [decode_speed(session, batch, min(args.context, limit - args.n - 8), args.n) for _ in range(args.repetitions)]
-            speed = statistics.median(speeds)
+            speed = statistics.median(decode_speed(executor, batch, context, args.n) for _ in range(args.repetitions))
             row: Row = {"model": path.name, "batch": batch, "tokens_per_s": speed, "bytes_per_token": read}
             row |= {"bandwidth_gb_s": memory / 1e9, "roofline": speed * read / memory if batch == 1 else None}
-            yield {**row, "prompt": prompt, "first_token_ms": first, "load_s": loaded}
+            row |= {"prompt": prompt, "first_token_ms": first, "load_s": loaded}
+            yield {**row, "kernels": kernels(executor, context)} if args.kernels and batch == 1 else row
 
 
 def transformers_rows(checkpoint: Path, batches: list[int], args: argparse.Namespace) -> Iterator[Row]:
@@ -116,24 +156,19 @@ def text(row: Row) -> str:
     return f"| {row['model']} | {row['batch']} | {row['tokens_per_s']:.0f} | {size} | {share} | {first} |"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifacts", type=Path, nargs="+")
-    parser.add_argument("--batch", default="1,32")
-    parser.add_argument("-n", type=int, default=128)
-    parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--prompt", type=int, default=2048)
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--transformers", type=Path, metavar="CHECKPOINT")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+def build(args: argparse.Namespace) -> None:
+    """Compile a shape."""
+    experts = [] if args.experts is None else args.experts.split(",")
+    config = json.loads((args.config / "config.json").read_text()) if args.config else SHAPES[args.shape]
+    decode_model.build(args.folder, config, args.recipe, experts, args.target, args.context_length)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure models and print one table."""
     batches = [int(n) for n in args.batch.split(",")]
     rows: list[Row] = []
-    try:
-        for path in args.artifacts:
-            rows += measure(path, batches, args)
-    except MoecError as error:
-        parser.exit(2, f"{error}\n")
+    for path in args.models:
+        rows += measure(path, batches, args)
     if args.transformers:
         rows += transformers_rows(args.transformers, batches, args)
     if args.json:
@@ -141,6 +176,37 @@ def main() -> None:
         return
     print("| model | batch | tokens/s | MB/token | roofline | first token, ms (prompt) |\n|---|---|---|---|---|---|")
     print("\n".join(map(text, rows)))
+    for row in rows:
+        for name, count, mean in row.get("kernels", ()):
+            print(f"{row['model']}: {count:6.1f} x {mean:8.2f} us  {name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    actions = parser.add_subparsers(dest="action", required=True)
+    runs = actions.add_parser("run")
+    runs.add_argument("models", type=Path, nargs="+")
+    runs.add_argument("--batch", default="1,32")
+    runs.add_argument("-n", type=int, default=128)
+    runs.add_argument("--context", type=int, default=128)
+    runs.add_argument("--prompt", type=int, default=2048)
+    runs.add_argument("--repetitions", type=int, default=3)
+    runs.add_argument("--transformers", type=Path, metavar="CHECKPOINT")
+    runs.add_argument("--kernels", action="store_true")
+    runs.add_argument("--json", action="store_true")
+    builds = actions.add_parser("build")
+    builds.add_argument("folder", type=Path)
+    builds.add_argument("--shape", choices=sorted(SHAPES), default="olmoe-1b-7b")
+    builds.add_argument("--config", type=Path, metavar="CHECKPOINT", help="a folder with config.json, instead of a shape")
+    builds.add_argument("--recipe", default="int4")
+    builds.add_argument("--experts", metavar="FORMAT,...")
+    builds.add_argument("--target", default="h100-sxm")
+    builds.add_argument("--context-length", type=int, default=4096)
+    args = parser.parse_args()
+    try:
+        (build if args.action == "build" else run)(args)
+    except MoecError as error:
+        parser.exit(2, f"{error}\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,36 @@
+"""The benchmark of whole models: a shape is compiled without weights and runs with random ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import decode, decode_model
+from moec.runtime.formats import get_format
+
+TINY = Path(__file__).parents[2] / "examples" / "models" / "tiny-moe"
+
+
+def test_a_shape_without_weights_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "model"
+    command = ["decode", "build", str(folder), "--config", str(TINY), "--recipe", "int4-g32", "--target", "cpu", "--context-length", "64"]
+    monkeypatch.setattr("sys.argv", [*command, "--experts", "int2_g32,int3_g32"])
+    decode.main()
+    executor, found = decode_model.load(folder, 2)
+    logits = executor.forward([(executor.add(), np.arange(7))])
+    assert np.isfinite(logits).all()
+    assert logits.std() > 0
+    monkeypatch.setattr("sys.argv", ["decode", "run", str(folder), "--batch", "1,2", "-n", "4", "--context", "8", "--prompt", "16"])
+    decode.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[2].strip() for line in lines[2:]] == ["1", "2"]
+    assert found["bytes_per_token"] > 0
+
+
+def test_random_codes_have_the_spread_of_weights() -> None:
+    for name in ("int2_g32", "int3_g32", "int4_g32", "int8_g32"):
+        fmt = get_format(name)
+        codes = np.random.default_rng(0).integers(0, fmt.levels, 4096)  # type: ignore[attr-defined]
+        assert np.std(codes) * decode_model._scale(name) == pytest.approx(decode_model.SPREAD, rel=0.2)
