@@ -139,7 +139,8 @@ class TvmExecutor:
         layers = section.get("experts", ())
         counts = aligned((len(layers), 8), np.int64)  # a cache line each
         self.counters = ExpertCounters(layers, counts) if layers else None
-        arrays = (*self._mapped, *counts)
+        semaphores = int(section.get("semaphores", 0))
+        arrays = (*self._mapped, *counts, *([aligned(semaphores, np.int32)] if semaphores else []))
         self._weights = tvm_ffi.convert([self.device.constant(array) for array in arrays])
         self._inputs = list(section["inputs"])
         self._pages = Pages(section["page_shapes"], int(section["page_tokens"]), max_sequences, context_length, self.device)

@@ -67,6 +67,7 @@ class TvmBackend:
             "page_tokens": self.platform.page_tokens,
             "page_shapes": [list(shape) for shape in pages],
             "experts": [self._counted(node) for node in self.graph.nodes if node.op == "experts"] if self.platform.counted else [],
+            "semaphores": self.platform.semaphores,
             "params": [[param, component] for param, storage in self._storage.items() for component in storage.arrays()],
             **found,
         }

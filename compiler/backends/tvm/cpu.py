@@ -105,6 +105,7 @@ class CpuPlatform:
     page_tokens = PAGE
     cache_dtype = "float32"
     counted = True
+    semaphores = 0
     tir_pipeline = "default"
 
     def __init__(self, target: TvmTarget) -> None:

@@ -121,6 +121,7 @@ class CudaPlatform:
     page_tokens = PAGE
     cache_dtype = "float32"
     counted = False
+    semaphores = 256
     tir_pipeline = pipeline.NAME
 
     def __init__(self, described: Mapping[str, Any]) -> None:

@@ -50,8 +50,8 @@ class FunctionLowering:
 
     Its arguments are the graph's inputs as streams (`ids` [T], `positions` [T], `rows` [R]), `blocks` int32 [NB, 4] and `page_table`
     int32 [S, MP] of the attention kernels, K and V pages of each attention node, and the weights: one tuple of the arrays
-    of each parameter, then of the counts of each experts node, whose types are not stated, since the virtual machine would check each
-    of them in every call.
+    of each parameter, then of the counts of each experts node, then the platform's semaphores if it has any. Types of its elements are
+    not stated, since the virtual machine would check each of them in every call.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class FunctionLowering:
         self._flat: dict[str, Expr] = {}
         self._full: dict[str, Expr] = {}
         self._weights: dict[tuple[str, str], Expr] = {}
+        self._semaphores: Expr | None = None
         self._layer = self._counted = 0
         fusions = platform.fusions(graph, storage, self.tokens)
         self._fused: dict[str, Fusion] = {value.name: f for f in fusions for node in f.nodes for value in node.outputs}
@@ -124,6 +125,14 @@ class FunctionLowering:
             return None
         self._counted += 1
         return self._item(len(self._arrays) + self._counted - 1, relax.TensorType([COUNTS], "int64"))
+
+    def semaphores(self) -> Expr:
+        """int32 zeros for the kernels whose thread blocks wait for the last one of them; each leaves them as they were."""
+        assert self.platform.semaphores, "the platform has none"
+        if self._semaphores is None:
+            counted = sum(node.op == "experts" for node in self.graph.nodes) if self.platform.counted else 0
+            self._semaphores = self._item(len(self._arrays) + counted, relax.TensorType([self.platform.semaphores], "int32"))
+        return self._semaphores
 
     def flat(self, name: str) -> Expr:
         """A value as a stream [T, numbers], or [T] where a token has one number and one axis."""

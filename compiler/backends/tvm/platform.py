@@ -121,6 +121,8 @@ class Platform(Protocol):
     """Element type of the caches' arrays."""
     counted: bool
     """Whether the experts' kernels count what they run."""
+    semaphores: int
+    """Counters that kernels of several thread blocks share, each of them zero between kernels."""
     tir_pipeline: str
     """TVM's name of the passes that make code of kernels."""
 

@@ -6,6 +6,7 @@ namespace emulator {
 std::vector<Thread> threads;
 std::vector<Barrier> warps;
 Barrier block;
+int votes;
 std::vector<uint64_t> slots;
 int current;
 long progress;

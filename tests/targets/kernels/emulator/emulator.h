@@ -64,6 +64,7 @@ struct Thread { ucontext_t context; std::vector<char> stack; Index index; int id
 extern std::vector<Thread> threads;
 extern std::vector<Barrier> warps;
 extern Barrier block;
+extern int votes;
 extern std::vector<uint64_t> slots;
 extern int current;
 extern long progress;
@@ -85,6 +86,15 @@ template <typename T> T exchange(T value, int source) {
 }  // namespace emulator
 
 inline void __syncthreads() { emulator::arrive(emulator::block); }
+inline int __syncthreads_or(int x) {
+  emulator::votes |= x != 0;
+  __syncthreads();
+  int found = emulator::votes;
+  __syncthreads();
+  emulator::votes = 0;
+  __syncthreads();
+  return found;
+}
 inline void __syncwarp(unsigned = ~0u) { emulator::arrive(emulator::warps[emulator::current / 32]); }
 inline void __threadfence() {}
 template <typename T> T __shfl_xor_sync(unsigned, T x, int mask, int = 32) { return emulator::exchange(x, (emulator::current % 32) ^ mask); }
@@ -107,6 +117,7 @@ inline unsigned __ballot_sync(unsigned, bool x) {
 }
 template <typename T> T __ldg(const T* p) { return *p; }
 template <typename T> T atomicAdd(T* p, T x) { T old = *p; *p += x; return old; }
+inline unsigned atomicInc(unsigned* p, unsigned most) { unsigned old = *p; *p = old >= most ? 0 : old + 1; return old; }
 inline float __expf(float x) { return expf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float __int_as_float(int x) { float y; memcpy(&y, &x, 4); return y; }
