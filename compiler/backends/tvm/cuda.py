@@ -14,6 +14,7 @@ from tvm.ir import IRModule
 from tvm.s_tir import dlight
 from tvm.target import Target as TvmTarget
 
+from moec.compiler.backends.tvm import fusions
 from moec.compiler.backends.tvm.cpu import RUNTIME, link, runtime_library
 from moec.compiler.backends.tvm.fusion import Fusion
 from moec.compiler.backends.tvm.platform import Expr, Functions, count_of, static
@@ -145,8 +146,7 @@ class CudaPlatform:
         return page_shapes(spec)
 
     def fusions(self, graph: Graph, storage: Mapping[str, Any], tokens: int | None) -> Sequence[Fusion]:
-        del graph, storage, tokens
-        return ()
+        return fusions.match(graph, storage) if tokens == 1 else ()
 
     def schedules(self) -> list[tvm.transform.Pass]:
         gpu = dlight.gpu
