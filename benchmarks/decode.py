@@ -21,7 +21,6 @@ step of one sequence launches, from torch's profiler: how often, and mean micros
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import statistics
 import time
@@ -33,10 +32,11 @@ import numpy as np
 
 from benchmarks import decode_model
 from benchmarks.make_checkpoint import SHAPES
-from moec import runtime
 from moec.compiler.cli.bench import bytes_per_token
+from moec.runtime.artifact import open_artifact
 from moec.runtime.errors import MoecError
 from moec.runtime.executor import Executor
+from moec.runtime.executors import load_executor
 from moec.runtime.measure import read_bandwidth
 
 Row = dict[str, Any]
@@ -80,15 +80,13 @@ def bandwidth(executor: Executor) -> float:
     return measured or read_bandwidth(1)
 
 
-@contextlib.contextmanager
-def opened(path: Path, max_sequences: int) -> Iterator[tuple[Executor, int]]:
+def opened(path: Path, max_sequences: int) -> tuple[Executor, int]:
     """The executor of an artifact, or of a folder of `build`, and the bytes of weights that a token reads."""
     if (path / decode_model.FILE).is_file():
         executor, found = decode_model.load(path, max_sequences)
-        yield executor, int(found["bytes_per_token"])
-        return
-    with runtime.load(path, max_sequences=max_sequences) as session:
-        yield session.executor, bytes_per_token(session.artifact.manifest) or 0
+        return executor, int(found["bytes_per_token"])
+    artifact = open_artifact(path)
+    return load_executor(artifact, None, max_sequences), bytes_per_token(artifact.manifest) or 0
 
 
 def kernels(executor: Executor, context: int, steps: int = 8) -> list[tuple[str, float, float]]:
@@ -114,19 +112,19 @@ def kernels(executor: Executor, context: int, steps: int = 8) -> list[tuple[str,
 def measure(path: Path, batches: list[int], args: argparse.Namespace) -> Iterator[Row]:
     """A row for each batch."""
     start = time.perf_counter()
-    with opened(path, max(batches)) as (executor, read):
-        loaded = time.perf_counter() - start
-        limit = executor.context_length
-        memory = bandwidth(executor)
-        context = min(args.context, limit - args.n - 16)
-        prompt = min(args.prompt, limit)
-        first = first_token_ms(executor, prompt, args.repetitions)
-        for batch in batches:
-            speed = statistics.median(decode_speed(executor, batch, context, args.n) for _ in range(args.repetitions))
-            row: Row = {"model": path.name, "batch": batch, "tokens_per_s": speed, "bytes_per_token": read}
-            row |= {"bandwidth_gb_s": memory / 1e9, "roofline": speed * read / memory if batch == 1 else None}
-            row |= {"prompt": prompt, "first_token_ms": first, "load_s": loaded}
-            yield {**row, "kernels": kernels(executor, context)} if args.kernels and batch == 1 else row
+    executor, read = opened(path, max(batches))
+    loaded = time.perf_counter() - start
+    limit = executor.context_length
+    memory = bandwidth(executor)
+    context = min(args.context, limit - args.n - 16)
+    prompt = min(args.prompt, limit)
+    first = first_token_ms(executor, prompt, args.repetitions)
+    for batch in batches:
+        speed = statistics.median(decode_speed(executor, batch, context, args.n) for _ in range(args.repetitions))
+        row: Row = {"model": path.name, "batch": batch, "tokens_per_s": speed, "bytes_per_token": read}
+        row |= {"bandwidth_gb_s": memory / 1e9, "roofline": speed * read / memory if batch == 1 else None}
+        row |= {"prompt": prompt, "first_token_ms": first, "load_s": loaded}
+        yield {**row, "kernels": kernels(executor, context)} if args.kernels and batch == 1 else row
 
 
 def transformers_rows(checkpoint: Path, batches: list[int], args: argparse.Namespace) -> Iterator[Row]:
