@@ -74,8 +74,11 @@ class Driver:
         self._call("cuMemcpyHtoDAsync_v2", *self._copy(device, host.ctypes.data, host.nbytes, stream))
 
     def copy_out(self, host: NDArray[Any], device: int, stream: int) -> None:
-        """Copy from the GPU into an array, and wait for it."""
+        """Copy from the GPU into an array, which has the numbers once the stream has come so far."""
         self._call("cuMemcpyDtoHAsync_v2", *self._copy(host.ctypes.data, device, host.nbytes, stream))
+
+    def wait(self, stream: int) -> None:
+        """Wait until all on a stream is done."""
         self._call("cuStreamSynchronize", ctypes.c_void_p(stream))
 
     def copy_bandwidth(self, nbytes: int = 1 << 30, repetitions: int = 10) -> float:

@@ -225,30 +225,24 @@ class Gpu:
         """Part of a tensor, from some byte on."""
         return self._view(tensor, tvm_ffi.Shape(tuple(shape)), tvm_ffi.dtype(str(np.dtype(dtype))), offset)
 
-    def fill(self, tensor: Any, array: Array, driver: Driver | None) -> None:
-        """Copy an array to a tensor; with a driver it has to stay as it is until the next `fetch`."""
-        if driver is not None:
-            driver.copy_in(tensor.data_ptr(), array, self.stream)
-        else:
-            self._move(as_tensor(array), tensor)
+    def pinned(self, nbytes: int, driver: Driver) -> Array:
+        """Memory of the host for results of a size; the next result of this size overwrites it."""
+        if nbytes not in self._pinned:
+            self._pinned[nbytes] = driver.host_array(nbytes)
+        return self._pinned[nbytes]
 
-    def fetch(self, tensor: Any, driver: Driver | None) -> NDArray[np.float32]:
-        """A tensor of float32 as an array of the host, once all before it is done; a driver copies it by a detour that is faster."""
-        shape = tuple(int(n) for n in tensor.shape)
-        if driver is None:
-            found: NDArray[np.float32] = np.empty(shape, np.float32)
-            self._move(tensor, tvm_ffi.from_dlpack(found))
-            return found
-        size = 4 * int(np.prod(shape))
-        if size not in self._pinned:
-            self._pinned[size] = driver.host_array(size)
-        pinned = self._pinned[size].view(np.float32).reshape(shape)
-        driver.copy_out(pinned, tensor.data_ptr(), self.stream)
-        return pinned.copy()
+    def fetch(self, tensor: Any) -> NDArray[np.float32]:
+        """A tensor of float32 as an array of the host, once all before it is done."""
+        found: NDArray[np.float32] = np.empty(tuple(int(n) for n in tensor.shape), np.float32)
+        self._move(tensor, tvm_ffi.from_dlpack(found))
+        return found
 
 
 class _Call:
-    """A function with memory of its own for inputs of certain shapes."""
+    """A function with memory of its own for inputs of certain shapes.
+
+    A recorded call has its copies in it, to and from memory of the host that the GPU reaches: to run it again is one launch.
+    """
 
     def __init__(self, gpu: Gpu, function: str, inputs: Sequence[Array], others: Sequence[Any], few: bool) -> None:
         self._gpu, self._function, self._others = gpu, function, others
@@ -261,21 +255,37 @@ class _Call:
         self._count = 0
         self._graph: Graph | None = None
         self._result: Any = None
+        self._found: NDArray[np.float32] | None = None
 
     def __call__(self, inputs: Sequence[Array]) -> NDArray[np.float32]:
-        for tensor, staged, array in zip(self._tensors, self._staged, inputs, strict=True):
+        for staged, array in zip(self._staged, inputs, strict=True):
             staged[...] = array
-            self._gpu.fill(tensor, staged, self._driver)
+        if self._driver is None:
+            for tensor, staged in zip(self._tensors, self._staged, strict=True):
+                self._gpu.refresh(tensor, staged)
+            return self._gpu.fetch(self._launch())
         self._count += 1
+        if self._graph is None and self._count > WARM:
+            self._result = None  # its memory is used again
+            self._graph, self._found = self._driver.record(self._enqueue, self._gpu.stream)
         if self._graph is not None:
             self._graph.launch()
-        elif self._driver is not None and self._count > WARM:
-            self._result = None  # its memory is used again
-            self._graph, self._result = self._driver.record(self._launch, self._gpu.stream)
-            self._graph.launch()
         else:
-            self._result = self._launch()
-        return self._gpu.fetch(self._result, self._driver)
+            self._found = self._enqueue()
+        self._driver.wait(self._gpu.stream)
+        assert self._found is not None
+        return self._found.copy()
+
+    def _enqueue(self) -> NDArray[np.float32]:
+        """Copy, call and copy back on the stream, without waiting."""
+        assert self._driver is not None
+        for tensor, staged in zip(self._tensors, self._staged, strict=True):
+            self._driver.copy_in(tensor.data_ptr(), staged, self._gpu.stream)
+        self._result = self._launch()
+        shape = tuple(int(n) for n in self._result.shape)
+        found = self._gpu.pinned(4 * int(np.prod(shape)), self._driver).view(np.float32).reshape(shape)
+        self._driver.copy_out(found, self._result.data_ptr(), self._gpu.stream)
+        return found
 
     def _launch(self) -> Any:
         return self._gpu.call(self._function, *self._tensors, *self._others)
