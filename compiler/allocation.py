@@ -18,11 +18,10 @@ from moec.compiler.errors import MoecError
 from moec.compiler.factors import require_no_factors
 from moec.compiler.layers import MoeLayer, moe_layers
 from moec.compiler.model import Model
-from moec.compiler.packed import is_quantized, rounded
+from moec.compiler.packed import CodedFormat, is_quantized, rounded
 from moec.compiler.quantizers import Quantizer, get_quantizer
 from moec.compiler.roles import Kind, node_kinds
 from moec.runtime.formats import get_format
-from moec.runtime.formats.int import IntFormat
 
 GRAINS = ("expert", "projection")
 
@@ -149,7 +148,7 @@ class Problem:
                 neither expert nor linear layer is.
         """
         chosen, quantizer = get_format(option), self.quantizer if moment is not None else get_quantizer("rtn")
-        if not isinstance(chosen, IntFormat):
+        if not isinstance(chosen, CodedFormat):
             return rounded(weight, option).to(weight.dtype)
         full = moment() if moment is not None and quantizer.needs != "none" else None
         read = full.diagonal() if full is not None and quantizer.needs == "diagonal" else full

@@ -13,13 +13,12 @@ from moec.compiler.backends import make_backend
 from moec.compiler.backends.base import Backend
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph, Param
-from moec.compiler.packed import Quantized, is_quantized
+from moec.compiler.packed import CodedFormat, Quantized, is_quantized
 from moec.compiler.text import parse_graph
 from moec.runtime.artifact import Artifact
 from moec.runtime.artifact import open_artifact as open_for_reading
 from moec.runtime.formats import get_format
 from moec.runtime.formats.float import PlainFormat
-from moec.runtime.formats.int import IntFormat
 from moec.targets import Target
 
 
@@ -55,7 +54,7 @@ class ArtifactWeights:
 def _value(param: Param, expert: int | None, packed: Quantized | np.ndarray) -> Tensor:
     shape = tuple(d for d in (param.type.shape if expert is None else param.type.shape[1:]) if isinstance(d, int))
     fmt = get_format(param.format if isinstance(param.format, str) else param.format[expert or 0])
-    if isinstance(fmt, IntFormat):
+    if isinstance(fmt, CodedFormat):
         assert isinstance(packed, Quantized)
         return torch.from_numpy(fmt.dequantize(packed.codes, packed.scale, packed.zero)).view(shape)
     assert isinstance(fmt, PlainFormat)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moec.compiler.error_feedback import factor
 from moec.compiler.errors import MoecError
-from moec.compiler.packed import Quantized
+from moec.compiler.packed import CodedFormat, Quantized
 from moec.compiler.plugins import with_options
 from moec.compiler.quantizers import get_quantizer
 from moec.runtime.formats import get_format
@@ -131,7 +131,7 @@ class Correction:
         return low
 
     def corrected(
-        self, weight: Tensor, fmt: IntFormat, quantize: Callable[[Tensor], Quantized], moment: Tensor | None, rank: int
+        self, weight: Tensor, fmt: CodedFormat, quantize: Callable[[Tensor], Quantized], moment: Tensor | None, rank: int
     ) -> tuple[Quantized, Quantized, Quantized]:
         """The codes of a weight [N, K] and of its factors [N, r] and [r, K].
 

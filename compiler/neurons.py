@@ -26,10 +26,10 @@ from moec.compiler.ir import Node, Param, TensorType, Value
 from moec.compiler.layers import MoeLayer, moe_layers, require_values
 from moec.compiler.model import Model
 from moec.compiler.ops import expert_activation
+from moec.compiler.packed import CodedFormat
 from moec.compiler.probe import Prober, run_probe
 from moec.compiler.weights import Edit, WeightSource
 from moec.runtime.formats import get_format
-from moec.runtime.formats.int import IntFormat
 
 
 def split_neurons(model: Model, orders: Mapping[str, Tensor], width: int, what: str) -> Model:
@@ -125,9 +125,9 @@ def neuron_orders(problem: Problem, samples: int = 2) -> dict[str, Tensor]:
     A neuron's salience is the sum over tokens of (G_t (z' - z)_t)^2, the change of the log-likelihood to first order, squared, when that
     neuron alone has the first of the problem's formats; G as in `compiler/probe.py`.
     """
-    if not isinstance(get_format(problem.formats[0]), IntFormat):
+    if not isinstance(get_format(problem.formats[0]), CodedFormat):
         raise MoecError(
-            f"assign_bits: neurons are ranked by what the first format does, which must be one of codes (int, ternary, binary), "
+            f"assign_bits: neurons are ranked by what the first format does, which must be one of codes (int, ternary, binary, fp8), "
             f"got {problem.formats[0]}"
         )
     observer = _Salience(problem, lambda _: 0.0)

@@ -11,27 +11,33 @@ from torch import Tensor
 
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Param
-from moec.runtime.formats import Format, get_format
+from moec.runtime.formats import Format, Scales, get_format
 from moec.runtime.formats.float import PlainFormat
+from moec.runtime.formats.fp8 import Fp8Format
 from moec.runtime.formats.int import IntFormat
+
+CodedFormat = IntFormat | Fp8Format
+"""A format of codes and scales, which quantisers give a weight."""
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """An integer weight [N, K]: codes uint8 [N, K], scale float16 [N, groups], zero points uint8 [N, groups].
+    """A weight [N, K] as codes: codes uint8 [N, K], scale float16 (fp8: float32) [N, groups], zero points uint8 [N, groups].
 
-    value = (code - zero) * scale. The zero points of a symmetric format are its constant 2^(bits-1).
+    value = (code - zero) * scale. The zero points of a symmetric format are its constant 2^(bits-1). In fp8 the code stands for a
+    floating-point number, and zero points are 0; rows that share a scale each have it.
     """
 
     codes: NDArray[np.uint8]
-    scale: NDArray[np.float16]
+    scale: Scales
     zero: NDArray[np.uint8]
 
-    def values(self, fmt: IntFormat) -> Tensor:
+    def values(self, fmt: CodedFormat) -> Tensor:
         """What the codes stand for: float32 [N, K]."""
         codes, scale, zero = (torch.from_numpy(a).to(torch.get_default_device()) for a in (self.codes, self.scale, self.zero))
         k, size = codes.shape[-1], fmt.group_size(codes.shape[-1])
-        values: Tensor = torch.nn.functional.pad(codes.float(), (0, -k % size)).unflatten(-1, (-1, size))  # [N, groups, size]
+        numbers = codes.float() if isinstance(fmt, IntFormat) else codes.view(torch.float8_e4m3fn).float()
+        values: Tensor = torch.nn.functional.pad(numbers, (0, -k % size)).unflatten(-1, (-1, size))  # [N, groups, size]
         values.sub_(zero.float()[..., None]).mul_(scale.float()[..., None])
         result: Tensor = values.flatten(-2)[..., :k]
         return result
@@ -61,16 +67,16 @@ def chosen_format(name: str, what: str) -> Format:
     return get_format(name)
 
 
-def integer_format(param: Param, expert: int | None = None) -> IntFormat | None:
-    """The integer format of a parameter or of one expert of it; None if it is a plain one."""
+def coded_format(param: Param, expert: int | None = None) -> CodedFormat | None:
+    """The format of a parameter or of one expert of it, if it has codes; None if it is a plain one."""
     fmt = get_format(format_name(param, expert))
-    return fmt if isinstance(fmt, IntFormat) else None
+    return fmt if isinstance(fmt, CodedFormat) else None
 
 
 def is_quantized(param: Param) -> bool:
-    """Whether a parameter, or any expert of it, is in an integer format."""
+    """Whether a parameter, or any expert of it, is in a format of codes."""
     formats = (param.format,) if isinstance(param.format, str) else param.format
-    return any(isinstance(get_format(name), IntFormat) for name in formats)
+    return any(isinstance(get_format(name), CodedFormat) for name in formats)
 
 
 def rounded(value: Tensor, name: str) -> Tensor:

@@ -27,7 +27,7 @@ from moec.compiler.model import Model
 from moec.compiler.moments import SAMPLE_TOKENS, Moments, blended, moment_of
 from moec.compiler.observed import rows
 from moec.compiler.ops import EXPERT_MATRICES, expert_activation
-from moec.compiler.packed import Quantized, integer_format
+from moec.compiler.packed import Quantized, coded_format
 from moec.compiler.progress import Progress
 from moec.compiler.quantizers import Quantizer
 from moec.compiler.weights import WeightSource, packed_of
@@ -78,7 +78,7 @@ class QuantizedWeights:
         Args:
             moment: [K, K] or [K], of what the weight is multiplied with; None where it is not known.
         """
-        corrected, fmt = self.corrections.get(name), integer_format(self.graph.params[name], expert)
+        corrected, fmt = self.corrections.get(name), coded_format(self.graph.params[name], expert)
         if fmt is None and corrected is None:
             return {}
         weight = self.base.load(name, expert).to(torch.get_default_device()).float()
@@ -102,7 +102,7 @@ class QuantizedWeights:
             return torch.stack([self.load(name, e) for e in range(shape[0])])
         if (packed := self.packed(name, expert)) is None:
             return self.base.load(name, expert)
-        fmt = integer_format(param, expert)
+        fmt = coded_format(param, expert)
         assert fmt is not None
         return packed.values(fmt).view(shape if expert is None else shape[1:])
 
@@ -171,7 +171,7 @@ class _InOrder:
 
     def _quantize(self, name: str, expert: int | None, moment: Callable[[], Tensor]) -> None:
         quantizer, corrected = self.weights.quantizers.get(name), self.weights.corrections.get(name)
-        if quantizer is None or (corrected is None and integer_format(self.model.graph.params[name], expert) is None):
+        if quantizer is None or (corrected is None and coded_format(self.model.graph.params[name], expert) is None):
             return
         reads = quantizer.needs != "none" or (corrected is not None and corrected.how.weighted)
         made = self.weights.make(name, expert, moment() if reads else None)

@@ -18,9 +18,10 @@ from torch import Tensor
 from moec.compiler.ir import Param
 from moec.compiler.model import Model
 from moec.compiler.ops import Stacked
-from moec.compiler.packed import Quantized, integer_format
+from moec.compiler.packed import Quantized, coded_format
 from moec.compiler.roles import parameter_roles
 from moec.compiler.weights import Edited, WeightSource, constant, packed_of
+from moec.runtime.formats.int import IntFormat
 
 KINDS = ("router", "norm", "scale")
 TINY = 2.0**-24
@@ -45,7 +46,7 @@ class Rescaled:
             return torch.stack([self.load(name, e) for e in range(int(self.params[name].type.shape[0]))])
         if (packed := self.made.get((name, expert))) is None:
             return self.base.load(name, expert)
-        fmt = integer_format(self.params[name], expert)
+        fmt = coded_format(self.params[name], expert)
         assert fmt is not None
         return packed.values(fmt)
 
@@ -124,7 +125,7 @@ def trained(model: Model, kinds: Sequence[str]) -> Trained:
         norm = any(n.op in ("rms_norm", "layer_norm") and n.inputs[1] == name for n in model.graph.users.get(name, ()))
         if param.type.dtype != "f32":
             continue
-        if (roles[name] == "router" and "router" in kinds and integer_format(param) is None) or (norm and "norm" in kinds):
+        if (roles[name] == "router" and "router" in kinds and coded_format(param) is None) or (norm and "norm" in kinds):
             found.plain[name] = found.leaves[name] = model.load(name).clone().requires_grad_()
         elif roles[name] == "experts" and "scale" in kinds:
             stack = [_scaled(model, param, e, device) for e in range(int(param.type.shape[0]))]
@@ -136,8 +137,8 @@ def trained(model: Model, kinds: Sequence[str]) -> Trained:
 
 
 def _scaled(model: Model, param: Param, expert: int, device: torch.device) -> ScaledWeight | None:
-    fmt, packed = integer_format(param, expert), packed_of(model.weights, param.name, expert)
-    if fmt is None or packed is None:
+    fmt, packed = coded_format(param, expert), packed_of(model.weights, param.name, expert)
+    if not isinstance(fmt, IntFormat) or packed is None:  # scales of fp8 blocks belong to several rows
         return None
     k = packed.codes.shape[1]
     zero = np.repeat(packed.zero.astype(np.int16), fmt.group_size(k), axis=1)[:, :k]

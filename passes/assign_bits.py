@@ -108,6 +108,9 @@ class AssignBits:
                 raise MoecError(f"assign_bits: {what}={formats!r}: expected a list of different formats, such as [int2_g64, int4_g64]")
             for name in formats:
                 chosen_format(name, "assign_bits")
+            if kind not in ("embedding", "head"):  # those are rounded to nearest
+                for quantizer in (get_quantizer(self.method, self.options), get_quantizer(self.probe)):
+                    quantizer.require(*formats)
         if self.others and self.scope == "layer":
             raise MoecError("assign_bits: scope=layer is for experts; with `others` everything is in one program: use scope=model")
 

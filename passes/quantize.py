@@ -65,13 +65,14 @@ class Quantize:
     sequential: bool | None = None
 
     def __post_init__(self) -> None:
-        get_quantizer(self.method, self.options)
+        chosen = get_quantizer(self.method, self.options)
         Correction.of(self.low_rank)
         for name in (self.experts, self.linear, self.embedding, self.router, self.other, *self.overrides.values()):
             if name is not None:
                 chosen_format(name, "quantize")
         if self.other is not None and not isinstance(get_format(self.other), PlainFormat):
             raise MoecError(f"quantize: other={self.other!r} must be a plain format (f32, bf16, f16): it covers norms and biases")
+        chosen.require(self.experts, self.linear)
         for pattern in self.overrides:
             try:
                 re.compile(pattern)
@@ -93,6 +94,7 @@ class Quantize:
         model = Model(model.graph.with_params(changed), model.weights)
         names = {p.name: roles[p.name] for p in changed if is_quantized(p)}
         chosen_quantizer = get_quantizer(self.method, self.options)
+        chosen_quantizer.require(*(str(p.format) for p in changed if roles[p.name] in ("experts", "linear")))
         return apply_quantizer(
             model, names, chosen_quantizer, context,
             weighted=self.weighted, sequential=self.sequential, correction=Correction.of(self.low_rank),

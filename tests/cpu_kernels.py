@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import tvm
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from moec.targets.kernels.cpu import ExpertsLayout, Isa, LaneLayout
 INTEGER = [f"int{b}_{g}{a}" for b in (2, 3, 4, 8) for g in ("g32", "g64", "g128", "channel") for a in ("", "_asym")]
 FEW = [f"{kind}_{g}" for kind in ("ternary", "binary") for g in ("g32", "g64", "g128", "channel")]
 FLOATS = ["f32", "f16", "bf16"]
+FP8 = ["fp8_channel", "fp8_block128"]
 TOLERANCE = 6e-5  # 16-bit activations: half a step of 1 / 32767 of a group's largest, against the group's typical value
 HOST = codegen.llvm_get_system_cpu()
 VECTORS = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}  # what a lesser x86 target may use
@@ -50,6 +52,10 @@ def call(run: Callable[..., None], *arrays: Array, out: tuple[int, ...]) -> Arra
 def draw_codes(rng: np.random.Generator, layout: LaneLayout, *lead: int) -> tuple[Array, Array, Array | None]:
     """Random codes [..., N, K], scales and zero points [..., N, groups]."""
     integer = layout.integer
+    if (fp8 := layout.fp8) is not None:
+        codes = rng.integers(0, 256, (*lead, layout.n, layout.k), np.uint8)
+        rows = ((0.5 + rng.random((*lead, fp8.scale_rows(layout.n), layout.groups))) / 448 / layout.k**0.5).astype(np.float32)
+        return codes ^ (codes & 0x7F == 0x7F), np.repeat(rows, fp8.block or 1, axis=-2)[..., : layout.n, :], None  # there is no NaN
     assert integer is not None
     side = (*lead, layout.n, layout.groups)
     codes = rng.integers(0, integer.levels, (*lead, layout.n, layout.k), np.uint8) * np.uint8(integer.step)
@@ -59,6 +65,10 @@ def draw_codes(rng: np.random.Generator, layout: LaneLayout, *lead: int) -> tupl
 
 def draw_weight(rng: np.random.Generator, layout: LaneLayout, *lead: int) -> tuple[Array, dict[str, Array]]:
     """Random weights [..., N, K] as float64, and their arrays."""
+    if layout.fp8 is not None:
+        codes, scale, _ = draw_codes(rng, layout, *lead)
+        wide = np.repeat(scale, layout.fp8.group_size(layout.k), axis=-1)[..., : layout.k]
+        return codes.view(ml_dtypes.float8_e4m3fn).astype(np.float64) * wide, layout.tile(codes, scale)
     if (integer := layout.integer) is not None:
         codes, scale, zero = draw_codes(rng, layout, *lead)
         full = np.full_like(scale, integer.middle, np.uint8) if zero is None else zero
@@ -96,10 +106,10 @@ def _draw_matrix(
         return draw_weight(rng, matrix, layout.experts)
     rows = LaneLayout(layout.parts * layout.f, matrix.k, matrix.format)
     values, plain = draw_weight(rng, rows, layout.experts)
-    if not rows.integer:
+    if not rows.integer and not rows.fp8:
         return values, matrix.tile_values(layout.interleave(rows.untile_values(plain)))
     codes, scale, zero = rows.untile(plain)
-    zeros = None if rows.integer.symmetric else layout.interleave(zero)
+    zeros = None if rows.integer is None or rows.integer.symmetric else layout.interleave(zero)
     return values, matrix.tile(layout.interleave(codes), layout.interleave(scale), zeros)
 
 

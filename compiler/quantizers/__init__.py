@@ -6,7 +6,8 @@ Each file has `quantize(weight, fmt, moment) -> Quantized` and `NEEDS`, which sa
     diagonal    moment [K]: the mean of x_k^2 over the inputs x [K] that the weight is multiplied with
     full        moment [K, K]: the mean of x x^T
 
-Options of a quantiser are keyword-only arguments of its function. Any quantiser combines with any format and any statistics.
+Options of a quantiser are keyword-only arguments of its function. Any quantiser combines with any integer format and any statistics; one
+whose `FORMATS` has `Fp8Format` takes 8-bit floating point too.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from moec.compiler.packed import Quantized
+from moec.compiler.errors import MoecError
+from moec.compiler.packed import CodedFormat, Quantized
 from moec.compiler.plugins import file_names, load_file, with_options
+from moec.runtime.formats import get_format
+from moec.runtime.formats.fp8 import Fp8Format
 from moec.runtime.formats.int import IntFormat
 
 Needs = Literal["none", "diagonal", "full"]
@@ -28,24 +32,39 @@ Needs = Literal["none", "diagonal", "full"]
 class Quantize(Protocol):
     """The function of a quantiser."""
 
-    def __call__(self, weight: Tensor, fmt: IntFormat, moment: Tensor | None = None) -> Quantized:
+    def __call__(self, weight: Tensor, fmt: CodedFormat, moment: Tensor | None = None) -> Quantized:
         """Codes of a weight [N, K]; `moment` as the quantiser's `NEEDS` says, None where there are no statistics."""
         ...
 
 
 @dataclass(frozen=True)
 class Quantizer:
-    """A quantiser: its name, what it needs, its function, and its options, which the function has already."""
+    """A quantiser: its name, what it needs, its function, the options that this has already, and the kinds of formats that it takes."""
 
     name: str
     needs: Needs
     quantize: Quantize
     options: Mapping[str, Any] = field(default_factory=dict)
+    formats: tuple[type, ...] = (IntFormat,)
 
     @property
     def description(self) -> str:
         """What tells its results from another's."""
         return f"{self.name} {json.dumps(dict(self.options), sort_keys=True)}"
+
+    def require(self, *formats: str | None) -> None:
+        """Check that weights can be quantised to formats, plain ones and None left out.
+
+        Raises:
+            MoecError: it has no way to one of them.
+        """
+        for name in formats:
+            if name is not None and isinstance(get_format(name), CodedFormat) and not isinstance(get_format(name), self.formats):
+                able = [other for other in known_quantizers() if Fp8Format in get_quantizer(other).formats]
+                raise MoecError(
+                    f"quantiser {self.name}: {name} is floating point, whose steps are not all alike: "
+                    f"choose the method {' or '.join(able)}, or an integer format such as int8_channel"
+                )
 
 
 def known_quantizers() -> list[str]:
@@ -63,4 +82,5 @@ def get_quantizer(name: str, options: Mapping[str, Any] | None = None) -> Quanti
         MoecError: there is none, or it has no such option; the message lists those that exist.
     """
     module = load_file(__name__, "quantiser", name)
-    return Quantizer(name, module.NEEDS, with_options(module.quantize, options, f"quantiser {name}"), options or {})
+    function = with_options(module.quantize, options, f"quantiser {name}")
+    return Quantizer(name, module.NEEDS, function, options or {}, getattr(module, "FORMATS", (IntFormat,)))

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from moec.compiler.fp8 import search_fp8
 from moec.compiler.grid import round_to_nearest
-from moec.compiler.packed import Quantized
+from moec.compiler.packed import CodedFormat, Quantized
 from moec.compiler.quantizers import Needs
+from moec.runtime.formats.fp8 import Fp8Format
 from moec.runtime.formats.int import IntFormat
 
 NEEDS: Needs = "diagonal"
+FORMATS = (IntFormat, Fp8Format)
 
 
-def quantize(weight: Tensor, fmt: IntFormat, moment: Tensor | None = None) -> Quantized:
+def quantize(weight: Tensor, fmt: CodedFormat, moment: Tensor | None = None) -> Quantized:
     """Codes, scales and zero points of a weight.
 
     Args:
         weight: [N, K], any float type, finite.
-        fmt: bits, group size and symmetry.
+        fmt: bits, group size and symmetry; or where fp8 has scales.
         moment: [K], the mean square of each input; without it all count alike.
     """
+    if isinstance(fmt, Fp8Format):
+        return search_fp8(weight, fmt, moment)
     return round_to_nearest(weight, fmt, moment)

@@ -12,15 +12,18 @@ import pkgutil
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moec.runtime.errors import MoecError, unknown
 
+Scales = NDArray[np.floating[Any]]
+"""Scales: float16 of integer formats, float32 of fp8."""
+
 Arrays = Mapping[str, NDArray[np.generic]]
-"""The stored arrays of one weight by component (`data`; or `codes`, `scale` and, where asymmetric, `zero`)."""
+"""The stored arrays of one weight by component (`data`; or `codes`, `scale` and, where an integer format is asymmetric, `zero`)."""
 
 
 @runtime_checkable
@@ -58,6 +61,8 @@ def get_format(name: str) -> Format:
             return found
     if re.fullmatch(r"int\d+.*", name):
         raise MoecError(f"unknown format {name!r}: expected int<bits>_g<group>[_asym] or int<bits>_channel[_asym], bits 1 to 8")
+    if name.startswith("fp8"):
+        raise MoecError(f"unknown format {name!r}: expected fp8_block128 or fp8_channel, E4M3 with a scale for each block or row")
     if (kind := re.match(r"ternary|binary", name)) is not None:
         raise MoecError(f"unknown format {name!r}: expected {kind[0]}_g<group> or {kind[0]}_channel")
     raise unknown("format", name, known_formats())

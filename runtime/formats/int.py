@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moec.runtime.formats import Arrays
+from moec.runtime.formats import Arrays, Scales
 
 GROUPS = (32, 64, 128)
 NAMES = [f"int{b}_{g}{a}" for b in (2, 3, 4, 8) for g in (*(f"g{s}" for s in GROUPS), "channel") for a in ("", "_asym")]
@@ -91,7 +91,7 @@ class IntFormat:
         zeros = 0 if self.symmetric else -(-groups * self.bits // 8)
         return rows * (self._row_bytes(k) + 2 * groups + zeros)
 
-    def pack(self, codes: NDArray[np.uint8], scale: NDArray[np.float16], zero: NDArray[np.uint8] | None = None) -> Arrays:
+    def pack(self, codes: NDArray[np.uint8], scale: Scales, zero: NDArray[np.uint8] | None = None) -> Arrays:
         """Codes [..., N, K], scales [..., N, groups] and (asymmetric) zero points [..., N, groups] -> stored arrays."""
         arrays = {"codes": self._pack(codes), "scale": scale.astype("<f2")}
         if not self.symmetric:
@@ -110,7 +110,7 @@ class IntFormat:
             packed = np.concatenate([packed, pack_bits(codes[..., full:], self.bits)], axis=-1)
         return packed
 
-    def codes(self, arrays: Arrays, shape: tuple[int, ...]) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.uint8]]:
+    def codes(self, arrays: Arrays, shape: tuple[int, ...]) -> tuple[NDArray[np.uint8], Scales, NDArray[np.uint8]]:
         """Codes, scales and zero points of a packed weight: the inverse of `pack` (symmetric: zero points are constant)."""
         *lead, k = shape
         groups = self.groups(k)
@@ -130,7 +130,7 @@ class IntFormat:
             body = np.concatenate([body, unpack_bits(packed[..., split:], self.bits, k - full)], axis=-1)
         return body
 
-    def dequantize(self, codes: NDArray[np.uint8], scale: NDArray[np.float16], zero: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def dequantize(self, codes: NDArray[np.uint8], scale: Scales, zero: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(codes - zero) * scale in float32, group by group: [..., N, K]."""
         k = codes.shape[-1]
         size = self.group_size(k)

@@ -24,7 +24,7 @@ from moec.compiler.evaluate import evaluate, read_windows
 from moec.compiler.frontend.tokenizer import load_tokenizer
 from moec.compiler.interpreter import Interpreter
 from moec.compiler.model import Model
-from moec.compiler.packed import integer_format
+from moec.compiler.packed import coded_format
 from moec.compiler.passes import run_passes
 from moec.compiler.progress import Progress
 from moec.compiler.recipe import Recipe, load_recipe
@@ -178,7 +178,7 @@ def test_stored_values_are_rounded() -> None:
     assert up[0].unique().numel() < exact[0].unique().numel()
     quantized = run_passes(model, [Quantize(experts="int4_g32")])
     packed = packed_of(quantized.weights, "layers.0.experts.up", 2)
-    fmt = integer_format(quantized.graph.params["layers.0.experts.up"])
+    fmt = coded_format(quantized.graph.params["layers.0.experts.up"])
     assert packed is not None and fmt is not None
     assert torch.equal(as_stored(quantized).load("layers.0.experts.up")[2], packed.values(fmt))
     assert torch.equal(up[2], packed.values(fmt))  # without codes, rounded to nearest

@@ -18,7 +18,7 @@ from moec.compiler.ir import Node
 from moec.compiler.layers import moe_layers
 from moec.compiler.model import Model
 from moec.compiler.moments import PRIOR_TOKENS, moment_of
-from moec.compiler.packed import Quantized, integer_format
+from moec.compiler.packed import CodedFormat, Quantized, coded_format
 from moec.compiler.progress import Progress
 from moec.compiler.quantization import QuantizedWeights, quantize_in_order
 from moec.compiler.quantizers import Quantizer
@@ -88,7 +88,7 @@ def test_results_are_those_of_the_codes() -> None:
     made = STEP.run(source, context)
     Interpreter(made.graph, made.weights).run(batches_of(context.need_text("x")), lambda _, out: logits.append(out[0]))
     names = {name: made.graph.params[name] for name in (UP, DOWN)}
-    assert all(integer_format(param) == IntFormat(3, 32) for param in names.values())
+    assert all(coded_format(param) == IntFormat(3, 32) for param in names.values())
     assert context.damage(made, "x").kl_divergence < 0.2
     assert torch.isfinite(torch.cat(logits)).all()
 
@@ -117,15 +117,16 @@ def test_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     made: list[int] = []
 
     def run(work: Path | None, limit: int) -> Model:
-        def quantize(weight: Tensor, fmt: IntFormat, moment: Tensor | None = None) -> Quantized:
+        def quantize(weight: Tensor, fmt: CodedFormat, moment: Tensor | None = None) -> Quantized:
             if len(made) >= limit:
                 raise _InterruptedError
             made.append(1)
+            assert isinstance(fmt, IntFormat)
             return gptq(weight, fmt, moment)
 
         made.clear()
         graph = graphs.quantized(source.graph, Quantize(experts="int3_g32", linear="int4_g32"))
-        names = [n for n, p in graph.params.items() if integer_format(p) is not None]
+        names = [n for n, p in graph.params.items() if coded_format(p) is not None]
         quantizers = {name: Quantizer("test", "full", quantize) for name in names}
         return quantize_in_order(Model(graph, source.weights), quantizers, text, Progress(quiet=True), work=work)
 

@@ -9,7 +9,7 @@ from moec.compiler.context import Context
 from moec.compiler.damage import each_logits
 from moec.compiler.errors import MoecError
 from moec.compiler.model import Model
-from moec.compiler.packed import integer_format
+from moec.compiler.packed import coded_format
 from moec.compiler.tuning import trained
 from moec.compiler.weights import packed_of
 from moec.passes.quantize import Quantize
@@ -39,7 +39,7 @@ def test_tuning_brings_the_model_closer_on_text_it_has_not_seen(what: list[str])
             assert before is not None and after is not None
             assert (before.codes == after.codes).all() and (before.zero == after.zero).all()
             assert (before.scale != after.scale).any() == ("scale" in what)
-            fmt = integer_format(result.graph.params[name], expert)
+            fmt = coded_format(result.graph.params[name], expert)
             assert fmt is not None
             torch.testing.assert_close(result.load(name, expert), after.values(fmt))
     assert not torch.equal(result.load(GATE), compressed.load(GATE))

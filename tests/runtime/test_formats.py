@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 from moec.runtime.errors import MoecError
 from moec.runtime.formats import get_format, known_formats
 from moec.runtime.formats.float import PlainFormat
+from moec.runtime.formats.fp8 import E4M3, Fp8Format
 from moec.runtime.formats.int import IntFormat, pack_bits, unpack_bits
 
-SHAPES = [(1, 1), (3, 33), (2, 5, 64), (4, 130), (7, 256)]
+SHAPES = [(1, 1), (3, 33), (2, 5, 64), (4, 130), (7, 256), (2, 200, 140), (50,)]
 
 
 @pytest.mark.parametrize("name", [*known_formats(), "int1_g32", "ternary_g40", "binary_g40", "int5_g48", "int6_channel", "int7_g128_asym"])
@@ -27,6 +29,17 @@ def test_pack_law(name: str, shape: tuple[int, ...]) -> None:
         arrays = fmt.pack(values)
         again = fmt.pack(fmt.unpack(arrays, shape))
         assert np.array_equal(again["data"], arrays["data"])
+    elif isinstance(fmt, Fp8Format):
+        n, k = (1, *shape)[-2:]
+        codes = rng.integers(0, 256, shape).astype(np.uint8)
+        rows = rng.standard_normal((*(1, *shape)[:-2], fmt.scale_rows(n), fmt.groups(k))).astype(np.float32)
+        scale = np.repeat(rows, fmt.block or 1, axis=-2)[..., :n, :].reshape(*shape[:-1], fmt.groups(k))
+        arrays = fmt.pack(codes, scale)
+        found = fmt.codes(arrays, shape)
+        for got, expected in zip(found, (codes, scale, np.zeros(scale.shape, np.uint8)), strict=True):
+            np.testing.assert_array_equal(got, expected)
+        spread = np.repeat(scale, fmt.group_size(k), axis=-1)[..., :k]
+        np.testing.assert_array_equal(fmt.unpack(arrays, shape), codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * spread)
     else:
         assert isinstance(fmt, IntFormat)
         codes = rng.integers(0, fmt.levels, shape).astype(np.uint8) * np.uint8(fmt.step)
@@ -93,6 +106,16 @@ def test_sizes_in_closed_form() -> None:
     assert get_format("ternary_channel").nbytes((2, 5, 33)) == 10 * (7 + 2)
     assert get_format("binary_g32").nbytes((2, 33)) == 2 * (4 + 1 + 2 * 2)
     assert get_format("binary_channel").nbytes((7, 384)) == 7 * (48 + 2)
+    assert get_format("fp8_channel").nbytes((3, 5, 100)) == 15 * (100 + 4)
+    assert get_format("fp8_block128").nbytes((256, 384)) == 256 * 384 + 4 * 2 * 3
+    assert get_format("fp8_block128").nbytes((3, 130, 129)) == 3 * (130 * 129 + 4 * 2 * 2)
+
+
+def test_numbers_of_fp8_are_those_of_an_independent_decoder() -> None:
+    codes = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(E4M3, codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32))
+    np.testing.assert_array_equal(E4M3, torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy())
+    assert [E4M3[code] for code in (0x00, 0x01, 0x38, 0x7E, 0xFE)] == [0, 2.0**-9, 1, 448, -448]
 
 
 def test_unknown_names() -> None:
@@ -102,5 +125,8 @@ def test_unknown_names() -> None:
         get_format("int4_64")
     with pytest.raises(MoecError, match="'ternary_64': expected ternary_g<group> or ternary_channel"):
         get_format("ternary_64")
+    for name in ("fp8", "fp8_block64", "fp8_channel_asym", "fp8_g128"):
+        with pytest.raises(MoecError, match=f"unknown format '{name}': expected fp8_block128 or fp8_channel"):
+            get_format(name)
     with pytest.raises(MoecError, match="expected binary_g<group>"):
         get_format("binary_g64_asym")

@@ -23,6 +23,7 @@ from moec.targets.kernels.cpu import (
 )
 from tests.cpu_kernels import (
     FLOATS,
+    FP8,
     INTEGER,
     ISA,
     Array,
@@ -97,7 +98,7 @@ def check_experts(
         close(found, expected, layout.down, steps=2)
 
 
-@pytest.mark.parametrize("name", ["int2_g64", "int3_g32_asym", "int4_g64", "int8_channel", "ternary_channel", "binary_g32", "bf16"])
+@pytest.mark.parametrize("name", ["int2_g64", "int3_g32_asym", "int4_g64", "int8_channel", "ternary_channel", "binary_g32", "bf16", *FP8])
 def test_experts_of_one_token(name: str) -> None:
     check_experts(ExpertsLayout(7, 70, 50, name, name), [1], static=True, top_k=3)
 
@@ -118,6 +119,10 @@ def test_ternary_and_binary_experts_of_any_number_of_tokens() -> None:
     check_experts(ExpertsLayout(5, 70, 400, "binary_g64", "ternary_g32"), [1, 6, 13])
 
 
+def test_fp8_experts_of_any_number_of_tokens() -> None:
+    check_experts(ExpertsLayout(5, 270, 140, "fp8_block128", "fp8_channel"), [1, 6, 13], biased=True)
+
+
 def test_more_tokens_than_a_block() -> None:
     check_experts(ExpertsLayout(4, 32, 16, "f32", "f32"), [700])
 
@@ -130,7 +135,7 @@ def test_all_tokens_choose_the_same_experts(tokens: int) -> None:
 # embedding
 
 
-@pytest.mark.parametrize("name", [*INTEGER[::3], "int5_g32", "ternary_g32", "ternary_channel", "binary_g64", *FLOATS])
+@pytest.mark.parametrize("name", [*INTEGER[::3], "int5_g32", "ternary_g32", "ternary_channel", "binary_g64", *FLOATS, *FP8])
 def test_embedding_rows_are_exact(name: str) -> None:
     rng = np.random.default_rng()
     layout = LaneLayout(50, 330, name)

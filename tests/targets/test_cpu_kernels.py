@@ -19,6 +19,7 @@ from moec.targets.kernels.cpu import (
 from tests.cpu_kernels import (
     FEW,
     FLOATS,
+    FP8,
     HOST,
     INTEGER,
     ISA,
@@ -64,6 +65,17 @@ def test_untile_inverts_tile_of_few_values(name: str, n: int, k: int, seed: int)
     assert (found_zero == 1).all()
 
 
+@given(st.sampled_from(FP8), st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=20)
+def test_untile_inverts_tile_of_fp8(name: str, n: int, k: int, seed: int) -> None:
+    layout = LaneLayout(n, k, name)
+    codes, scale, _ = draw_codes(np.random.default_rng(seed), layout, 2)
+    arrays = layout.tile(codes, scale)
+    assert {name: (a.shape, str(a.dtype)) for name, a in arrays.items()} == layout.arrays(2)
+    for got, expected in zip(layout.untile(arrays), (codes, scale, np.zeros(scale.shape, np.uint8)), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
 @pytest.mark.parametrize("name", FLOATS)
 def test_untile_values_inverts_tile_values(name: str) -> None:
     layout = LaneLayout(37, 21, name)
@@ -99,7 +111,7 @@ def test_formats_without_a_kernel_are_refused(name: str) -> None:
 # linear
 
 
-@pytest.mark.parametrize("name", INTEGER + FEW + FLOATS)
+@pytest.mark.parametrize("name", INTEGER + FEW + FLOATS + FP8)
 def test_linear_of_one_token(name: str) -> None:
     rng = np.random.default_rng()
     layout = LaneLayout(43, 200, name)  # neither divisible by 16 nor K by a group
@@ -110,7 +122,8 @@ def test_linear_of_one_token(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["int2_g32_asym", "int3_g64", "int4_channel_asym", "int8_g128_asym", "ternary_g32", "ternary_channel", "binary_g64", "bf16"]
+    "name",
+    ["int2_g32_asym", "int3_g64", "int4_channel_asym", "int8_g128_asym", "ternary_g32", "ternary_channel", "binary_g64", "bf16", *FP8],
 )
 def test_linear_of_any_number_of_tokens(name: str) -> None:
     rng = np.random.default_rng()
@@ -123,7 +136,7 @@ def test_linear_of_any_number_of_tokens(name: str) -> None:
         close(call(run, x, *arrays.values(), bias, out=(tokens, layout.n)), x @ expected.T + bias, layout)
 
 
-@given(st.sampled_from(INTEGER + FEW + FLOATS), st.integers(1, 70), st.integers(1, 300), st.integers(1, 9), st.integers(0, 2**32 - 1))
+@given(st.sampled_from(INTEGER + FEW + FLOATS + FP8), st.integers(1, 70), st.integers(1, 300), st.integers(1, 9), st.integers(0, 2**32 - 1))
 @settings(deadline=None, max_examples=8)
 def test_linear_of_any_shape(name: str, n: int, k: int, tokens: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -136,7 +149,7 @@ def test_linear_of_any_shape(name: str, n: int, k: int, tokens: int, seed: int) 
 
 
 @pytest.mark.parametrize("mcpu", ["x86-64-v2", "haswell", "skylake-avx512"])
-@pytest.mark.parametrize("name", ["int3_g32_asym", "ternary_g64", "binary_g32", "f16"])
+@pytest.mark.parametrize("name", ["int3_g32_asym", "ternary_g64", "binary_g32", "f16", "fp8_block128"])
 def test_linear_on_lesser_instruction_sets(mcpu: str, name: str) -> None:
     if "x86_64" not in codegen.llvm_get_system_triple() or not features(mcpu) & VECTORS <= features(HOST):
         pytest.skip(f"this machine cannot run {mcpu}")

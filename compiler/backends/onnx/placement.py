@@ -33,6 +33,7 @@ from moec.compiler.ops import EXPERT_MATRICES
 from moec.compiler.packed import Packed, Quantized
 from moec.runtime.formats import get_format
 from moec.runtime.formats.float import STORAGE
+from moec.runtime.formats.fp8 import Fp8Format
 from moec.runtime.formats.int import IntFormat
 
 GATED = {"silu": (1.0, 0.0), "swiglu_oai": (1.702, 1.0)}
@@ -98,12 +99,21 @@ def fixed(shape: tuple[int | str, ...]) -> tuple[int, ...]:
 
 
 def int_format(param: Param) -> IntFormat | None:
-    """The parameter's format if it is an integer one."""
+    """The parameter's format if it is an integer one.
+
+    Raises:
+        MoecError: it is one of 8-bit floating point, or experts differ in theirs.
+    """
     if not isinstance(param.format, str):
         raise MoecError(
             f"@{param.name}: the onnx backend needs one weight format for all experts, got {', '.join(sorted(set(param.format)))}"
         )
     fmt = get_format(param.format)
+    if isinstance(fmt, Fp8Format):
+        raise MoecError(
+            f"@{param.name}: the onnx backend has no operators for {param.format}: choose int8_channel or int8_g128 in its place, or the "
+            "backend tvm"
+        )
     return fmt if isinstance(fmt, IntFormat) else None
 
 

@@ -13,7 +13,7 @@ from moec.compiler.backends.base import StoredArray
 from moec.compiler.backends.tvm.platform import ExpertsLayout, MatrixLayout, Platform
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph, Node, Param
-from moec.compiler.packed import Packed, Quantized
+from moec.compiler.packed import CodedFormat, Packed, Quantized
 from moec.runtime.formats import get_format
 from moec.runtime.formats.float import PlainFormat
 from moec.targets.kernels.cpu.experts_layout import Factors
@@ -145,14 +145,15 @@ class PlainStorage:
 
 
 def _tile(layout: MatrixLayout, packed: Packed) -> dict[str, NDArray[np.generic]]:
+    fmt = get_format(layout.format)
     if not isinstance(packed, Quantized):
         return layout.tile_values(np.ascontiguousarray(packed))
-    symmetric = layout.integer is None or layout.integer.symmetric
-    return layout.tile(packed.codes, packed.scale, None if symmetric else packed.zero)
+    assert isinstance(fmt, CodedFormat)
+    return layout.tile(packed.codes, packed.scale, None if fmt.symmetric else packed.zero)
 
 
 def _untile(layout: MatrixLayout, arrays: Arrays) -> Packed:
-    if layout.integer is None:
+    if not isinstance(get_format(layout.format), CodedFormat):
         return layout.untile_values(arrays)
     return Quantized(*layout.untile(arrays))
 

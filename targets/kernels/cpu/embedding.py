@@ -10,6 +10,7 @@ from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cpu.codes import one_code
 from moec.targets.kernels.cpu.emit import (
+    E4M3_UNIT,
     Buffer,
     Expr,
     argument,
@@ -39,6 +40,8 @@ def embedding_func(layout: LaneLayout, tokens: int | None, ids_dtype: str = "int
             if layout.integer is None:
                 with T.serial(layout.k) as k:
                     value = to_float(weights["values"][tile, k, lane], FLOAT_STORAGE[layout.format], 1)
+                    if layout.fp8 is not None:
+                        value = value * (weights["scale"][tile, k // layout.fp8.group_size(layout.k), lane] * T.float32(E4M3_UNIT))
                     store(out, value, token, k)
             else:
                 _integer_row(layout, weights, tile, lane, out, token)

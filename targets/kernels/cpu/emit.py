@@ -14,6 +14,8 @@ from moec.targets.kernels.cpu.layout import LANES
 
 Expr = Any
 Buffer = Any
+E4M3_UNIT = 2.0**8
+"""What E4M3 bits, shifted to where float16 has its own, are to be multiplied with: the exponents' biases differ by 8."""
 OPAQUE = 8  # TOpPattern: never fused with its neighbours
 
 
@@ -79,9 +81,14 @@ def lane_type(dtype: str, lanes: int) -> str:
 
 
 def to_float(value: Expr, dtype: str, lanes: int) -> Expr:
-    """A vector of float32, float16, integers or bfloat16 bits (uint16) as float32."""
+    """A vector of float32, float16, integers, bfloat16 bits (uint16) or E4M3 bits (uint8; times `E4M3_UNIT`) as float32."""
     if dtype == "float32":
         return value
+    if dtype == "uint8":
+        wide = T.cast(value, lane_type("uint16", lanes))
+        sign = T.shift_left(T.bitwise_and(wide, splat(0x80, "uint16", lanes)), splat(8, "uint16", lanes))
+        size = T.shift_left(T.bitwise_and(wide, splat(0x7F, "uint16", lanes)), splat(7, "uint16", lanes))
+        return T.cast(T.reinterpret(lane_type("float16", lanes), T.bitwise_or(sign, size)), lane_type("float32", lanes))
     if dtype == "uint16":
         bits = T.shift_left(T.cast(value, lane_type("uint32", lanes)), splat(16, "uint32", lanes))
         return T.reinterpret(lane_type("float32", lanes), bits)

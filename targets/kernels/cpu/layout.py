@@ -4,7 +4,7 @@ Rows are cut into tiles of 16, one row per 32-bit lane of a 512-bit vector (narr
 every array is contiguous along K within a tile, so that a kernel reads one stream per tile. N is padded to whole tiles, K to
 whole groups and whole chunks of 32 (ternary: 64). Padded codes, scales and values are zero.
 
-Floating-point formats keep `values` [..., N/16, K, 16].
+Floating-point formats keep `values` [..., N/16, K, 16]; fp8 keeps `scale` float32 [..., N/16, groups, 16] besides, for every row.
 
 The format `zero` keeps nothing.
 
@@ -28,7 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.runtime.errors import MoecError
-from moec.runtime.formats import get_format
+from moec.runtime.formats import Scales, get_format
+from moec.runtime.formats.fp8 import Fp8Format
 from moec.runtime.formats.int import IntFormat
 from moec.runtime.formats.ternary import TernaryFormat
 from moec.targets.kernels.cpu import trits
@@ -36,7 +37,7 @@ from moec.targets.kernels.cpu import trits
 LANES = 16  # rows of a tile
 CHUNK = 32  # codes of a row that are stored together where they are cut into planes
 BYTE_ORDER = (0, 2, 1, 3)  # which of four consecutive codes each byte of a word holds (its own inverse)
-FLOAT_STORAGE = {"f32": "float32", "f16": "float16", "bf16": "uint16"}
+FLOAT_STORAGE = {"f32": "float32", "f16": "float16", "bf16": "uint16", "fp8_block128": "uint8", "fp8_channel": "uint8"}
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -86,6 +87,12 @@ class LaneLayout:
         return found if isinstance(found, IntFormat) else None
 
     @property
+    def fp8(self) -> Fp8Format | None:
+        """The format, if it is one of 8-bit floating point."""
+        found = get_format(self.format)
+        return found if isinstance(found, Fp8Format) else None
+
+    @property
     def ternary(self) -> bool:
         """Whether codes are stored in base 3."""
         return isinstance(self.integer, TernaryFormat)
@@ -102,8 +109,9 @@ class LaneLayout:
 
     @property
     def groups(self) -> int:
-        """Quantisation groups of a row (1 for floating point)."""
-        return self.integer.groups(self.k) if self.integer else 1
+        """Quantisation groups of a row (1 for floating point without scales)."""
+        coded = self.integer or self.fp8
+        return coded.groups(self.k) if coded else 1
 
     @property
     def group(self) -> int:
@@ -124,7 +132,8 @@ class LaneLayout:
         if self.format == "zero":
             return {}
         if self.integer is None:
-            return {"values": ((*lead, self.tiles, self.k, LANES), FLOAT_STORAGE[self.format])}
+            values = {"values": ((*lead, self.tiles, self.k, LANES), FLOAT_STORAGE[self.format])}
+            return {**values, "scale": ((*lead, self.tiles, self.groups, LANES), "float32")} if self.fp8 else values
         side = (*lead, self.tiles, self.groups, LANES)
         chunks = self.padded_k // self.chunk
         words = (trits.word_count(chunks),) if self.ternary else (chunks, self.integer.bits)
@@ -135,11 +144,13 @@ class LaneLayout:
         """Bytes of all arrays."""
         return sum(prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self.arrays(*lead).values())
 
-    def tile(
-        self, codes: NDArray[np.uint8], scale: NDArray[np.float16], zero: NDArray[np.uint8] | None = None
-    ) -> dict[str, NDArray[np.generic]]:
-        """Codes [..., N, K], scales and (asymmetric) zero points [..., N, groups] -> the arrays of an integer format."""
+    def tile(self, codes: NDArray[np.uint8], scale: Scales, zero: NDArray[np.uint8] | None = None) -> dict[str, NDArray[np.generic]]:
+        """Codes [..., N, K], scales and (asymmetric) zero points [..., N, groups] -> the arrays of a format that has them."""
         integer = self.integer
+        if self.fp8:
+            assert scale.shape[-2:] == (self.n, self.groups)
+            padded = _padded(scale.astype(np.float32), self.tiles * LANES, self.groups)
+            return {**self.tile_values(codes), "scale": _lanes_last(padded)}
         assert integer is not None
         assert (codes.shape[-2:], scale.shape[-2:]) == ((self.n, self.k), (self.n, self.groups))
         rows = self.tiles * LANES
@@ -154,9 +165,12 @@ class LaneLayout:
             arrays["zero"] = _lanes_last(_padded(zero, rows, self.groups))
         return arrays
 
-    def untile(self, arrays: Arrays) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.uint8]]:
+    def untile(self, arrays: Arrays) -> tuple[NDArray[np.uint8], Scales, NDArray[np.uint8]]:
         """The inverse of `tile` (symmetric: zero points are constant)."""
         integer = self.integer
+        if self.fp8:
+            scale = _rows_first(arrays["scale"], self.n)
+            return self.untile_values(arrays).astype(np.uint8), scale.astype(np.float32), np.zeros(scale.shape, np.uint8)
         assert integer is not None
         if self.ternary:
             codes = trits.unpack(_rows_first(arrays["codes"], self.n), self.padded_k // self.chunk)[..., : self.k]

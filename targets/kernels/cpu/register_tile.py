@@ -14,7 +14,7 @@ from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cpu.activations import Activations
 from moec.targets.kernels.cpu.codes import Run, prefetch_chunk, read_run, runs
-from moec.targets.kernels.cpu.emit import Buffer, Expr, Register, argument, lane_type, splat, to_float, vector, when
+from moec.targets.kernels.cpu.emit import E4M3_UNIT, Buffer, Expr, Register, argument, lane_type, splat, to_float, vector, when
 from moec.targets.kernels.cpu.isa import DOTS, Isa, multiply_add
 from moec.targets.kernels.cpu.layout import FLOAT_STORAGE, LANES, LaneLayout
 
@@ -150,9 +150,28 @@ class RegisterTile:
                 sums[r][t].set(multiply_add(self.isa, value, factor, sums[r][t].get()))
 
     def _float(self, rows: list[Rows], tokens: Sequence[Expr], sums: list[list[Register]]) -> None:
+        lanes, layout = self.isa.lanes, self.layout
+        if layout.fp8 is None:
+            self._add_values(rows, tokens, sums, 0, layout.k)
+            return
+        size = layout.fp8.group_size(layout.k)
+        partial = [[Register("float32", lanes) for _ in tokens] for _ in rows]
+        with T.serial(layout.groups) as g:
+            for register in (r for row in partial for r in row):
+                register.clear()
+            self._add_values(rows, tokens, partial, g * size, T.min(size, layout.k - g * size))
+            for r, row in enumerate(rows):
+                scale = vector(self.weights["scale"], *row.tile, g, row.lane, lanes=lanes)
+                factor = T.Bind(scale * splat(E4M3_UNIT, "float32", lanes))
+                for t in range(len(tokens)):
+                    sums[r][t].set(multiply_add(self.isa, partial[r][t].get(), factor, sums[r][t].get()))
+
+    def _add_values(self, rows: list[Rows], tokens: Sequence[Expr], sums: list[list[Register]], first: Expr, count: Expr) -> None:
+        """sums += the products of `count` columns from `first` on, scales left out."""
         lanes = self.isa.lanes
         storage = FLOAT_STORAGE[self.layout.format]
-        with T.serial(self.layout.k) as k:
+        with T.serial(count) as i:
+            k = T.Bind(first + i) if self.layout.fp8 else i
             values = []
             for row in rows:
                 stored = vector(self.weights["values"], *row.tile, k, row.lane, lanes=lanes)

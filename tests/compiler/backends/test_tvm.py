@@ -51,7 +51,20 @@ def test_logits_are_those_of_the_interpreter(small: Compiled, length: int) -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["int4_g32", "int8_g32_asym", "int3_channel", "int2_g64_asym", "ternary_g32", "ternary_channel", "binary_g32", "bf16", "f16"]
+    "name",
+    [
+        "int4_g32",
+        "int8_g32_asym",
+        "int3_channel",
+        "int2_g64_asym",
+        "ternary_g32",
+        "ternary_channel",
+        "binary_g32",
+        "bf16",
+        "f16",
+        "fp8_channel",
+        "fp8_block128",
+    ],
 )
 def test_formats(name: str, tmp_path: Path) -> None:
     graph = with_format(moe(), name)

@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 from moec.compiler.backends.tvm.backend import TvmBackend
 from moec.compiler.interpreter import Interpreter
 from moec.compiler.ir import Graph, Param
-from moec.compiler.packed import Quantized
+from moec.compiler.packed import CodedFormat, Quantized
 from moec.compiler.stored import pack
 from moec.compiler.weights import MemoryWeights, WeightSource
 from moec.runtime.executors.tvm import TvmExecutor
 from moec.runtime.formats import get_format
-from moec.runtime.formats.int import IntFormat
 from moec.runtime.tvm_device import Device
 from moec.targets import get_target
 
@@ -49,7 +48,7 @@ class Compiled:
             name = param.format if isinstance(param.format, str) else param.format[expert or 0]
             fmt = get_format(name)
             if isinstance(packed, Quantized):
-                assert isinstance(fmt, IntFormat)
+                assert isinstance(fmt, CodedFormat)
                 values.append(torch.from_numpy(fmt.dequantize(packed.codes, packed.scale, packed.zero)))
             else:
                 values.append(torch.from_numpy(fmt.unpack({"data": packed}, packed.shape)))
