@@ -24,7 +24,6 @@ from moec.runtime.cuda import Driver, runs_on
 from moec.runtime.errors import MoecError
 from moec.runtime.tvm_device import Gpu
 from moec.targets import get_target
-from moec.targets.kernels.cuda import plain
 from tests.compiler.backends.test_tvm import with_format
 from tests.compiler.backends.tvm_model import Compiled, assert_equal
 from tests.graphs import MOE, random_weights
@@ -41,10 +40,9 @@ def moe() -> Graph:
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Gpu:
-    """The emulated GPU, for models whose products are plain kernels: it has no tensor cores."""
+    """The emulated GPU: products of many tokens are plain kernels, since it has no `wgmma`."""
     emulator.install()
-    monkeypatch.setattr(cuda, "linear", plain.linear)
-    monkeypatch.setattr(cuda, "experts", plain.experts)
+    monkeypatch.setattr(cuda, "PRODUCTS", "none")
     monkeypatch.setattr(cuda, "need_cuda_compiler", lambda: "none")
     monkeypatch.setattr(cuda, "machine_code", lambda source, arch, compiler: b"")
     return Gpu("", b"", None)

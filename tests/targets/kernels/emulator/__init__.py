@@ -1,7 +1,7 @@
 """CUDA modules of TVM executed by the processor: memory of the "GPU" is this machine's, and kernels are compiled as C++.
 
 `install()` registers the device and the loader of modules with TVM's runtime; from then on a library with CUDA code works without a GPU,
-slowly. It checks what a kernel computes, its barriers and its shuffles included, but neither races nor speed.
+slowly. It checks what a kernel computes, its barriers, shuffles and small products on tensor cores included, but neither races nor speed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tvm_ffi
+
+from tests.targets.kernels.emulator import ptx
 
 HERE = Path(__file__).parent
 CACHE = Path(tempfile.gettempdir()) / "moec-cuda-emulator"
@@ -54,9 +56,10 @@ def _load(data: Any) -> Any:
     source = re.sub(r"^\s*#include <(cuda|cuda_fp16|cuda_bf16|mma|cooperative_groups)\.h>", "", source, flags=re.MULTILINE)
     source = re.sub(r"extern __shared__ \S+\(\d+\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)emulator::shared;", source)
     source = re.sub(r"__shared__ (alignas\(\d+\))", r"\1 static", source)
+    source = ptx.translate(source)
     entries = "\n".join(f'extern "C" void run_{f.name}(void* p) {{ emulator::call(&{f.name}, (void**)p); }}' for f in functions)
     library = ctypes.CDLL(
-        str(_compile(f'#include "emulator.h"\n{source}\n#include "entry.h"\n{entries}\n', ".cc", [f"-I{HERE}", str(HERE / "emulator.cc")]))
+        str(_compile(f'#include "ptx.h"\n{source}\n#include "entry.h"\n{entries}\n', ".cc", [f"-I{HERE}", str(HERE / "emulator.cc")]))
     )
     kept = {f.name: tvm_ffi.convert(_launcher(library, f)) for f in functions}
     return tvm_ffi.get_global_func("emulator.module")(lambda name: kept.get(str(name)))
@@ -119,7 +122,7 @@ def _parse(data: bytes) -> tuple[list[Function], str]:
 
 def _compile(source: str, suffix: str, extra: Sequence[str]) -> Path:
     """The shared library of a source, compiled once."""
-    own = "".join((HERE / name).read_text() for name in ("emulator.h", "emulator.cc", "entry.h"))
+    own = "".join((HERE / name).read_text() for name in ("emulator.h", "emulator.cc", "entry.h", "ptx.h"))
     path = CACHE / f"{hashlib.sha256((source + own).encode()).hexdigest()[:24]}.so"
     if not path.exists():
         CACHE.mkdir(exist_ok=True)

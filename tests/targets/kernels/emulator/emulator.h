@@ -115,6 +115,19 @@ inline unsigned __ballot_sync(unsigned, bool x) {
   for (int lane = 0; lane < 32; ++lane) found |= unsigned(emulator::exchange(int(x), lane) != 0) << lane;
   return found;
 }
+template <typename T> unsigned __match_any_sync(unsigned, T x) {
+  unsigned found = 0;
+  for (int lane = 0; lane < 32; ++lane) found |= unsigned(emulator::exchange(x, lane) == x) << lane;
+  return found;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = uint64_t(y) << 32 | x;
+  unsigned found = 0;
+  for (int i = 0; i < 4; ++i) found |= unsigned(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return found;
+}
 template <typename T> T __ldg(const T* p) { return *p; }
 template <typename T> T atomicAdd(T* p, T x) { T old = *p; *p += x; return old; }
 inline unsigned atomicInc(unsigned* p, unsigned most) { unsigned old = *p; *p = old >= most ? 0 : old + 1; return old; }

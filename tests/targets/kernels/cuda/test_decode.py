@@ -1,0 +1,69 @@
+"""The kernels of one token and of few, executed by the emulator: their numbers against float64 on the dequantised weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from moec.targets.kernels.cpu.activation_functions import ExpertActivation
+from moec.targets.kernels.cuda.experts_decode import DecodeSpec, down_func, gate_up_func
+from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
+from moec.targets.kernels.cuda.layout import FragmentLayout
+from moec.targets.kernels.cuda.linear import LinearSpec, decode_func
+from tests.targets.kernels import emulator
+from tests.targets.kernels.cuda.packed import packed
+from tests.targets.kernels.run_cuda import CudaKernel
+
+pytestmark = pytest.mark.skipif(not emulator.available(), reason="no C++ compiler to emulate a GPU with")
+
+FORMATS = ["bf16", "int8_g32", "int4_g128", "int4_g32_asym", "int3_channel", "int2_g64"]
+
+
+def relative(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_linear_layer_of_one_token(name: str) -> None:
+    rng = np.random.default_rng(0)
+    layout = FragmentLayout(40, 392, name)
+    arrays, weight = packed(layout, rng)
+    x, bias = rng.standard_normal((1, layout.k)).astype(np.float32), rng.standard_normal(layout.n).astype(np.float32)
+    kernel = CudaKernel(decode_func(LinearSpec(layout, bias=True, warps=4, splits=2)))
+    (found,) = kernel(x, *(array[None] for array in arrays.values()), bias, outputs=[((1, layout.n), "float32")])
+    assert relative(found, x.astype(np.float64) @ weight.T + bias) < 2e-5
+
+
+@pytest.mark.parametrize(("formats", "tokens", "terms"), [("int4_g32", 1, 2), (("int3_g32", "int4_g32_asym", "int3_g32", "bf16"), 3, 1)])
+def test_the_experts_of_few_tokens(formats: str | tuple[str, ...], tokens: int, terms: int) -> None:
+    rng = np.random.default_rng(1)
+    layout, top_k = ExpertsLayout(4, 160, 40, formats, formats), 2
+    spec = DecodeSpec(layout, ExpertActivation("silu"), tokens, top_k, dtype="float32", terms=terms, warps=4, splits=2, down_warps=2)
+    up, up_weight = stack(layout.gate_up, rng)
+    down, down_weight = stack(layout.down, rng)
+    x = rng.standard_normal((tokens, layout.d)).astype(np.float32)
+    ids = np.array([[3, 1], [1, 4], [1, 2]])[:tokens]
+    routing = rng.random((tokens, top_k)).astype(np.float32)
+    (hidden,) = CudaKernel(gate_up_func(spec))(x, ids, *up.values(), outputs=[(spec.hidden_shape, "uint32")])
+    (found,) = CudaKernel(down_func(spec))(hidden, ids, routing, *down.values(), outputs=[((tokens, layout.d), "float32")])
+    expected = np.zeros((tokens, layout.d))
+    for token, slot in np.ndindex(tokens, top_k):
+        if (expert := ids[token, slot]) < layout.experts:
+            y = (up_weight[expert] @ x[token].astype(np.float64)).reshape(-1, 2, 8)
+            gate, value = y[:, 0].reshape(-1)[: layout.f], y[:, 1].reshape(-1)[: layout.f]
+            expected[token] += routing[token, slot] * (down_weight[expert] @ (gate / (1 + np.exp(-gate)) * value))
+    assert relative(found, expected) < (2e-5 if terms == 2 else 5e-3)
+
+
+def stack(layout: Any, rng: np.random.Generator) -> tuple[dict[str, NDArray[Any]], NDArray[np.float64]]:
+    """The arrays of a stack, and what they stand for [E, n, k]."""
+    arrays: dict[str, NDArray[Any]] = {}
+    values = np.zeros((layout.experts, layout.n, layout.k))
+    for index, found in enumerate(layout.classes):
+        members = layout.members(index)
+        parts, values[members] = packed(found, rng, len(members))
+        arrays |= {f"{name}{layout.suffix(index)}": array for name, array in parts.items()}
+    return {**arrays, "table": layout.table()} if layout.mixed else arrays, values

@@ -1,0 +1,57 @@
+// The PTX instructions that kernels state themselves, as functions of their operands, results first.
+#pragma once
+#include "emulator.h"
+
+namespace ptx {
+[[noreturn]] inline void unknown(const char* what) {
+  fprintf(stderr, "emulator: not emulated: %s\n", what);
+  abort();
+}
+inline float low(uint32_t pair) { return __uint_as_float(pair << 16); }
+inline float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+inline uint32_t pack(double low, double high) {
+  return uint32_t(__nv_bfloat16(float(low)).bits) | uint32_t(__nv_bfloat16(float(high)).bits) << 16;
+}
+
+inline void fma_bf16x2(uint32_t& d, uint32_t a, uint32_t b, uint32_t c) {  // a product of bfloat16 is exact in double
+  d = pack(double(low(a)) * low(b) + low(c), double(high(a)) * high(b) + high(c));
+}
+inline void pack_bf16x2(uint32_t& d, float upper, float lower) { d = pack(lower, upper); }
+inline void unpack_f16x2(float& lower, float& upper, uint32_t pair) {
+  half parts[2];
+  memcpy(parts, &pair, 4);
+  lower = float(parts[0]);
+  upper = float(parts[1]);
+}
+inline void load(uint32_t& a, const void* p) { memcpy(&a, p, 4); }
+inline void load(uint32_t& a, uint32_t& b, const void* p) { load(a, p), load(b, (const char*)p + 4); }
+inline void load(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void* p) {
+  if (uintptr_t(p) % 16) unknown("a load of 16 bytes that are not aligned");
+  load(a, b, p), load(c, d, (const char*)p + 8);
+}
+
+// mma.m16n8k16 of bfloat16 (PTX ISA, "Matrix Fragments for mma.m16n8k16"): lane 4 g + t has rows g and g + 8 of A, column g of B, and columns
+// 2 t and 2 t + 1 of D. What the lanes of a warp bring lies in one of two places in turn, so that none is overwritten before all have read it.
+struct Fragments { uint32_t a[4], b[2]; };
+inline Fragments* fragments() {
+  static std::vector<Fragments> all(2 * 1024);
+  static std::vector<int> turns(1024);
+  int me = emulator::current;
+  return &all[1024 * (turns[me]++ & 1)];
+}
+inline void mma(float& d0, float& d1, float& d2, float& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  int me = emulator::current, g = me % 32 / 4, t = me % 4;
+  Fragments* warp = fragments() + me / 32 * 32;
+  warp[me % 32] = {{a0, a1, a2, a3}, {b0, b1}};
+  emulator::arrive(emulator::warps[me / 32]);
+  float* d[4] = {&d0, &d1, &d2, &d3};
+  for (int i = 0; i < 4; ++i) {
+    double sum = *d[i];
+    for (int k = 0; k < 8; ++k) {  // pairs of columns of A
+      const uint32_t x = warp[4 * g + k % 4].a[k / 4 * 2 + i / 2], y = warp[4 * (2 * t + i % 2) + k % 4].b[k / 4];
+      sum += double(low(x)) * low(y) + double(high(x)) * high(y);
+    }
+    *d[i] = float(sum);
+  }
+}
+}  // namespace ptx

@@ -1,0 +1,65 @@
+"""Inline PTX as calls of C++ functions: `asm("mma.sync... {%0,%1}, ..." : "+f"(d[0]), ...)` becomes `ptx::mma_sync(d[0], ...)`.
+
+A function has the operands in their order, results first. `ptx.h` has those of the instructions that decoding takes; a kernel with others
+compiles, and ends the process when it comes to one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+KNOWN = {
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};": "mma",
+    "ld.global.nc.L1::no_allocate.u32 %0, [%1];": "load",
+    "ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];": "load",
+    "ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];": "load",
+    "fma.rn.bf16x2 %0, %1, %2, %3;": "fma_bf16x2",
+    "cvt.rn.bf16x2.f32 %0, %1, %2;": "pack_bf16x2",
+    "cvt.rn.bf16x2.f32 %0, %1, %1;": "pack_bf16x2",
+    "{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}": "unpack_f16x2",
+}
+"""The function of each text of instructions."""
+
+_STRING = r'"(?:[^"\\]|\\.)*"'
+_TOKEN = re.compile(rf'{_STRING}|[()]|[^"()]+')
+
+
+def translate(source: str) -> str:
+    """The source without inline PTX."""
+    done, found = "", re.search(r"\basm\b(\s+volatile)?\s*\(", source)
+    while found:
+        inside, rest = _until_closed(source[found.end() :])
+        done += source[: found.start()] + _call(inside)
+        source = rest
+        found = re.search(r"\basm\b(\s+volatile)?\s*\(", source)
+    return done + source
+
+
+def _until_closed(text: str) -> tuple[str, str]:
+    """What comes before the parenthesis that closes, and what after it."""
+    depth = 1
+    for token in _TOKEN.finditer(text):
+        depth += {"(": 1, ")": -1}.get(token[0], 0)
+        if not depth:
+            return text[: token.start()], text[token.end() :]
+    raise ValueError(f"no end of the asm statement: {text[:200]}")
+
+
+def _call(inside: str) -> str:
+    """The call that stands for an asm statement."""
+    literals = re.match(rf"(?:\s*{_STRING})*", inside)
+    assert literals
+    text = "".join(literal[1:-1] for literal in re.findall(_STRING, literals[0]))
+    operands = list(_operands(inside))
+    if text not in KNOWN:
+        return f'ptx::unknown("{text}")'
+    if text.endswith("%1, %1;"):
+        operands.append(operands[-1])
+    return f"ptx::{KNOWN[text]}({', '.join(operands)})"
+
+
+def _operands(inside: str) -> Iterator[str]:
+    """The expressions of the operands."""
+    for found in re.finditer(r'"[=+]?[rflhn]"\s*\(', inside):
+        yield _until_closed(inside[found.end() :])[0]
