@@ -184,7 +184,9 @@ class ArtifactWriter:
         if value.shape != shape or value.dtype != np.dtype(stored.dtype):
             raise AssertionError(f"{name}:{component} is {value.dtype}{value.shape}, planned {stored.dtype}{shape}")
         data = np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
-        at = location.offset + (expert or 0) * data.nbytes
+        place = 0 if expert is None else stored.place(expert)
+        assert place is not None
+        at = location.offset + place * data.nbytes
         while data.nbytes:
             written = os.pwrite(fd, data[: 1 << 30], at)
             data, at = data[written:], at + written

@@ -36,19 +36,22 @@ class ArtifactWeights:
             return torch.zeros([d for d in (param.type.shape if expert is None else param.type.shape[1:]) if isinstance(d, int)])
         if self.backend.stacked(param) and expert is None:
             return torch.stack([self.load(name, e) for e in range(int(param.type.shape[0]))])
-        return _value(param, expert, self.backend.restore(param, self._arrays(param, expert)))
+        return _value(param, expert, self.backend.restore(param, self._arrays(param, expert), expert))
 
     def packed(self, name: str, expert: int | None = None) -> Quantized | None:
         """See `PackedSource`."""
         param = self.backend.graph.params[name]
         if not is_quantized(param) or (self.backend.stacked(param) and expert is None):
             return None
-        restored = self.backend.restore(param, self._arrays(param, expert))
+        restored = self.backend.restore(param, self._arrays(param, expert), expert)
         return restored if isinstance(restored, Quantized) else None
 
     def _arrays(self, param: Param, expert: int | None) -> dict[str, np.ndarray]:
-        stored = {component: self.arrays[param.name, component] for component in self.backend.storage(param)}
-        return stored if expert is None else {component: array[expert] for component, array in stored.items()}
+        storage = self.backend.storage(param)
+        if expert is None:
+            return {component: self.arrays[param.name, component] for component in storage}
+        places = {component: place for component, stored in storage.items() if (place := stored.place(expert)) is not None}
+        return {component: self.arrays[param.name, component][place] for component, place in places.items()}
 
 
 def _value(param: Param, expert: int | None, packed: Quantized | np.ndarray) -> Tensor:

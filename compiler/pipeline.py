@@ -17,7 +17,7 @@ import torch
 
 import moec
 from moec.compiler.artifact import ArtifactWriter, Shard, plan_shards, weight_table
-from moec.compiler.backends import make_backend
+from moec.compiler.backends import make_backend, takes_mixed_experts
 from moec.compiler.backends.base import Backend
 from moec.compiler.calibration.text import Files, calibration_text
 from moec.compiler.context import Context
@@ -114,7 +114,8 @@ def compile_model(
     assert output is not None
     with place:
         quality = _quality(compiled, context)
-    compiled = uniform_experts(compiled)
+    if not takes_mixed_experts(backend, hardware):
+        compiled = uniform_experts(compiled)
     with progress.step("lower"):
         lowered = make_backend(backend, compiled.graph, hardware, portable, activations)
     shards = plan_shards(lowered)
@@ -176,7 +177,7 @@ def _write(
             param = lowered.graph.params[name]
             experts = range(int(param.type.shape[0])) if lowered.stacked(param) else (None,)
             for expert in experts:
-                yield expert, lowered.store(param, pack(model.weights, param, expert))
+                yield expert, lowered.store(param, pack(model.weights, param, expert), expert)
 
         with place:  # what was not quantised yet is now
             for shard in progress.track(shards, "weights"):

@@ -15,6 +15,11 @@ def known_backends() -> list[str]:
     return file_names(__name__, folders=True)
 
 
+def takes_mixed_experts(name: str, target: Target) -> bool:
+    """Whether a backend runs a layer whose experts differ in format as one node; others get one a combination of formats."""
+    return name == "tvm" and target.kind == "cuda"
+
+
 def make_backend(
     name: str, graph: Graph, target: Target, portable: bool = False, activations: str = "float", terms: bool | None = None
 ) -> Backend:

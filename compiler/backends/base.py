@@ -26,10 +26,18 @@ class StoredArray:
     dtype: str
     """numpy's name: `uint8`, `uint32`, `float16`, `float32`, ..."""
     shape: tuple[int, ...]
+    members: tuple[int, ...] | None = None
+    """Of a stacked parameter whose experts differ in format: those that the array has, in order. None: all."""
 
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def place(self, expert: int) -> int | None:
+        """Where an expert is on the first axis of a stacked parameter's array; None if it is not there."""
+        if self.members is None:
+            return expert
+        return self.members.index(expert) if expert in self.members else None
 
 
 @dataclass(frozen=True)
@@ -55,11 +63,11 @@ class Backend(Protocol):
         """The arrays that a parameter becomes, by component (`weight`, `scale`, ...)."""
         ...
 
-    def store(self, param: Param, packed: Packed) -> dict[str, NDArray[np.generic]]:
-        """The arrays of a parameter, or of one expert of a stacked one (then without the expert axis)."""
+    def store(self, param: Param, packed: Packed, expert: int | None = None) -> dict[str, NDArray[np.generic]]:
+        """The arrays of a parameter, or those that an expert of a stacked one is in (then without the expert axis)."""
         ...
 
-    def restore(self, param: Param, arrays: Mapping[str, NDArray[np.generic]]) -> Packed:
+    def restore(self, param: Param, arrays: Mapping[str, NDArray[np.generic]], expert: int | None = None) -> Packed:
         """The inverse of `store`, bit for bit."""
         ...
 

@@ -64,16 +64,18 @@ class OnnxBackend:
         experts = int(param.type.shape[0])
         return {name: StoredArray(array.dtype, (experts, *array.shape)) for name, array in arrays.items()}
 
-    def store(self, param: Param, packed: Packed) -> dict[str, NDArray[np.generic]]:
+    def store(self, param: Param, packed: Packed, expert: int | None = None) -> dict[str, NDArray[np.generic]]:
         """See `Backend`."""
+        del expert  # all experts are alike
         layout = self._placement.layouts[param.name]
         if isinstance(layout, IntLayout):
             assert isinstance(packed, Quantized)
             return layout.store(packed)
         return layout.store(packed)
 
-    def restore(self, param: Param, arrays: Mapping[str, NDArray[np.generic]]) -> Packed:
+    def restore(self, param: Param, arrays: Mapping[str, NDArray[np.generic]], expert: int | None = None) -> Packed:
         """See `Backend`."""
+        del expert
         return self._placement.layouts[param.name].restore(arrays)
 
     def activation_quantised(self) -> list[str]:

@@ -48,11 +48,11 @@ class TvmBackend:
     def storage(self, param: Param) -> dict[str, StoredArray]:
         return self._storage[param.name].arrays()
 
-    def store(self, param: Param, packed: Packed) -> dict[str, NDArray[np.generic]]:
-        return self._storage[param.name].store(packed)
+    def store(self, param: Param, packed: Packed, expert: int | None = None) -> dict[str, NDArray[np.generic]]:
+        return self._storage[param.name].store(packed, expert)
 
-    def restore(self, param: Param, arrays: Mapping[str, NDArray[np.generic]]) -> Packed:
-        return self._storage[param.name].restore(arrays)
+    def restore(self, param: Param, arrays: Mapping[str, NDArray[np.generic]], expert: int | None = None) -> Packed:
+        return self._storage[param.name].restore(arrays, expert)
 
     def build(self, folder: Path, locations: Mapping[tuple[str, str], Location]) -> dict[str, Any]:
         """Compile into `lib.so`. What is returned, `moec.runtime.executors.tvm` reads."""

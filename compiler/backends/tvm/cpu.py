@@ -16,7 +16,7 @@ from tvm.support import cc
 from tvm.target import Target as TvmTarget
 
 from moec.compiler.backends.tvm.fusion import Fusion
-from moec.compiler.backends.tvm.platform import Expr, Functions, count_of, static
+from moec.compiler.backends.tvm.platform import Alike, Expr, Formats, Functions, count_of, static
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
@@ -99,6 +99,14 @@ class CpuKernels:
         return self.bb.emit(relax.TupleGetItem(result, 1))
 
 
+class Layout(ExpertsLayout):
+    """The experts of a layer, all of one format."""
+
+    def stacks(self) -> dict[str, Alike]:
+        """The layouts of all that an expert has, by name."""
+        return {name: Alike(self.experts, matrix) for name, matrix in self.matrices().items()}
+
+
 class CpuPlatform:
     """A processor."""
 
@@ -118,9 +126,13 @@ class CpuPlatform:
         return LaneLayout(n, k, format)
 
     def experts(
-        self, experts: int, d: int, f: int, formats: tuple[str, str], gated: bool, factors: tuple[Factors | None, Factors | None]
-    ) -> ExpertsLayout:
-        return ExpertsLayout(experts, d, f, *formats, gated, *factors)
+        self, experts: int, d: int, f: int, formats: tuple[Formats, Formats], gated: bool, factors: tuple[Factors | None, Factors | None]
+    ) -> Layout:
+        up, down = formats
+        if not isinstance(up, str) or not isinstance(down, str):
+            found = ", ".join(sorted({name for names in formats if not isinstance(names, str) for name in names}))
+            raise MoecError(f"experts of different formats ({found}) have no CPU kernel: split the layer (`uniform_experts`)")
+        return Layout(experts, d, f, up, down, gated, *factors)
 
     def page_shapes(self, spec: AttentionSpec) -> Sequence[tuple[int, ...]]:
         return page_shapes(spec)

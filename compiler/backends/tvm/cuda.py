@@ -17,7 +17,7 @@ from tvm.target import Target as TvmTarget
 from moec.compiler.backends.tvm import fusions
 from moec.compiler.backends.tvm.cpu import RUNTIME, link, runtime_library
 from moec.compiler.backends.tvm.fusion import Fusion
-from moec.compiler.backends.tvm.platform import Expr, Functions, count_of, static
+from moec.compiler.backends.tvm.platform import Expr, Formats, Functions, count_of, static
 from moec.compiler.cuda_code import machine_code, need_cuda_compiler
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph
@@ -27,7 +27,7 @@ from moec.targets.kernels.cuda import pipeline, plain
 from moec.targets.kernels.cuda.attention import PAGE, attention, page_shapes
 from moec.targets.kernels.cuda.embedding import embedding_func
 from moec.targets.kernels.cuda.experts import experts
-from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
+from moec.targets.kernels.cuda.experts_layout import ExpertsLayout, Stack
 from moec.targets.kernels.cuda.layout import FragmentLayout
 from moec.targets.kernels.cuda.linear import linear
 from moec.targets.kernels.cuda.norm import norm_func
@@ -100,16 +100,16 @@ class CudaKernels:
 
 
 class Layout(ExpertsLayout):
-    """The experts of a layer, all of one format."""
+    """The experts of a layer."""
 
     @property
     def bias_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Shapes of what `biases` returns."""
         return (self.experts, self.gate_up.n), (self.experts, self.d)
 
-    def matrices(self) -> dict[str, FragmentLayout]:
+    def stacks(self) -> dict[str, Stack]:
         """The layouts of all that an expert has, by name."""
-        return {"gate_up": self.gate_up.classes[0], "down": self.down.classes[0]}
+        return {"gate_up": self.gate_up, "down": self.down}
 
 
 class CudaPlatform:
@@ -136,7 +136,7 @@ class CudaPlatform:
         return FragmentLayout(n, k, format)
 
     def experts(
-        self, experts: int, d: int, f: int, formats: tuple[str, str], gated: bool, factors: tuple[Factors | None, Factors | None]
+        self, experts: int, d: int, f: int, formats: tuple[Formats, Formats], gated: bool, factors: tuple[Factors | None, Factors | None]
     ) -> Layout:
         if factors != (None, None):
             raise MoecError("experts with low-rank factors have no CUDA kernel: compile them for a processor, or leave the factors out")

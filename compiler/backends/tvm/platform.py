@@ -27,6 +27,7 @@ COUNTS = 8
 """int64 that a layer of experts counts in, a cache line: tokens, experts that ran, and none other yet."""
 
 Arrays = Mapping[str, NDArray[np.generic]]
+Formats = str | tuple[str, ...]
 
 
 class MatrixLayout(Protocol):
@@ -47,6 +48,46 @@ class MatrixLayout(Protocol):
     def untile_values(self, arrays: Arrays) -> NDArray[np.generic]: ...
 
 
+class MatrixStack(Protocol):
+    """How one projection of all experts lies in memory: a layout for each format that occurs, whose arrays' names end in its suffix."""
+
+    @property
+    def classes(self) -> Sequence[MatrixLayout]: ...
+    @property
+    def mixed(self) -> bool: ...
+    def members(self, index: int) -> Sequence[int]: ...
+    def suffix(self, index: int) -> str: ...
+    def table(self) -> NDArray[np.int32]: ...
+
+
+@dataclass(frozen=True)
+class Alike:
+    """The stack of experts of one format."""
+
+    experts: int
+    layout: MatrixLayout
+    mixed: bool = False
+
+    @property
+    def classes(self) -> Sequence[MatrixLayout]:
+        """The one layout."""
+        return (self.layout,)
+
+    def members(self, index: int) -> Sequence[int]:
+        """All experts."""
+        del index
+        return range(self.experts)
+
+    def suffix(self, index: int) -> str:
+        """Nothing."""
+        del index
+        return ""
+
+    def table(self) -> NDArray[np.int32]:
+        """int32 [E, 2]: the class of each expert, and its place there."""
+        return np.stack([np.zeros(self.experts, np.int32), np.arange(self.experts, dtype=np.int32)], axis=1)
+
+
 class ExpertsLayout(Protocol):
     """How the experts of a layer lie in memory."""
 
@@ -60,7 +101,7 @@ class ExpertsLayout(Protocol):
     def parts(self) -> int: ...
     @property
     def bias_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]: ...
-    def matrices(self) -> Mapping[str, MatrixLayout]: ...
+    def stacks(self) -> Mapping[str, MatrixStack]: ...
     def arrays(self) -> dict[str, tuple[tuple[int, ...], str]]: ...
     def interleave(self, x: Any) -> Any: ...
     def deinterleave(self, x: Any) -> Any: ...
@@ -135,9 +176,9 @@ class Platform(Protocol):
         ...
 
     def experts(
-        self, experts: int, d: int, f: int, formats: tuple[str, str], gated: bool, factors: tuple[Factors | None, Factors | None]
+        self, experts: int, d: int, f: int, formats: tuple[Formats, Formats], gated: bool, factors: tuple[Factors | None, Factors | None]
     ) -> ExpertsLayout:
-        """The layout of a layer's experts: formats and low-rank factors are those of gate_up and of down."""
+        """The layout of a layer's experts: formats (of all experts, or of each) and low-rank factors are those of gate_up and of down."""
         ...
 
     def page_shapes(self, spec: AttentionSpec) -> Sequence[tuple[int, ...]]:

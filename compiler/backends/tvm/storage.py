@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.compiler.backends.base import StoredArray
-from moec.compiler.backends.tvm.platform import ExpertsLayout, MatrixLayout, Platform
+from moec.compiler.backends.tvm.platform import ExpertsLayout, Formats, MatrixLayout, MatrixStack, Platform
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph, Node, Param
 from moec.compiler.packed import CodedFormat, Packed, Quantized
@@ -19,7 +19,7 @@ from moec.runtime.formats.float import PlainFormat
 from moec.targets.kernels.cpu.experts_layout import Factors
 
 MATRICES = {3: "gate_up", 4: "down", 7: "gate_up_left", 8: "gate_up_right", 9: "down_left", 10: "down_right"}
-"""The names in `ExpertsLayout.matrices` of inputs of `experts`."""
+"""The names in `ExpertsLayout.stacks` of inputs of `experts`."""
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -32,9 +32,9 @@ class Storage(Protocol):
 
     def arrays(self) -> dict[str, StoredArray]: ...
 
-    def store(self, packed: Packed) -> dict[str, NDArray[np.generic]]: ...
+    def store(self, packed: Packed, expert: int | None) -> dict[str, NDArray[np.generic]]: ...
 
-    def restore(self, arrays: Arrays) -> Packed: ...
+    def restore(self, arrays: Arrays, expert: int | None) -> Packed: ...
 
 
 @dataclass(frozen=True)
@@ -47,35 +47,52 @@ class MatrixStorage:
     def arrays(self) -> dict[str, StoredArray]:
         return {name: StoredArray(dtype, shape) for name, (shape, dtype) in self.layout.arrays().items()}
 
-    def store(self, packed: Packed) -> dict[str, NDArray[np.generic]]:
+    def store(self, packed: Packed, expert: int | None) -> dict[str, NDArray[np.generic]]:
+        del expert
         return _tile(self.layout, packed)
 
-    def restore(self, arrays: Arrays) -> Packed:
+    def restore(self, arrays: Arrays, expert: int | None) -> Packed:
+        del expert
         return _untile(self.layout, arrays)
 
 
 @dataclass(frozen=True)
 class ExpertStorage:
-    """One of the stacked matrices of `experts`, by its name in the layout; the rows of gate_up are interleaved."""
+    """One of the stacked matrices of `experts`, by its name in the layout; the rows of gate_up are interleaved.
+
+    Experts of several formats have the arrays of their own; then `table` int32 [E, 2] has the format of each, and its place there.
+    """
 
     layout: ExpertsLayout
     matrix: str
     stacked: bool = True
 
     @property
-    def _matrix(self) -> MatrixLayout:
-        return self.layout.matrices()[self.matrix]
+    def _stack(self) -> MatrixStack:
+        return self.layout.stacks()[self.matrix]
 
     @property
     def _interleaved(self) -> bool:
         return self.matrix in ("gate_up", "gate_up_left")
 
     def arrays(self) -> dict[str, StoredArray]:
-        found = self._matrix.arrays(self.layout.experts).items()
-        return {name: StoredArray(dtype, shape) for name, (shape, dtype) in found}
+        stack, found = self._stack, dict[str, StoredArray]()
+        for index, matrix in enumerate(stack.classes):
+            members, end = tuple(stack.members(index)), stack.suffix(index)
+            arrays = matrix.arrays(len(members)).items()
+            found |= {f"{name}{end}": StoredArray(dtype, shape, members if stack.mixed else None) for name, (shape, dtype) in arrays}
+        return {**found, "table": StoredArray("int32", (self.layout.experts, 2))} if stack.mixed else found
 
-    def store(self, packed: Packed) -> dict[str, NDArray[np.generic]]:
-        if self._matrix.format == "zero":
+    def _own(self, expert: int | None) -> tuple[MatrixLayout, str, NDArray[np.int32]]:
+        """An expert's layout, what the names of its arrays end in, and its row of the table."""
+        assert expert is not None
+        stack = self._stack
+        row = stack.table()[expert]
+        return stack.classes[row[0]], stack.suffix(int(row[0])), row
+
+    def store(self, packed: Packed, expert: int | None) -> dict[str, NDArray[np.generic]]:
+        matrix, end, row = self._own(expert)
+        if matrix.format == "zero":
             return {}
         if self._interleaved:
             order = self.layout.interleave
@@ -83,12 +100,15 @@ class ExpertStorage:
                 packed = Quantized(order(packed.codes), order(packed.scale), order(packed.zero))
             else:
                 packed = order(packed)
-        return _tile(self._matrix, packed)
+        found = {f"{name}{end}": array for name, array in _tile(matrix, packed).items()}
+        return {**found, "table": row} if end else found
 
-    def restore(self, arrays: Arrays) -> Packed:
-        if self._matrix.format == "zero":
-            return np.zeros((self.layout.parts * self.layout.f if self.matrix == "gate_up" else self.layout.d, self._matrix.k), np.uint8)
-        packed, order = _untile(self._matrix, arrays), self.layout.deinterleave
+    def restore(self, arrays: Arrays, expert: int | None) -> Packed:
+        matrix, end, _ = self._own(expert)
+        if matrix.format == "zero":
+            return np.zeros((self.layout.parts * self.layout.f if self.matrix == "gate_up" else self.layout.d, matrix.k), np.uint8)
+        own = {name.removesuffix(end): array for name, array in arrays.items() if name.endswith(end) and name != "table"}
+        packed, order = _untile(matrix, own), self.layout.deinterleave
         if not self._interleaved:
             return packed
         if isinstance(packed, Quantized):
@@ -113,13 +133,15 @@ class ExpertBiasStorage:
     def arrays(self) -> dict[str, StoredArray]:
         return {"data": StoredArray("float32", self.layout.bias_shapes[0 if self.up else 1])}
 
-    def store(self, packed: Packed) -> dict[str, NDArray[np.generic]]:
+    def store(self, packed: Packed, expert: int | None) -> dict[str, NDArray[np.generic]]:
+        del expert
         values = _widen(packed, self.format).reshape(self._shape)
         other = np.zeros((self.layout.experts, self.layout.d if self.up else self.layout.parts * self.layout.f), np.float32)
         up, down = self.layout.biases(*((values, other) if self.up else (other, values)))
         return {"data": up if self.up else down}
 
-    def restore(self, arrays: Arrays) -> Packed:
+    def restore(self, arrays: Arrays, expert: int | None) -> Packed:
+        del expert
         data = arrays["data"].astype(np.float32)
         values = self.layout.deinterleave(data[..., None])[..., 0] if self.up else data[:, : self._shape[1]]
         return _narrow(np.ascontiguousarray(values), self.format)
@@ -137,10 +159,12 @@ class PlainStorage:
         dtype = {"i64": "int64", "i32": "int32", "u8": "uint8", "bool": "bool"}.get(self.format, "float32")
         return {"data": StoredArray(dtype, self.shape)}
 
-    def store(self, packed: Packed) -> dict[str, NDArray[np.generic]]:
+    def store(self, packed: Packed, expert: int | None) -> dict[str, NDArray[np.generic]]:
+        del expert
         return {"data": _widen(packed, self.format).reshape(self.shape)}
 
-    def restore(self, arrays: Arrays) -> Packed:
+    def restore(self, arrays: Arrays, expert: int | None) -> Packed:
+        del expert
         return _narrow(arrays["data"], self.format)
 
 
@@ -192,7 +216,7 @@ def experts_layout(graph: Graph, node: Node, platform: Platform) -> ExpertsLayou
     experts, d, f = (int(size) for size in down.type.shape)
     gated = bool(node.attrs.get("gated", True))
     factors = _factors(graph, node, 7), _factors(graph, node, 9)
-    return platform.experts(experts, d, f, (_format(up), _format(down)), gated, factors)
+    return platform.experts(experts, d, f, (_formats(up), _formats(down)), gated, factors)
 
 
 def _factors(graph: Graph, node: Node, at: int) -> Factors | None:
@@ -224,10 +248,15 @@ def _storage(graph: Graph, param: Param, platform: Platform) -> Storage:
     return found[0]
 
 
+def _formats(param: Param) -> Formats:
+    """The format of all experts, or of each where they differ."""
+    same = isinstance(param.format, str) or len(set(param.format)) > 1
+    return param.format if same else param.format[0]
+
+
 def _format(param: Param) -> str:
-    if isinstance(param.format, str):
-        return param.format
-    if len(set(param.format)) > 1:
-        formats = ", ".join(sorted(set(param.format)))
-        raise MoecError(f"@{param.name}: experts of different formats ({formats}) are not supported by this backend yet")
-    return param.format[0]
+    found = _formats(param)
+    if not isinstance(found, str):
+        formats = ", ".join(sorted(set(found)))
+        raise MoecError(f"@{param.name}: different formats ({formats}) of one parameter are for the projections of experts only")
+    return found

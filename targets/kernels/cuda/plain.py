@@ -15,7 +15,7 @@ from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cuda.activation import gated, plain
 from moec.targets.kernels.cuda.embedding import element, weight_arguments
 from moec.targets.kernels.cuda.emit import WARP, Expr, argument, kernel, local, store, strided, when
-from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
+from moec.targets.kernels.cuda.experts_layout import ExpertsLayout, Stack
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import FragmentLayout
 from moec.targets.kernels.cuda.warp import warp_sum
@@ -27,6 +27,30 @@ def _dot(layout: FragmentLayout, weights: Any, lead: tuple[Expr, ...], row: Expr
     with strided(lane, layout.k, WARP) as k:
         store(total, total[0] + element(layout, weights, lead, row, k) * x(k), 0)
     return warp_sum(total[0])
+
+
+class Experts:
+    """The parameters of a stack of weights, and its rows."""
+
+    def __init__(self, stack: Stack, prefix: str) -> None:
+        self._classes = [
+            (layout, weight_arguments(layout, len(stack.members(index)), prefix=f"{prefix}{index}_"))
+            for index, layout in enumerate(stack.classes)
+        ]
+        self._table = argument(f"{prefix}table", (stack.experts, 2), "int32") if stack.mixed else None
+
+    def dot(self, expert: Expr, row: Expr, x: Any, lane: Expr) -> Expr:
+        """The product of a row of an expert with x(k)."""
+        if self._table is None:
+            layout, weights = self._classes[0]
+            return _dot(layout, weights, (expert,), row, x, lane)
+        kind, place = T.Bind(self._table[expert, 0]), T.Bind(self._table[expert, 1])
+        found = local(1, "float32")
+        store(found, T.float32(0), 0)
+        for index, (layout, weights) in enumerate(self._classes):
+            with when(kind == index):
+                store(found, _dot(layout, weights, (place,), row, x, lane), 0)
+        return found[0]
 
 
 def linear_func(layout: FragmentLayout, tokens: int | None, bias: bool) -> tirx.PrimFunc:
@@ -64,13 +88,13 @@ def linear(bb: relax.BlockBuilder, x: Any, weights: Mapping[str, Any], layout: F
 
 def hidden_func(layout: ExpertsLayout, activation: ExpertActivation, tokens: int | None, top_k: int, biases: bool) -> tirx.PrimFunc:
     """PrimFunc (x [T, D], ids [T, k], arrays of gate_up..., [bias], out [T, k, F])."""
-    up = layout.gate_up.classes[0]
+    up = layout.gate_up
 
     def arguments() -> Any:
         count = tokens if tokens is not None else T.int64()
         x = argument("x", (count, layout.d), "float32")
         ids = argument("ids", (count, top_k), "int64")
-        weights = weight_arguments(up, layout.experts)
+        weights = Experts(up, "gate_up_")
         bias = argument("bias", (layout.experts, up.n), "float32") if biases else None
         return count, x, ids, weights, bias, argument("out", (count, top_k, layout.f), "float32")
 
@@ -83,7 +107,7 @@ def hidden_func(layout: ExpertsLayout, activation: ExpertActivation, tokens: int
             first = T.Bind(f // layout.tile_rows * 16 + f % layout.tile_rows)
             found = []
             for part in range(layout.parts):
-                value = _dot(up, weights, (expert,), first + 8 * part, lambda k: x[token, k], lane)
+                value = weights.dot(expert, first + 8 * part, lambda k: x[token, k], lane)
                 found.append(value if bias is None else T.Bind(value + bias[expert, first + 8 * part]))
             with when(lane == 0):
                 store(out, gated(activation, *found) if layout.gated else plain(activation, found[0]), token, slot, f)
@@ -93,14 +117,13 @@ def hidden_func(layout: ExpertsLayout, activation: ExpertActivation, tokens: int
 
 def combine_func(layout: ExpertsLayout, tokens: int | None, top_k: int, biases: bool) -> tirx.PrimFunc:
     """PrimFunc (hidden [T, k, F], ids, weights [T, k], arrays of down..., [bias], out [T, D])."""
-    down = layout.down.classes[0]
 
     def arguments() -> Any:
         count = tokens if tokens is not None else T.int64()
         hidden = argument("hidden", (count, top_k, layout.f), "float32")
         ids = argument("ids", (count, top_k), "int64")
         routing = argument("routing", (count, top_k), "float32")
-        weights = weight_arguments(down, layout.experts)
+        weights = Experts(layout.down, "down_")
         bias = argument("bias", (layout.experts, layout.d), "float32") if biases else None
         return count, hidden, ids, routing, weights, bias, argument("out", (count, layout.d), "float32")
 
@@ -113,7 +136,7 @@ def combine_func(layout: ExpertsLayout, tokens: int | None, top_k: int, biases: 
         with T.serial(top_k) as slot:
             expert = T.Bind(ids[token, slot])
             with when(T.And(expert >= 0, expert < layout.experts)):
-                value = _dot(down, weights, (expert,), d, lambda k: hidden[token, slot, k], lane)
+                value = weights.dot(expert, d, lambda k: hidden[token, slot, k], lane)
                 value = value if bias is None else value + bias[expert, d]
                 store(total, total[0] + routing[token, slot] * value, 0)
         with when(lane == 0):
@@ -126,7 +149,7 @@ def experts(
     bb: relax.BlockBuilder, x: Any, ids: Any, routing_weights: Any, weights: Mapping[str, Any], layout: ExpertsLayout,
     activation: ExpertActivation, biases: tuple[Any, Any] | None = None,
 ) -> relax.Var:  # fmt: skip
-    """As `moec.targets.kernels.cuda.experts.experts`, for experts of one format."""
+    """As `moec.targets.kernels.cuda.experts.experts`."""
     count, top_k = x.ty.shape[0], int(ids.ty.shape[1])
     static = int(count) if isinstance(count, tirx.IntImm) else None
     up = [weights[f"gate_up_{name}"] for name in layout.gate_up.arrays()]

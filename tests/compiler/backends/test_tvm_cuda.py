@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,20 @@ import numpy as np
 import pytest
 
 from moec.compiler import cuda_code
+from moec.compiler.artifact_weights import open_artifact
 from moec.compiler.backends.tvm import cuda
 from moec.compiler.backends.tvm.backend import TvmBackend
 from moec.compiler.ir import Graph
-from moec.compiler.text import parse_graph
+from moec.compiler.pipeline import compile_model
+from moec.compiler.progress import Progress
+from moec.compiler.stored import pack
+from moec.compiler.text import parse_graph, print_graph
 from moec.runtime.cuda import Driver, runs_on
 from moec.runtime.errors import MoecError
 from moec.runtime.tvm_device import Gpu
 from moec.targets import get_target
 from tests.compiler.backends.test_tvm import with_format
-from tests.compiler.backends.tvm_model import Compiled
+from tests.compiler.backends.tvm_model import Compiled, assert_equal
 from tests.graphs import MOE, random_weights
 from tests.targets.kernels import emulator
 
@@ -57,10 +63,57 @@ def test_a_model_on_the_emulated_gpu(name: str, emulated: Gpu, tmp_path: Path) -
         np.testing.assert_allclose(got, expected[wanted], atol=1e-4)
 
 
+UP, DOWN = "layers.0.experts.up", "layers.0.experts.down"
+MIXED = {
+    UP: ("int2_g32", "int4_g32", "bf16", "int4_g32", "int3_channel_asym", "int2_g32"),
+    DOWN: ("int4_g32", "int4_g32", "int4_g32", "bf16", "int8_g32", "int4_g32"),
+}
+
+
+def mixed() -> Graph:
+    """The small model with experts of different formats."""
+    graph = with_format(moe(), "bf16")
+    return graph.with_params(replace(graph.params[name], format=formats) for name, formats in MIXED.items())
+
+
+@needs_emulator
+def test_experts_of_different_formats_are_one_node(emulated: Gpu, tmp_path: Path) -> None:
+    graph = mixed()
+    model = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", emulated)
+    ids = np.random.default_rng(0).integers(0, model.executor.vocab_size, 40)
+    expected = model.expected(ids)
+    np.testing.assert_allclose(model.logits(ids), expected, atol=1e-4)
+    np.testing.assert_allclose(model.logits(ids[:1]), expected[:1], atol=1e-4)
+
+
+def test_an_artifact_of_experts_of_different_formats(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cuda, "need_cuda_compiler", lambda: "none")
+    monkeypatch.setattr(cuda, "machine_code", lambda source, arch, compiler: b"")
+    graph, out = mixed(), tmp_path / "small.moec"
+    weights = random_weights(graph)
+    plan = compile_model((graph, weights), out, target="h100-sxm", progress=Progress(quiet=True))
+    read, stored = open_artifact(out)
+    assert print_graph(read) == print_graph(graph)
+    assert plan.ops["experts"] == 1
+    files = sum(
+        entry["nbytes"] for w in json.loads((out / "manifest.json").read_text())["weights"].values() for entry in w["arrays"].values()
+    )
+    assert files == plan.weight_bytes
+    for name, formats in MIXED.items():
+        for expert in range(len(formats)):
+            expected = pack(weights, graph.params[name], expert)
+            found = stored.packed(name, expert)
+            if found is None:
+                assert formats[expert] == "bf16"
+                np.testing.assert_array_equal(stored.load(name, expert), weights.load(name, expert).bfloat16().float())
+            else:
+                assert_equal(found, expected)
+
+
 @needs_compiler
 @pytest.mark.parametrize("target", ["h100-sxm", "a100-80g", "rtx-4090"])
 def test_machine_code_for_each_architecture(target: str, tmp_path: Path) -> None:
-    graph = with_format(moe(), "int4_g32")
+    graph = mixed() if target == "h100-sxm" else with_format(moe(), "int4_g32")
     section = TvmBackend(graph, get_target(target)).build(tmp_path, {})
     assert (tmp_path / section["cuda"]["cubin"]).read_bytes()[:4] == b"\x7fELF"
     assert section["cuda"]["arch"] == {"h100-sxm": "sm_90a", "a100-80g": "sm_80", "rtx-4090": "sm_89"}[target]

@@ -43,8 +43,8 @@ class Compiled:
         values = []
         for expert in experts:
             packed = pack(weights, param, expert)
-            stored.append(self.backend.store(param, packed))
-            assert_equal(packed, self.backend.restore(param, stored[-1]))
+            stored.append(self.backend.store(param, packed, expert))
+            assert_equal(packed, self.backend.restore(param, stored[-1], expert))
             name = param.format if isinstance(param.format, str) else param.format[expert or 0]
             fmt = get_format(name)
             if isinstance(packed, Quantized):
@@ -53,7 +53,7 @@ class Compiled:
             else:
                 values.append(torch.from_numpy(fmt.unpack({"data": packed}, packed.shape)))
         for component, array in self.backend.storage(param).items():
-            parts = [arrays[component] for arrays in stored]
+            parts = [arrays[component] for arrays in stored if component in arrays]
             whole = np.stack(parts) if self.backend.stacked(param) else parts[0]
             assert (whole.dtype.name, whole.shape) == (array.dtype, array.shape)
             self.arrays[param.name, component] = whole
