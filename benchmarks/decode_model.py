@@ -32,6 +32,7 @@ def build(folder: Path, config: Mapping[str, Any], recipe: str, experts: Sequenc
         experts: formats that the experts of a layer have in turn, instead of the recipe's.
         context: tokens that a sequence may have.
     """
+    from moec.compiler.backends import takes_mixed_experts
     from moec.compiler.backends.tvm.backend import TvmBackend
     from moec.compiler.context import Context
     from moec.compiler.frontend import huggingface
@@ -49,7 +50,9 @@ def build(folder: Path, config: Mapping[str, Any], recipe: str, experts: Sequenc
         model = run_passes(source, chosen.passes, Context(reference=source, target=hardware))
         if experts:
             model = _with_experts(model, experts)
-        backend, read = TvmBackend(uniform_experts(model).graph, hardware), make_plan(model.graph, chosen, hardware, None).bytes_per_token
+        if not takes_mixed_experts("tvm", hardware):
+            model = uniform_experts(model)
+        backend, read = TvmBackend(model.graph, hardware), make_plan(model.graph, chosen, hardware, None).bytes_per_token
         folder.mkdir(parents=True, exist_ok=True)
         section = backend.build(folder, {})
         constants = {}

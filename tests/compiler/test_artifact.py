@@ -34,11 +34,11 @@ class PlainBackend:
     def storage(self, param: Param) -> dict[str, StoredArray]:
         return {"data": StoredArray("float32", tuple(d for d in param.type.shape if isinstance(d, int)))}
 
-    def store(self, param: Param, packed: Packed) -> dict[str, np.ndarray[Any, Any]]:
+    def store(self, param: Param, packed: Packed, expert: int | None = None) -> dict[str, np.ndarray[Any, Any]]:
         assert isinstance(packed, np.ndarray)
         return {"data": packed}
 
-    def restore(self, param: Param, arrays: Mapping[str, np.ndarray[Any, Any]]) -> Packed:
+    def restore(self, param: Param, arrays: Mapping[str, np.ndarray[Any, Any]], expert: int | None = None) -> Packed:
         return arrays["data"]
 
     def build(self, folder: Path, locations: Mapping[tuple[str, str], Location]) -> dict[str, Any]:
