@@ -187,9 +187,7 @@ class Step(Loop):
                             store(values, self.parts[s, head, column], n)
                     most = self._most([peak[0], *peaks])
                     factor = T.Bind(T.exp(peak[0] - most))
-                    weights = [
-                        T.Bind(T.if_then_else(first + n < self.active, T.exp(p - most), T.float32(0))) for n, p in enumerate(peaks)
-                    ]
+                    weights = [T.Bind(T.if_then_else(first + n < self.active, T.exp(p - most), T.float32(0))) for n, p in enumerate(peaks)]
                     store(total, sum((w * s for w, s in zip(weights, sums, strict=True)), total[0] * factor), 0)
                     store(peak, most, 0)
                     for i in range(width):

@@ -75,7 +75,8 @@ class Loop(Fetch):
         self.each = padded(a.d) // SHARE
         self.width = vector(a.dv)
         pieces = a.dv // self.width
-        self.groups = next(g for g in (8, 4, 2, 1) if g <= c and g * pieces <= WARP or g == 1) if pieces & (pieces - 1) == 0 else 1
+        fit = [g for g in (8, 4, 2) if g <= c and g * pieces <= WARP and pieces & (pieces - 1) == 0]
+        self.groups = fit[0] if fit else 1
         self.turns_of_columns = ceil_div(pieces, WARP)
         self.part = T.Bind(self.lane % SHARE)
         self.group = T.Bind(self.lane // pieces % self.groups) if self.groups > 1 else 0
@@ -94,7 +95,7 @@ class Loop(Fetch):
 
     def _begin(self) -> None:
         """The state before the first position; the new token, and the sink, are known to one warp each."""
-        spec, a = self.spec, self.spec.attention
+        spec = self.spec
         self.maximum, self.sum = (local(len(self.sets), "float32") for _ in range(2))
         self.result = local(spec.rows * self.turns_of_columns * self.width, "float32")
         for i in range(spec.rows * self.turns_of_columns * self.width):

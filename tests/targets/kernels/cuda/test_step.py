@@ -126,7 +126,7 @@ def check(spec: StepSpec, options: StepOptions, positions: list[int], dtype: str
         np.testing.assert_allclose(found, result, atol=atol, err_msg=f"position {position}")
         page, at = case.table[1, position // PAGE], position % PAGE
         for pool, old, row in zip(case.pools, before, rows, strict=True):
-            new = pool[page, :, at].astype(np.float32) if dtype == "float32" else (pool[page, :, at].astype(np.uint32) << 16).view(np.float32)
+            new = pool[page, :, at] if dtype == "float32" else (pool[page, :, at].astype(np.uint32) << 16).view(np.float32)
             np.testing.assert_allclose(new, row, rtol=1e-5 if dtype == "float32" else 1e-2, atol=1e-5)
             old[page, :, at] = pool[page, :, at]
             np.testing.assert_array_equal(pool, old)  # nothing else changes
@@ -150,13 +150,13 @@ def test_default_options(name: str) -> None:
     check(spec, StepOptions.of(spec, "float32", 160 << 10), [3, 255])
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(data=st.data())
 def test_any_shape(data: st.DataObject) -> None:
     kv_heads, group = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 2, 3, 4, 7, 8, 12, 17]))
     d, dv = 2 * data.draw(st.integers(2, 50)), data.draw(st.integers(3, 140))
     heads = kv_heads * group
-    norms = [data.draw(st.sampled_from([None, head_norm(n, d, data.draw(st.sampled_from([0.0, 1.0]))), row_norm(n, d)])) for n in (heads, kv_heads)]
+    norms = [data.draw(st.sampled_from([None, head_norm(n, d), head_norm(n, d, 1.0), row_norm(n, d)])) for n in (heads, kv_heads)]
     attention = AttentionSpec(
         heads, kv_heads, d, dv, d**-0.5, data.draw(st.sampled_from([0, 0, 19, 64])), data.draw(st.sampled_from([0, 0, 48])),
         data.draw(st.sampled_from([0.0, 0.0, 5.0])), data.draw(st.booleans()),
