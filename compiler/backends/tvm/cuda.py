@@ -24,7 +24,7 @@ from moec.compiler.ir import Graph
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cpu.experts_layout import Factors
 from moec.targets.kernels.cuda import pipeline, plain
-from moec.targets.kernels.cuda.attention import PAGE, attention, page_shapes
+from moec.targets.kernels.cuda.attention import PAGE, attention, attention_step, page_shapes
 from moec.targets.kernels.cuda.embedding import embedding_func
 from moec.targets.kernels.cuda.experts import experts
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout, Stack
@@ -34,6 +34,8 @@ from moec.targets.kernels.cuda.norm import norm_func
 from moec.targets.kernels.cuda.rope import rope_func
 from moec.targets.kernels.cuda.router import router_func, topk_func
 from moec.targets.kernels.cuda.skip import skip_func
+from moec.targets.kernels.cuda.step import step_func
+from moec.targets.kernels.cuda.step_spec import StepOptions, StepSpec
 from moec.targets.kernels.specs import AttentionSpec, NormSpec, RouterSpec, SkipSpec
 
 CUDA_RUNTIME = "libtvm_runtime_cuda.so"
@@ -42,6 +44,9 @@ CUBIN = "kernels.cubin"
 PRODUCTS = "sm_90a"
 """The architecture that has kernels for the products of many tokens; others take plain ones."""
 
+HOPPER_MEMORY, LEAST_MEMORY = 160 << 10, 96 << 10
+"""Bytes of shared memory that attention takes at most; the latter every GPU's thread blocks get."""
+
 
 class CudaKernels:
     """The CUDA kernels in a module."""
@@ -49,6 +54,7 @@ class CudaKernels:
     def __init__(self, bb: relax.BlockBuilder, arch: str) -> None:
         self.bb, self.functions = bb, Functions(bb)
         self.products = arch == PRODUCTS
+        self.shared_memory = HOPPER_MEMORY if self.products else LEAST_MEMORY
 
     def embedding(self, ids: Expr, weights: Mapping[str, Expr], layout: FragmentLayout) -> Expr:
         tokens, kind = static(ids), str(ids.ty.dtype)
@@ -70,6 +76,16 @@ class CudaKernels:
 
     def attention(self, spec: AttentionSpec, caches: Sequence[Expr], inputs: Sequence[Expr]) -> Expr:
         return attention(self.bb, caches, inputs, spec)
+
+    def attention_step(self, spec: StepSpec, caches: Sequence[Expr], inputs: Sequence[Expr]) -> Expr:
+        """Attention of one token with what the spec says of q and k -> [1, H*dv]. Caches (K, V) change.
+
+        Args:
+            inputs: q, k, v, blocks, page_table, semaphores[, weights of the norms][, cos, sin][, sinks].
+        """
+        options = StepOptions.of(spec, "float32", self.shared_memory)
+        step = self.functions.get("attend_step", spec, lambda: step_func(spec, options))
+        return attention_step(self.bb, step, caches, inputs, spec, options)
 
     def router(self, spec: RouterSpec, inputs: Sequence[Expr]) -> list[Expr]:
         tokens, shape = static(inputs[0]), [count_of(inputs[0]), spec.top_k]

@@ -65,7 +65,7 @@ class FunctionLowering:
         self._full: dict[str, Expr] = {}
         self._weights: dict[tuple[str, str], Expr] = {}
         self._semaphores: Expr | None = None
-        self._layer = self._counted = 0
+        self._counted = 0
         fusions = platform.fusions(graph, storage, self.tokens)
         self._fused: dict[str, Fusion] = {value.name: f for f in fusions for node in f.nodes for value in node.outputs}
 
@@ -114,10 +114,10 @@ class FunctionLowering:
         """All arrays of a parameter."""
         return {component: self.weight(param, component) for component in self.storage[param].arrays()}
 
-    def next_caches(self) -> tuple[Expr, Expr]:
-        """K and V pages of the next attention node."""
-        self._layer += 1
-        return self._caches[2 * self._layer - 2], self._caches[2 * self._layer - 1]
+    def caches(self, node: Node) -> tuple[Expr, Expr]:
+        """K and V pages of an attention node."""
+        index = [n.name for n in self.graph.nodes if n.op == "attention"].index(node.name)
+        return self._caches[2 * index], self._caches[2 * index + 1]
 
     def next_counts(self) -> Expr | None:
         """The counts of the next experts node, if its kernel counts."""

@@ -115,7 +115,7 @@ def _attention(low: FunctionLowering, node: Node) -> None:
     inputs = [*(low.flat(name) for name in node.inputs[:3]), low.blocks, low.page_table]
     if (sinks := _optional(low, node, 3)) is not None:
         inputs.append(sinks)
-    low.set_flat(node.name, low.kernels.attention(attention_spec(low.graph, node), low.next_caches(), inputs))
+    low.set_flat(node.name, low.kernels.attention(attention_spec(low.graph, node), low.caches(node), inputs))
 
 
 def _router(low: FunctionLowering, node: Node) -> None:

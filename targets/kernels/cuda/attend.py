@@ -1,19 +1,18 @@
 """The main kernel of attention: a thread block attends for a few rows (token, head) of a KV head.
 
 The softmax is computed online, TILE positions at a time (https://arxiv.org/abs/1805.02867): 8 threads share a position for the logits, a
-warp has a row for the softmax, a thread a column of V for the sum. One token is split into parts of its context.
+warp has a row for the softmax, a thread a column of V for the sum. A block of one token, as in a batch of sequences, has fewer rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.attend_tile import SHARE, THREADS, TILE, Tile
-from moec.targets.kernels.cuda.attention_parts import PAGE, page_shapes, to_cache
+from moec.targets.kernels.cuda.attention_parts import PAGE, page_shapes
 from moec.targets.kernels.cuda.emit import WARP, Expr, Shared, argument, kernel, local, store, strided, sync, when
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import ceil_div
@@ -21,72 +20,45 @@ from moec.targets.kernels.specs import AttentionSpec
 
 BLOCK_TOKENS = 16  # the most tokens of a block
 MOST_ROWS = 16  # of a thread block
-BLOCKS = 256  # that a token is split into, about: two for each multiprocessor of a large GPU
-MOST_SPLITS = 32
 LOWEST = -5e29  # where a running maximum starts: exp(HIDDEN - LOWEST) is 0
 
 
-@dataclass(frozen=True)
-class Split:
-    """How the work is cut: rows of a thread block, tiles of rows of a KV head, and parts of the context."""
-
-    rows: int
-    tiles: int
-    splits: int
-
-    @classmethod
-    def of(cls, spec: AttentionSpec, tokens: int | None) -> Split:
-        every = spec.heads // spec.kv_heads * (1 if tokens == 1 else BLOCK_TOKENS)
-        rows = min(every, MOST_ROWS)
-        tiles = ceil_div(every, rows)
-        return cls(rows, tiles, max(1, min(MOST_SPLITS, BLOCKS // (spec.kv_heads * tiles))) if tokens == 1 else 1)
-
-
 class Attend(Tile):
-    """Emits (k_pool, v_pool, q, k, v, blocks, page_table, [sinks,] outs...): one token appends, and has parts and their statistics out."""
+    """Emits (k_pool, v_pool, q, blocks, page_table, [sinks,] out)."""
 
-    def __init__(self, spec: AttentionSpec, tokens: int | None, dtype: str) -> None:
-        self.spec, self.tokens, self.dtype = spec, tokens, dtype
-        self.shape = Split.of(spec, tokens)
+    def __init__(self, spec: AttentionSpec, dtype: str) -> None:
+        self.spec, self.dtype = spec, dtype
         self.group = spec.heads // spec.kv_heads
         self.vector = 4 if spec.d % (4 * SHARE) == 0 else 1
         self.columns = ceil_div(spec.dv, THREADS)
-        self.rows = self.shape.rows
+        self.rows = min(self.group * BLOCK_TOKENS, MOST_ROWS)
+        self.tiles = ceil_div(self.group * BLOCK_TOKENS, self.rows)
         single = min(self.group, MOST_ROWS)  # rows of a block of one token
-        self.cases = [single, self.rows] if tokens is None and single < self.rows else [self.rows]
+        self.cases = [single, self.rows] if single < self.rows else [self.rows]
         self.words = sum(_words(spec, rows) for rows in self.cases)
 
     def arguments(self) -> Any:
-        spec, one = self.spec, self.tokens == 1
-        tokens, blocks = (1, 1) if one else (T.int64(), T.int64())
-        pages = T.int64()
+        spec = self.spec
+        tokens, blocks, pages = T.int64(), T.int64(), T.int64()
         k_page, v_page = page_shapes(spec)
         stored = {"float32": "float32", "bfloat16": "uint16"}[self.dtype]
         self.k_pool = argument("k_pool", (pages, *k_page), stored)
         self.v_pool = argument("v_pool", (pages, *v_page), stored)
         self.q = argument("q", (tokens, spec.heads * spec.d), "float32")
-        self.k: Any = argument("k", (tokens, spec.kv_heads * spec.d), "float32") if one else None
-        self.v: Any = argument("v", (tokens, spec.kv_heads * spec.dv), "float32") if one else None
         self.blocks = argument("blocks", (blocks, 4), "int32")
         self.page_table = argument("page_table", (T.int64(), T.int64()), "int32")
         self.sinks = argument("sinks", (spec.heads,), "float32") if spec.sinks else None
-        if one:
-            self.out = argument("parts", (self.shape.splits, spec.heads, spec.dv), "float32")
-            self.statistics = argument("statistics", (self.shape.splits, spec.heads, 2), "float32")
-        else:
-            self.out = argument("out", (tokens, spec.heads * spec.dv), "float32")
+        self.out = argument("out", (tokens, spec.heads * spec.dv), "float32")
         return blocks
 
     def grid(self, blocks: Expr) -> list[Expr]:
-        return [self.shape.tiles * self.spec.kv_heads, self.shape.splits if self.tokens == 1 else blocks]
+        return [self.tiles * self.spec.kv_heads, blocks]
 
-    def body(self, _: Any, memory: Shared, x: Expr, y: Expr, thread: Expr) -> None:
+    def body(self, _: Any, memory: Shared, x: Expr, block: Expr, thread: Expr) -> None:
         grid_launch()
         grid_wait()
         self.thread, self.warp, self.lane = thread, T.Bind(thread // WARP), T.Bind(thread % WARP)
-        self.tile, self.kv_head = T.Bind(x % self.shape.tiles), T.Bind(x // self.shape.tiles)
-        block = 0 if self.tokens == 1 else y
-        self.split = y if self.tokens == 1 else 0
+        self.tile, self.kv_head = T.Bind(x % self.tiles), T.Bind(x // self.tiles)
         self.slot, self.first_token = T.Bind(self.blocks[block, 0]), T.Bind(self.blocks[block, 1])
         self.first_position = T.Bind(self.blocks[block, 3])
         self.count = T.Bind(self.blocks[block, 2] * self.group)
@@ -122,11 +94,7 @@ class Attend(Tile):
         if spec.chunk:
             start = T.max(start, earliest // spec.chunk * spec.chunk)
         begin, end = T.Bind(start // TILE), T.Bind(self.last // TILE + 1)
-        if self.shape.splits > 1:
-            each = T.Bind((end - begin + self.shape.splits - 1) // self.shape.splits)
-            begin, limit = T.Bind(begin + self.split * each), end
-            end = T.Bind(T.min(begin + each, limit))
-        elif self.shape.tiles > 1:  # a short block has fewer rows
+        if self.tiles > 1:  # a short block has fewer rows
             end = T.Bind(T.Select(self.tile * self.rows < self.count, end, begin))
         with strided(begin, end, 1) as tile:
             first = T.Bind(tile * TILE)
@@ -140,16 +108,13 @@ class Attend(Tile):
             sync()
             self._accumulate(first)
         self._finish()
-        if self.tokens == 1:
-            self._append()
 
     def _begin(self, i: int, j: Expr) -> None:
         store(self.maximum, T.float32(LOWEST), i)
         store(self.sum, T.float32(0), i)
         if self.sinks is not None:
-            with when(self.split == 0):
-                store(self.maximum, self.sinks[self.kv_head * self.group + self._row(j) % self.group], i)
-                store(self.sum, T.float32(1), i)
+            store(self.maximum, self.sinks[self.kv_head * self.group + self._row(j) % self.group], i)
+            store(self.sum, T.float32(1), i)
 
     def _finish(self) -> None:
         spec, rows = self.spec, self.rows
@@ -165,28 +130,12 @@ class Attend(Tile):
             with when(self.tile * rows + j < self.count):
                 row = T.Bind(self._row(j))
                 head = T.Bind(self.kv_head * self.group + row % self.group)
-                inverse = None if self.tokens == 1 else T.Bind(T.float32(1) / self.sums[j])
+                inverse = T.Bind(T.float32(1) / self.sums[j])
                 for n in range(self.columns):
                     column = self.thread + n * THREADS
                     with when(column < spec.dv):
-                        value = self.result[n * rows + j]
-                        if inverse is None:
-                            store(self.out, value, self.split, head, column)
-                        else:
-                            store(self.out, value * inverse, self.first_token + row // self.group, head * spec.dv + column)
-                if self.tokens == 1:
-                    with when(self.thread == 0):
-                        store(self.statistics, self.maxima[j], self.split, head, 0)
-                        store(self.statistics, self.sums[j], self.split, head, 1)
-
-    def _append(self) -> None:
-        spec = self.spec
-        with when(T.And(self.tile == 0, self.split == 0)):
-            page = T.Bind(self.page_table[self.slot, self.first_position // PAGE])
-            for pool, new, size in ((self.k_pool, self.k, spec.d), (self.v_pool, self.v, spec.dv)):
-                with strided(self.thread, size, THREADS) as i:
-                    value = to_cache(new[0, self.kv_head * size + i], self.dtype)
-                    store(pool, value, page, self.kv_head, self.first_position % PAGE, i)
+                        value = self.result[n * rows + j] * inverse
+                        store(self.out, value, self.first_token + row // self.group, head * spec.dv + column)
 
 
 def _words(spec: AttentionSpec, rows: int) -> int:
@@ -194,7 +143,7 @@ def _words(spec: AttentionSpec, rows: int) -> int:
     return sum(ceil_div(n, 4) * 4 for n in (rows * spec.d, *[TILE * rows] * 2, *[rows] * 3, TILE // PAGE))
 
 
-def attend_func(spec: AttentionSpec, tokens: int | None, dtype: str = "float32") -> tirx.PrimFunc:
-    """The kernel for a static number of tokens (only 1), or for any (None)."""
-    attend = Attend(spec, tokens, dtype)
+def attend_func(spec: AttentionSpec, dtype: str = "float32") -> tirx.PrimFunc:
+    """The kernel for any number of tokens."""
+    attend = Attend(spec, dtype)
     return kernel("attend", THREADS, attend.arguments, attend.grid, attend.body, words=attend.words)

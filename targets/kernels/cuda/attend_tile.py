@@ -6,7 +6,7 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from moec.targets.kernels.cuda.attention_parts import PAGE, from_cache, load4, to_cache
+from moec.targets.kernels.cuda.attention_parts import PAGE, from_cache, load4
 from moec.targets.kernels.cuda.emit import WARP, Buffer, Expr, at, local, store, when
 from moec.targets.kernels.cuda.intrinsics import call
 from moec.targets.kernels.cuda.layout import ceil_div
@@ -33,7 +33,6 @@ class Tile:
     """The state of a thread block: parameters, where it is, its rows, and its memory."""
 
     spec: AttentionSpec
-    tokens: int | None
     dtype: str
     group: int
     rows: int
@@ -49,8 +48,6 @@ class Tile:
     first_position: Expr
     k_pool: Buffer
     v_pool: Buffer
-    k: Buffer
-    v: Buffer
     queries: Buffer
     logits: Buffer
     weights: Buffer
@@ -105,7 +102,7 @@ class Tile:
 
     def _load_keys(self, keys: Buffer, offset: int, position: Expr, part: Expr) -> None:
         """Read what a thread has of a position's key into registers from `offset` on."""
-        spec, one, position = self.spec, self.tokens == 1, T.Bind(position)
+        spec, position = self.spec, T.Bind(position)
         for i in range(ceil_div(spec.d, SHARE)):
             store(keys, T.float32(0), offset + i)
         with when(position <= self.last):
@@ -117,14 +114,6 @@ class Tile:
                 else:
                     with when(begin < spec.d):
                         store(keys, from_cache(self.k_pool[page, self.kv_head, position % PAGE, begin], self.dtype), offset + i)
-            if one:  # not in the cache yet
-                with when(position == self.first_position):
-                    for i in range(ceil_div(spec.d, SHARE * self.vector)):
-                        for n in range(self.vector):
-                            begin = (i * SHARE + part) * self.vector + n
-                            with when(begin < spec.d):
-                                value = from_cache(to_cache(self.k[0, self.kv_head * spec.d + begin], self.dtype), self.dtype)
-                                store(keys, value, offset + self.vector * i + n)
 
     def _seen(self, logit: Expr, position: Expr, j: int) -> Expr:
         """The logit of a position, or what hides it."""
@@ -175,14 +164,8 @@ class Tile:
 
     def _add(self, n: int, page: Expr, position: Expr, here: Expr, column: Expr, count: int) -> None:
         """Add `count` positions to the sums of a column."""
-        spec, rows = self.spec, self.rows
-        values = []
-        for i in range(count):
-            value = from_cache(self.v_pool[page, self.kv_head, position % PAGE + i, column], self.dtype)
-            if self.tokens == 1:
-                new = from_cache(to_cache(self.v[0, self.kv_head * spec.dv + column], self.dtype), self.dtype)
-                value = T.if_then_else(position + i == self.first_position, new, value)
-            values.append(T.Bind(value))
+        rows, stored = self.rows, [self.v_pool[page, self.kv_head, position % PAGE + i, column] for i in range(count)]
+        values = [T.Bind(from_cache(value, self.dtype)) for value in stored]
         for i, value in enumerate(values):
             for j in range(rows):
                 store(self.result, self.result[n * rows + j] + self.weights[(here + i) * rows + j] * value, n * rows + j)

@@ -1,4 +1,4 @@
-"""What attention needs beside its main kernel: writing new keys and values into the cache, and adding up the parts of one token."""
+"""What attention needs beside its main kernel: its cache, and writing new keys and values into it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from moec.targets.kernels.cuda.emit import WARP, Expr, Shared, argument, kernel, store, strided, sync, when
+from moec.targets.kernels.cuda.emit import Expr, Shared, argument, kernel, store, strided
 from moec.targets.kernels.cuda.intrinsics import call, grid_launch, grid_wait
-from moec.targets.kernels.cuda.layout import ceil_div
-from moec.targets.kernels.cuda.warp import warp_max, warp_sum
 from moec.targets.kernels.specs import AttentionSpec
 
 PAGE = 32
@@ -83,37 +81,3 @@ def append_func(spec: AttentionSpec, dtype: str) -> tirx.PrimFunc:
                 store(pool, to_cache(new[first + token, rest], dtype), where, rest // size, at % PAGE, rest % size)
 
     return kernel("append", THREADS, arguments, lambda o: [o[0]], body)
-
-
-def combine_func(spec: AttentionSpec, splits: int) -> tirx.PrimFunc:
-    """PrimFunc (parts [S, H, dv], statistics [S, H, 2] (maximum and sum), out [1, H*dv]): a block a head, a thread a column."""
-    threads = min(1024, ceil_div(spec.dv, WARP) * WARP)
-
-    def arguments() -> Any:
-        parts = argument("parts", (splits, spec.heads, spec.dv), "float32")
-        statistics = argument("statistics", (splits, spec.heads, 2), "float32")
-        return parts, statistics, argument("out", (1, spec.heads * spec.dv), "float32")
-
-    def body(operands: Any, memory: Shared, head: Expr, thread: Expr) -> None:
-        parts, statistics, out = operands
-        grid_launch()
-        grid_wait()
-        weights = memory.take((WARP,), "float32")
-        lane = T.Bind(thread % WARP)
-        mine = T.Bind(T.min(lane, splits - 1))
-        peak, total = T.Bind(statistics[mine, head, 0]), T.Bind(statistics[mine, head, 1])
-        weight = T.Bind(T.if_then_else(lane < splits, T.exp(peak - warp_max(peak)), T.float32(0)))
-        inverse = T.Bind(T.float32(1) / warp_sum(weight * total))
-        with when(thread < WARP):
-            store(weights, weight * inverse, lane)
-        sync()
-        for first in range(0, spec.dv, threads):
-            column = T.Bind(T.min(first + thread, spec.dv - 1))
-            found = [T.Bind(parts[i, head, column]) for i in range(splits)]
-            value = T.float32(0)
-            for i, part in enumerate(found):
-                value = T.Bind(value + weights[i] * part)
-            with when(first + thread < spec.dv):
-                store(out, value, 0, head * spec.dv + column)
-
-    return kernel("combine", threads, arguments, lambda _: [spec.heads], body, words=WARP)

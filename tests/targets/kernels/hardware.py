@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, Protocol
 
+import numpy as np
 import pytest
 from tvm import relax, tirx
 
@@ -18,6 +19,8 @@ from moec.targets.kernels.cuda import norm as cuda_norm
 from moec.targets.kernels.cuda import rope as cuda_rope
 from moec.targets.kernels.cuda import router as cuda_router
 from moec.targets.kernels.cuda import skip as cuda_skip
+from moec.targets.kernels.cuda.step import step_func
+from moec.targets.kernels.cuda.step_spec import SEMAPHORES, StepOptions, StepSpec
 from moec.targets.kernels.specs import AttentionSpec, NormSpec, RouterSpec, SkipSpec
 from tests.targets.kernels import emulator
 from tests.targets.kernels.run import ISA, Kernel
@@ -48,6 +51,19 @@ class _Cpu:
     page_shapes = staticmethod(cpu_attention.page_shapes)
 
 
+class CudaStep:
+    """Attention of one token, called as the CPU's kernel is."""
+
+    def __init__(self, spec: StepSpec) -> None:
+        self._options, self._spec = StepOptions.of(spec, "float32", 96 << 10), spec.attention
+        self._kernel = CudaKernel(step_func(spec, self._options))
+
+    def __call__(self, *inputs: Any, outputs: Any) -> list[Any]:
+        spec, splits, semaphores = self._spec, self._options.splits, np.zeros(SEMAPHORES, np.int32)
+        shapes = [((splits, spec.heads, spec.dv), "float32"), ((splits, spec.heads, 2), "float32"), *outputs]
+        return self._kernel(*inputs[:7], semaphores, *inputs[7:], outputs=shapes)[2:]
+
+
 class _Cuda:
     norm = staticmethod(cache(lambda spec, tokens: CudaKernel(cuda_norm.norm_func(spec, tokens))))
     rope = staticmethod(cache(lambda heads, d, tokens: CudaKernel(cuda_rope.rope_func(heads, d, tokens))))
@@ -58,10 +74,11 @@ class _Cuda:
 
     @staticmethod
     @cache
-    def attention(spec: AttentionSpec, tokens: int | None) -> CudaFunction:
+    def attention(spec: AttentionSpec, tokens: int | None) -> Any:
         """The kernels of attention as one function, with the arguments of the CPU's kernel."""
-        count, blocks = (1, 1) if tokens == 1 else (tirx.Var("T", "int64"), tirx.Var("NB", "int64"))
-        pages, slots, most = (tirx.Var(name, "int64") for name in ("pages", "S", "MP"))
+        if tokens == 1:
+            return CudaStep(StepSpec(spec))
+        count, blocks, pages, slots, most = (tirx.Var(name, "int64") for name in ("T", "NB", "pages", "S", "MP"))
         widths = (spec.heads * spec.d, spec.kv_heads * spec.d, spec.kv_heads * spec.dv)
         types = [relax.TensorType([pages, *shape], "float32") for shape in cuda_attention.page_shapes(spec)]
         types += [relax.TensorType([count, width], "float32") for width in widths]

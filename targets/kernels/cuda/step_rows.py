@@ -1,0 +1,176 @@
+"""Heads of q, and the new key, made ready by the warps of a thread block: normalised, turned by the token's angles, in shared memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from moec.targets.kernels.cuda.attention_parts import PAGE, from_cache, load4, to_cache
+from moec.targets.kernels.cuda.emit import WARP, Buffer, Expr, Shared, at, local, store, sync, when
+from moec.targets.kernels.cuda.layout import ceil_div
+from moec.targets.kernels.cuda.step_spec import StepOptions, StepSpec, padded, vector
+from moec.targets.kernels.cuda.warp import warp_sum
+from moec.targets.kernels.specs import NormSpec
+
+
+class Rows:
+    """The state of a thread block that the preparation needs; a lane has elements i and i + d/2 of a row for some i."""
+
+    spec: StepSpec
+    options: StepOptions
+    dtype: str
+    thread: Expr
+    warp: Expr
+    lane: Expr
+    split: Expr
+    tile: Expr
+    kv_head: Expr
+    first_position: Expr
+    q: Buffer
+    k: Buffer
+    q_weight: Buffer | None
+    k_weight: Buffer | None
+    cos: Buffer | None
+    sin: Buffer | None
+    k_pool: Buffer
+    page_table: Buffer
+    slot: Expr
+    queries: Buffer
+    new_key: Buffer
+
+    def _head(self, row: Expr) -> Expr:
+        """The head that is a row of the thread block; those beyond the last repeat it."""
+        return self.kv_head * self.spec.group + T.min(self.tile * self.spec.rows + row, self.spec.group - 1)
+
+    def _before(self, memory: Shared) -> None:
+        """What can be read while the kernel before this one still runs: weights of the norms, and where the new key goes."""
+        spec, warps = self.spec, self.options.warps
+        self.squares = memory.take((2 * warps,), "float32")
+        self.own = [T.Bind(T.min(i * warps + self.warp, spec.rows - 1)) for i in range(ceil_div(spec.rows, warps))]
+        heads = [T.Bind(self._head(row)) for row in self.own]
+        self.weights_of_q = [self._weights(spec.q_norm, self.q_weight, head) for head in heads]
+        self.weights_of_k = self._weights(spec.k_norm, self.k_weight, self.kv_head)
+        self.keeper = spec.rows % warps  # the warp of the new key
+        self.new_page = T.Bind(self.page_table[self.slot, self.first_position // PAGE])
+
+    def _prepare(self) -> None:
+        """Fill `queries` and, in the first part of the context, `new_key`, which the cache gets too."""
+        spec, d = self.spec, self.spec.attention.d
+        first = T.Bind(self.split == 0)
+        queries = [self._pairs(self.q, T.Bind(self._head(row)) * d, (0,)) for row in self.own]
+        keys = self._pairs(self.k, self.kv_head * d, (0,))
+        turn = self._angles()
+        rows = [(i, n.size) for i, n in enumerate((spec.q_norm, spec.k_norm)) if n is not None and n.size != d]
+        for i, size in rows:
+            if i == 0:
+                self._squares(self.q, size, i)
+            else:
+                with when(first):
+                    self._squares(self.k, size, i)
+        if rows:
+            sync()
+        for row, values, weights in zip(self.own, queries, self.weights_of_q, strict=True):
+            self._normalise(values, spec.q_norm, weights, 0)
+            self._turn(values, turn)
+            for index, value in self._elements(values):
+                store(self.queries, value * T.float32(spec.attention.scale), row * padded(d) + index)
+            for i in range(ceil_div(padded(d) - d, WARP)):
+                with when(d + i * WARP + self.lane < padded(d)):
+                    store(self.queries, T.float32(0), row * padded(d) + d + i * WARP + self.lane)
+        with when(T.And(first, self.warp == self.keeper)):
+            self._normalise(keys, spec.k_norm, self.weights_of_k, 1)
+            self._turn(keys, turn)
+            for index, value in self._elements(keys):
+                stored = T.Bind(to_cache(value, self.dtype))
+                store(self.new_key, from_cache(stored, self.dtype), index)
+                with when(self.tile == 0):
+                    store(self.k_pool, stored, self.new_page, self.kv_head, self.first_position % PAGE, index)
+        sync()
+
+    @property
+    def _half(self) -> int:
+        return ceil_div(self.spec.attention.d, 2)
+
+    def _indices(self) -> list[tuple[int, Expr, Expr]]:
+        """(register, element, whether there is such an element, or None) of all that a lane has of a row."""
+        found = list[tuple[int, Expr, Expr]]()
+        d, half = self.spec.attention.d, self._half
+        for n in range(ceil_div(half, WARP)):
+            i = T.Bind(n * WARP + self.lane)
+            inside = None if half % WARP == 0 else i < half
+            found += [(2 * n, i, inside), (2 * n + 1, i + half, inside if d % 2 == 0 else i + half < d)]
+        return found
+
+    def _pairs(self, source: Buffer, begin: Expr, lead: tuple[Expr, ...]) -> Buffer:
+        """Read a row's elements into registers."""
+        values = local(2 * ceil_div(self._half, WARP), "float32")
+        for n, i, inside in self._indices():
+            if inside is None:
+                store(values, source[(*lead, begin + i)], n)
+            else:
+                store(values, T.float32(0), n)
+                with when(inside):
+                    store(values, source[(*lead, begin + i)], n)
+        return values
+
+    def _elements(self, values: Buffer) -> Any:
+        """For each element of a row: its index and value, where it exists."""
+        for n, i, inside in self._indices():
+            if inside is None:
+                yield i, values[n]
+            else:
+                with when(inside):
+                    yield i, values[n]
+
+    def _weights(self, norm: NormSpec | None, weight: Buffer | None, head: Expr) -> Buffer | None:
+        if norm is None or weight is None:
+            return None
+        return self._pairs(weight, head * self.spec.attention.d if norm.size != self.spec.attention.d else 0, ())
+
+    def _angles(self) -> tuple[Buffer, Buffer] | None:
+        if self.cos is None or self.sin is None:
+            return None
+        return self._pairs(self.cos, 0, (0,)), self._pairs(self.sin, 0, (0,))
+
+    def _squares(self, source: Buffer, size: int, which: int) -> None:
+        """Note the sum of squares over what a warp takes of a whole row."""
+        width, threads = vector(size), self.options.threads
+        values, total = local(width, "float32"), local(1, "float32")
+        store(total, T.float32(0), 0)
+        for n in range(ceil_div(size // width, threads)):
+            piece = T.Bind(n * threads + self.thread)
+            with when(piece < size // width):
+                if width == 4:
+                    load4(at(values, 0), at(source, 0, piece * 4), "float32")
+                else:
+                    store(values, source[0, piece], 0)
+                store(total, sum((values[i] * values[i] for i in range(width)), total[0]), 0)
+        square = warp_sum(total[0])
+        with when(self.lane == 0):
+            store(self.squares, square, which * self.options.warps + self.warp)
+
+    def _normalise(self, values: Buffer, norm: NormSpec | None, weights: Buffer | None, which: int) -> None:
+        if norm is None:
+            return
+        count = 2 * ceil_div(self._half, WARP)
+        if norm.size == self.spec.attention.d:
+            square = warp_sum(sum((values[i] * values[i] for i in range(count)), T.float32(0)))
+        else:
+            warps = self.options.warps
+            square = T.Bind(sum((self.squares[which * warps + i] for i in range(warps)), T.float32(0)))
+        inverse = T.Bind(T.float32(1) / T.sqrt(square * T.float32(1 / norm.size) + T.float32(norm.eps)))
+        for i in range(count):
+            value = values[i] * inverse
+            if weights is not None:
+                value = value * (weights[i] + T.float32(norm.offset) if norm.offset else weights[i])
+            store(values, value, i)
+
+    def _turn(self, values: Buffer, turn: tuple[Buffer, Buffer] | None) -> None:
+        if turn is None:
+            return
+        cos, sin = turn
+        for i in range(0, 2 * ceil_div(self._half, WARP), 2):
+            low, high = T.Bind(values[i]), T.Bind(values[i + 1])
+            store(values, low * cos[i] - high * sin[i], i)
+            store(values, high * cos[i + 1] + low * sin[i + 1], i + 1)

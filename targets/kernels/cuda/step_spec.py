@@ -1,0 +1,122 @@
+"""What the kernel of one token's attention is told: the op, what is done to q and k before, and how the work is cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from moec.targets.kernels.cuda.attention_parts import PAGE
+from moec.targets.kernels.cuda.layout import ceil_div
+from moec.targets.kernels.specs import AttentionSpec, NormSpec
+
+SHARE = 8
+"""Lanes that compute the logits of a position together, so that a warp has four positions at a time."""
+
+MOST_ROWS = 16
+MOST_SPLITS = 32
+SEMAPHORES = 256
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """Attention of one token.
+
+    Args:
+        attention: the op.
+        q_norm, k_norm: what normalises q and k, each head (size d) or the whole row (size H*d); None where nothing does.
+        rope: whether q and k are turned by the token's angles, afterwards.
+    """
+
+    attention: AttentionSpec
+    q_norm: NormSpec | None = None
+    k_norm: NormSpec | None = None
+    rope: bool = False
+
+    @property
+    def group(self) -> int:
+        """Heads that share a KV head."""
+        return self.attention.heads // self.attention.kv_heads
+
+    @property
+    def rows(self) -> int:
+        """Heads of a thread block."""
+        return min(self.group, MOST_ROWS)
+
+    @property
+    def tiles(self) -> int:
+        """Thread blocks of a KV head that split its heads."""
+        return ceil_div(self.group, self.rows)
+
+    @property
+    def columns(self) -> int:
+        """Thread blocks of a part of the context."""
+        return self.attention.kv_heads * self.tiles
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """How the work is cut. A thread block has some part of the context, of which each of its warps takes a few positions at a time.
+
+    Args:
+        warps: of a thread block.
+        positions: that a warp works on at a time, 4 or 8.
+        stages: so many times these positions are on their way into shared memory.
+        splits: the most parts of the context.
+        least: positions that a part has before there is another one.
+    """
+
+    warps: int
+    positions: int
+    stages: int
+    splits: int
+    least: int
+
+    @classmethod
+    def of(cls, spec: StepSpec, dtype: str, memory: int) -> StepOptions:
+        """Options for a GPU whose thread blocks get so many bytes of shared memory."""
+        shared = spec.rows > 1
+        most = 16 if shared and spec.columns > 2 else MOST_SPLITS  # parts of many heads take long to add up
+        splits = max(1, min(most, 256 // spec.columns if spec.columns < SEMAPHORES else 1))
+        options = cls(8, 8, 2, splits, 32 if spec.rows > 4 else 64 if shared else 128)
+        smaller = [options, replace(options, stages=1), replace(options, positions=4, stages=1), replace(options, warps=4, stages=1)]
+        smaller += [replace(options, warps=4, positions=4, stages=1), replace(options, warps=2, positions=4, stages=1)]
+        return next((o for o in smaller if 4 * o.words(spec, dtype) <= memory), smaller[-1])
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    def words(self, spec: StepSpec, dtype: str) -> int:
+        """Words of a thread block's shared memory."""
+        sizes = [self.warps * self.region(spec, dtype), *([self.warps * spec.rows] * 2)]  # results, and their statistics
+        sizes += [self.warps * spec.rows * self.positions, self.warps * spec.rows, 2 * self.warps]  # weights, corrections, sums of squares
+        return sum(ceil_div(size, 4) * 4 for size in (*sizes, spec.rows * padded(spec.attention.d), padded(spec.attention.d)))
+
+    def region(self, spec: StepSpec, dtype: str) -> int:
+        """Words of a warp: its stages, and in the end its results."""
+        a = spec.attention
+        stage = self.positions * (row_words(a.d, dtype) + row_words(a.dv, dtype))
+        return max(self.stages * ceil_div(stage, 4) * 4, ceil_div(spec.rows * a.dv, 4) * 4)
+
+    def __post_init__(self) -> None:
+        assert PAGE % self.positions == 0 and self.positions % 4 == 0, self.positions
+        assert self.splits <= MOST_SPLITS
+
+
+def vector(size: int) -> int:
+    """Neighbours that a lane reads at once."""
+    return 4 if size % 4 == 0 else 1
+
+
+def padded(d: int) -> int:
+    """Numbers of a row of q, with zeros up to what the lanes of a position read."""
+    return ceil_div(d, SHARE * vector(d)) * SHARE * vector(d)
+
+
+def whole(size: int, dtype: str) -> bool:
+    """Whether rows of the cache consist of pieces of 16 bytes, which are copied as they are; others are copied one by one, as float32."""
+    return size % (4 if dtype == "float32" else 8) == 0
+
+
+def row_words(size: int, dtype: str) -> int:
+    """Words of a row in shared memory."""
+    return size // 2 if whole(size, dtype) and dtype != "float32" else size
