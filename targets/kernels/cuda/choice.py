@@ -1,4 +1,4 @@
-"""The best of some values, one after the other, by a warp that has them in registers: lane l has those from l * each to l * each + each - 1.
+"""The best of some values, one after the other, by a warp that has them in registers: lane l has `each` of them from l * each on.
 
 Ties go to the lower index, and NaN counts as the largest number, so that indices are valid whatever the values.
 """
