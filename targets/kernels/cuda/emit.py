@@ -12,6 +12,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.layout import ceil_div
+from moec.targets.kernels.cuda.pipeline import OVERLAP
 
 Expr = Any
 Buffer = Any
@@ -19,7 +20,6 @@ Buffer = Any
 WARP = 32
 
 _LAUNCH = {0: "blockIdx.x", 1: "blockIdx.y", 2: "blockIdx.z"}
-_OVERLAP = "tirx.use_programtic_dependent_launch"  # the runtime's spelling
 _SHARED = "tirx.use_dyn_shared_memory"
 
 
@@ -101,7 +101,7 @@ def kernel(name: str, threads: int, arguments: Callable[[], Any], grid: Callable
         operands = arguments()
         extents = grid(operands)
         tags = [_LAUNCH[axis] for axis in range(len(extents))]
-        launch = [*tags, "threadIdx.x", _OVERLAP, _SHARED]
+        launch = [*tags, "threadIdx.x", OVERLAP, _SHARED]
         attributes: dict[str, Any] = {"tirx.noalias": True, "op_pattern": 8, "tirx.kernel_launch_params": launch}
         if blocks_per_multiprocessor:
             attributes["tirx.launch_bounds_min_blocks_per_sm"] = blocks_per_multiprocessor

@@ -25,17 +25,21 @@ def call(name: str, source: str, *args: Expr, result: str | None = None) -> Expr
     return None
 
 
-def load_words(target: Expr, source: Expr, count: int) -> None:
-    """Read 32-bit words that no one writes during the kernel and that are read once: 1, 2 or 4."""
+def load_words(target: Expr, source: Expr, count: int, early: bool = False) -> None:
+    """Read 32-bit words that no one writes during the kernel and that are read once: 1, 2 or 4.
+
+    Args:
+        early: ask for them here, in front of the next `grid_wait`; otherwise the compiler may do so later.
+    """
     vector = {1: "u32", 2: "v2.u32", 4: "v4.u32"}[count]
     outs = ",".join(f"%{i}" for i in range(count))
     registers = ",".join(f'"=r"(r[{i}])' for i in range(count))
     braces = f"{{{outs}}}" if count > 1 else outs
-    name = f"moec_load{count}"
+    name, kind, order = (f"moec_ask{count}", "", ' : "memory"') if early else (f"moec_load{count}", ".nc", "")
     body = (
         f"__device__ __forceinline__ void {name}(void* d, const void* p) {{\n"
         "  unsigned int* r = (unsigned int*)d;\n"
-        f'  asm volatile("ld.global.nc.L1::no_allocate.{vector} {braces}, [%{count}];" : {registers} : "l"(p));\n}}\n'
+        f'  asm volatile("ld.global{kind}.L1::no_allocate.{vector} {braces}, [%{count}];" : {registers} : "l"(p){order});\n}}\n'
     )
     call(name, body, target, source)
 

@@ -40,7 +40,6 @@ class _Norm:
     def body(self, _: Any, memory: Shared, token: Expr, group: Expr, thread: Expr) -> None:
         spec = self.spec
         grid_launch()
-        grid_wait()
         values = local(self.per_thread, "float32")
         first = T.Bind(group * spec.size)
 
@@ -53,16 +52,24 @@ class _Norm:
                     with when(index < spec.size):
                         act(i, index)
 
+        def parameter(buffer: Any) -> Any:
+            found = local(self.per_thread, "float32")
+            each(lambda i, index: store(found, buffer[index], i))
+            return found
+
+        weights = None if self.weight is None else parameter(self.weight)  # no kernel writes them: they need not wait
+        biases = None if self.bias is None else parameter(self.bias)
+        grid_wait()
+
         def load(i: int, index: Expr) -> None:
             value = self.x[token, first + index]
-            if self.residual is not None:
-                value = T.Bind(value + self.residual[token, first + index])
-                store(self.total, value, token, first + index)
-            store(values, value, i)
+            store(values, value if self.residual is None else value + self.residual[token, first + index], i)
 
         for i in range(self.per_thread):
             store(values, T.float32(0), i)
         each(load)
+        if self.residual is not None:  # after all loads, which a store would hold up
+            each(lambda i, index: store(self.total, values[i], token, first + index))
         mean = None
         if spec.center:
             total = sum((values[i] for i in range(self.per_thread)), T.float32(0))
@@ -73,10 +80,10 @@ class _Norm:
 
         def write(i: int, index: Expr) -> None:
             value = values[i] * inverse
-            if self.weight is not None:
-                value = value * (self.weight[index] + T.float32(spec.offset) if spec.offset else self.weight[index])
-            if self.bias is not None:
-                value = value + self.bias[index]
+            if weights is not None:
+                value = value * (weights[i] + T.float32(spec.offset) if spec.offset else weights[i])
+            if biases is not None:
+                value = value + biases[i]
             store(self.out, value, token, first + index)
 
         each(write)

@@ -8,8 +8,21 @@ from __future__ import annotations
 
 import tvm
 from tvm import s_tir, tirx
+from tvm.ir import IRModule
 
 NAME = "moec.cuda"
+OVERLAP = "tirx.use_programtic_dependent_launch"  # the runtime's spelling
+
+
+@tirx.transform.prim_func_pass(opt_level=0, name="MayAlias")  # type: ignore[untyped-decorator]
+def _may_alias(function: tirx.PrimFunc, _: IRModule, __: tvm.transform.PassContext) -> tirx.PrimFunc:
+    """Do not declare the parameters of a kernel that begins early to be free of aliases.
+
+    Otherwise the compiler reads what a kernel does not write through the constant cache, and moves such a read in front of `grid_wait`,
+    where the kernel before may still be writing.
+    """
+    early = OVERLAP in function.attrs.get("tirx.kernel_launch_params", ())
+    return function.with_attr("tirx.noalias", False) if early else function
 
 
 def _factory() -> tuple[tvm.transform.Pass, object, object]:
@@ -40,6 +53,7 @@ def _factory() -> tuple[tvm.transform.Pass, object, object]:
         s_tir.transform.ThreadSync("warp"),
         s_tir.transform.LowerThreadAllreduce(),
         tirx.transform.SplitHostDevice(),
+        _may_alias,
         tirx.transform.MakePackedAPI(),
         tirx.transform.FP8StorageLegalize(),
         tirx.transform.BF16StorageLegalize(),

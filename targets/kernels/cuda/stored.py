@@ -14,7 +14,13 @@ from moec.targets.kernels.cuda.layout import FragmentLayout, planes
 
 
 class Stored:
-    """The arrays of the experts of one format."""
+    """The arrays of the experts of one format.
+
+    Attributes:
+        early: whether what is asked for must be on its way before the next `grid_wait`.
+    """
+
+    early = False
 
     def __init__(self, stack: Stack, index: int, prefix: str) -> None:
         self.layout: FragmentLayout = stack.classes[index]
@@ -26,18 +32,18 @@ class Stored:
         layout = self.layout
         if layout.integer is None:
             for i, v in enumerate(range(8) if unit is None else (2 * unit, 2 * unit + 1)):
-                load_words(at(words, first + 4 * i), at(self._buffers["values"], place, tile, block, 256 * v + lane * 8), 4)
+                load_words(at(words, first + 4 * i), at(self._buffers["values"], place, tile, block, 256 * v + lane * 8), 4, self.early)
         elif unit is not None and layout.units == 2:
             for half in range(2):
                 source = at(self._buffers["codes"], place, tile, block, 128 * (2 * half + unit) + lane * 4)
-                load_words(at(words, first + 4 * half), source, 4)
+                load_words(at(words, first + 4 * half), source, 4, self.early)
         else:
             begin, done = 0, 0
             for width, _ in planes(layout.integer.bits):
                 count = min(4, 2 * width)
                 for v in range(2 * width // count):
                     source = at(self._buffers["codes"], place, tile, block, begin + v * 32 * count + lane * count)
-                    load_words(at(words, first + done + v * count), source, count)
+                    load_words(at(words, first + done + v * count), source, count, self.early)
                 begin, done = begin + 64 * width, done + 2 * width
 
     def fetch_scales(self, sides: Buffer, first: int, place: Expr, tile: Expr, block: Expr, lane: Expr) -> None:
@@ -45,7 +51,7 @@ class Stored:
         layout = self.layout
         if layout.integer is not None:
             source = at(self._buffers["scale"], place, tile, block // layout.scale_span, lane // 4, 0, 0)
-            load_words(at(sides, first), source, layout.block_groups)
+            load_words(at(sides, first), source, layout.block_groups, self.early)
 
     def zeros(self, place: Expr, tile: Expr, block: Expr, lane: Expr, group: int) -> tuple[Expr, Expr]:
         """The zero points of a lane's two rows."""

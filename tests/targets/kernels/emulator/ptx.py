@@ -11,9 +11,11 @@ from collections.abc import Iterator
 
 KNOWN = {
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};": "mma",
-    "ld.global.nc.L1::no_allocate.u32 %0, [%1];": "load",
-    "ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];": "load",
-    "ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];": "load",
+    **{
+        f"ld.global{kind}.L1::no_allocate.{vector}": "load"
+        for kind in ("", ".nc")
+        for vector in ("u32 %0, [%1];", "v2.u32 {%0,%1}, [%2];", "v4.u32 {%0,%1,%2,%3}, [%4];")
+    },
     "fma.rn.bf16x2 %0, %1, %2, %3;": "fma_bf16x2",
     "cvt.rn.bf16x2.f32 %0, %1, %2;": "pack_bf16x2",
     "cvt.rn.bf16x2.f32 %0, %1, %1;": "pack_bf16x2",
