@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,13 +40,19 @@ class ExpertCounters:
     Args:
         layers: for each layer with experts its `name`, `experts_per_token` and `expert_bytes`.
         numbers: int64 [layers, at least 2]: tokens, and experts that ran.
+        fetch, send: bring the numbers up to date with those of a device, and the other way round; None where they are the same.
     """
 
-    def __init__(self, layers: Sequence[Mapping[str, Any]], numbers: NDArray[np.int64]) -> None:
-        self._layers, self._numbers = layers, numbers
+    def __init__(
+        self, layers: Sequence[Mapping[str, Any]], numbers: NDArray[np.int64], fetch: Callable[[], None] | None = None,
+        send: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        self._layers, self._numbers, self._fetch, self._send = layers, numbers, fetch, send
 
     def read(self) -> list[ExpertCount]:
         """The counts of each layer. Not while the model runs."""
+        if self._fetch is not None:
+            self._fetch()
         found = []
         for layer, (tokens, experts) in zip(self._layers, self._numbers[:, :2].tolist(), strict=True):
             slots = tokens * int(layer["experts_per_token"])
@@ -56,6 +62,8 @@ class ExpertCounters:
     def reset(self) -> None:
         """Start again from zero."""
         self._numbers[:] = 0
+        if self._send is not None:
+            self._send()
 
 
 def by_layer(counts: Sequence[ExpertCount]) -> list[ExpertCount]:

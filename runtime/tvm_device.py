@@ -76,6 +76,10 @@ class Device(Protocol):
         """Bring a mirror up to date."""
         ...
 
+    def recall(self, tensor: Any, array: Array) -> None:
+        """Bring an array up to date with its mirror, to which kernels write."""
+        ...
+
     def zeros(self, shape: tuple[int, ...], dtype: str, first: Any | None) -> Any:
         """A tensor that begins with the rows of another one; the rest is zero."""
         ...
@@ -108,6 +112,9 @@ class Host:
         return tvm_ffi.from_dlpack(array)
 
     def refresh(self, tensor: Any, array: Array) -> None:
+        pass
+
+    def recall(self, tensor: Any, array: Array) -> None:
         pass
 
     def zeros(self, shape: tuple[int, ...], dtype: str, first: Any | None) -> Any:
@@ -197,6 +204,9 @@ class Gpu:
 
     def refresh(self, tensor: Any, array: Array) -> None:
         self._move(as_tensor(array), tensor)
+
+    def recall(self, tensor: Any, array: Array) -> None:
+        self._move(tensor, tvm_ffi.from_dlpack(array))
 
     def zeros(self, shape: tuple[int, ...], dtype: str, first: Any | None) -> Any:
         self._calls.clear()  # what was recorded has the old addresses

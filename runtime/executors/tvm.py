@@ -10,7 +10,7 @@ import ctypes
 import importlib.util
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -138,16 +138,26 @@ class TvmExecutor:
         self._mapped = [weights[param, component] for param, component in section["params"]]  # keeps the memory of the tensors alive
         layers = section.get("experts", ())
         counts = aligned((len(layers), 8), np.int64)  # a cache line each
-        self.counters = ExpertCounters(layers, counts) if layers else None
         semaphores = int(section.get("semaphores", 0))
-        arrays = (*self._mapped, *counts, *([aligned(semaphores, np.int32)] if semaphores else []))
-        self._weights = tvm_ffi.convert([self.device.constant(array) for array in arrays])
+        constants = [self.device.constant(array) for array in self._mapped]
+        counted = [self.device.mirror(row) for row in counts]
+        shared = [self.device.constant(aligned(semaphores, np.int32))] if semaphores else []
+        self._weights = tvm_ffi.convert([*constants, *counted, *shared])
+        self.counters = self._counters(layers, counts, counted) if layers else None
         self._inputs = list(section["inputs"])
         self._pages = Pages(section["page_shapes"], int(section["page_tokens"]), max_sequences, context_length, self.device)
         # One token is the common case: its inputs are allocated once, and only their numbers change.
         self._one = {"ids": aligned(1, np.int64), "positions": aligned(1, np.int64), "rows": aligned(1, np.int32)}
         self._one_block = aligned((1, 4), np.int32)
         self._one_inputs = [*(self._one[role] for role in self._inputs), self._one_block]
+
+    def _counters(self, layers: Sequence[Mapping[str, Any]], counts: NDArray[np.int64], mirrors: Sequence[Any]) -> ExpertCounters:
+        def each(act: Callable[[Any, NDArray[np.int64]], None]) -> None:
+            self.device.prepare()
+            for mirror, row in zip(mirrors, counts, strict=True):
+                act(mirror, row)
+
+        return ExpertCounters(layers, counts, lambda: each(self.device.recall), lambda: each(self.device.refresh))
 
     def add(self) -> int:
         """Start an empty sequence and return its handle."""

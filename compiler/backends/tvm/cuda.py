@@ -106,13 +106,12 @@ class CudaKernels:
         self, routed: Sequence[Expr], weights: Sequence[Mapping[str, Expr]], layout: ExpertsLayout, activation: ExpertActivation,
         biases: Sequence[Expr], counts: Expr | None,
     ) -> Expr:  # fmt: skip
-        assert counts is None
         named = {
             f"{part}_{name}": array for part, arrays in zip(("gate_up", "down"), weights, strict=True) for name, array in arrays.items()
         }
         x, ids, routing = routed
         make = experts if self.products or static(x) == 1 else plain.experts
-        return make(self.bb, x, ids, routing, named, layout, activation, (biases[0], biases[1]) if biases else None)
+        return make(self.bb, x, ids, routing, named, layout, activation, (biases[0], biases[1]) if biases else None, counts)
 
 
 class Layout(ExpertsLayout):
@@ -137,7 +136,7 @@ class CudaPlatform:
 
     page_tokens = PAGE
     cache_dtype = "float32"
-    counted = False
+    counted = True
     semaphores = 256
     tir_pipeline = pipeline.NAME
 

@@ -17,6 +17,7 @@ from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cuda.activation import gated, plain
+from moec.targets.kernels.cuda.counting import EXPERTS, TOKENS, count, counts_argument
 from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, at, const, kernel, local, store, strided, sync, when
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait, read_words, term
@@ -53,6 +54,8 @@ class DecodeSpec:
     down_unroll: int = 64
     residency: int = 2
     """Blocks of gate_up that are to fit on a multiprocessor."""
+    counted: bool = False
+    """Whether gate_up counts the tokens and the experts that run for them."""
 
     @property
     def columns(self) -> int:
@@ -81,30 +84,34 @@ class DecodeSpec:
 
 
 def gate_up_func(spec: DecodeSpec) -> tirx.PrimFunc:
-    """PrimFunc (x [T, D], ids [T, k], arrays..., [bias], hidden uint32 [slots, terms, F / 2])."""
+    """PrimFunc (x [T, D], ids [T, k], arrays..., [bias], [counts int64 [8]], hidden uint32 [slots, terms, F / 2])."""
     layout, stack = spec.layout, spec.layout.gate_up
     tiles_here, fragments = spec.warps // spec.splits, spec.fragments
     threads, blocks = spec.warps * 32, stack.classes[0].blocks
     stride = blocks * BLOCK // 2 + PADDING
     words = spec.columns * stride + threads * 4 * fragments + Routing.words(spec.tokens, spec.top_k, layout.experts)
 
-    def arguments() -> tuple[Buffer, Buffer, Weights, Buffer | None, Buffer]:
+    def arguments() -> tuple[Buffer, Buffer, Weights, Buffer | None, Buffer | None, Buffer]:
         x = argument("x", (spec.tokens, layout.d), spec.dtype)
         ids = argument("ids", (spec.tokens, spec.top_k), spec.ids_dtype)
         weights = Weights(stack, "gate_up_", spec.unroll)
         bias = argument("gate_up_bias", (layout.experts, stack.n), "float32") if spec.biases else None
-        return x, ids, weights, bias, argument("hidden", spec.hidden_shape, "uint32")
+        counts = counts_argument(spec.counted)
+        return x, ids, weights, bias, counts, argument("hidden", spec.hidden_shape, "uint32")
 
     def body(
-        operands: tuple[Buffer, Buffer, Weights, Buffer | None, Buffer], memory: Shared, block_x: Expr, rank: Expr, thread: Expr
+        operands: tuple[Buffer, Buffer, Weights, Buffer | None, Buffer | None, Buffer], memory: Shared, part: Expr, rank: Expr, thread: Expr
     ) -> None:
-        x, ids, weights, bias, hidden = operands
+        x, ids, weights, bias, counts, hidden = operands
         warp, lane = T.Bind(thread // 32), T.Bind(thread % 32)
         staged = memory.take((spec.columns * stride,), "uint32")
         partial = memory.take((spec.warps, 4 * fragments, 32), "float32")
         grid_wait()
         grid_launch()
         routing = Routing(ids, layout.experts, memory, thread, threads)
+        if counts is not None:
+            with when(T.And(T.And(part == 0, rank == 0), thread == 0)):
+                count(counts, TOKENS, const(spec.tokens, "int32"))
         with when(rank < routing.count):
             expert = T.Bind(routing.expert(rank))
             with when(expert >= 0):
@@ -112,8 +119,8 @@ def gate_up_func(spec: DecodeSpec) -> tirx.PrimFunc:
                     with when(routing.slot_of(rank, token) >= 0):
                         stage(staged, stride, token * spec.terms, spec.terms, x, token, thread, threads)
                 sync()
-                tile = T.Bind(block_x * tiles_here + warp // spec.splits)
-                part = T.Bind(warp % spec.splits)
+                tile = T.Bind(part * tiles_here + warp // spec.splits)
+                share = T.Bind(warp % spec.splits)
                 columns = Columns(fragments)
 
                 def load(b: Buffer, block: Expr, j: int) -> None:
@@ -122,12 +129,15 @@ def gate_up_func(spec: DecodeSpec) -> tirx.PrimFunc:
                         read_words(at(b, 4 * n), at(staged, column * stride + block * 64 + j * 16 + lane % 4 * 4))
 
                 with when(tile < layout.f_tiles):
-                    start, stop = T.Bind(part * blocks // spec.splits), T.Bind((part + 1) * blocks // spec.splits)
+                    start, stop = T.Bind(share * blocks // spec.splits), T.Bind((share + 1) * blocks // spec.splits)
                     weights.stream(expert, tile, start, stop, lane, load, columns)
                     for i in range(4 * fragments):
                         store(partial, columns.sums[i], warp, i, lane)
+                if counts is not None:
+                    with when(T.And(part == 0, thread == 0)):
+                        count(counts, EXPERTS, sum(T.cast(routing.slot_of(rank, token) >= 0, "int32") for token in range(spec.tokens)))
                 sync()
-                with when(T.And(part == 0, tile < layout.f_tiles)):
+                with when(T.And(share == 0, tile < layout.f_tiles)):
                     _finish(spec, partial, bias, hidden, routing, rank, expert, warp, lane, tile)
 
     def grid(_: object) -> list[Expr]:

@@ -13,8 +13,9 @@ from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cuda.activation import gated, plain
+from moec.targets.kernels.cuda.counting import EXPERTS, TOKENS, call_counting, count, counts_argument
 from moec.targets.kernels.cuda.embedding import element, weight_arguments
-from moec.targets.kernels.cuda.emit import WARP, Expr, argument, kernel, local, store, strided, when
+from moec.targets.kernels.cuda.emit import WARP, Expr, argument, const, kernel, local, store, strided, when
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout, Stack
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import FragmentLayout
@@ -115,20 +116,21 @@ def hidden_func(layout: ExpertsLayout, activation: ExpertActivation, tokens: int
     return kernel("hidden", WARP, arguments, lambda o: [layout.f, top_k, o[0]], body)
 
 
-def combine_func(layout: ExpertsLayout, tokens: int | None, top_k: int, biases: bool) -> tirx.PrimFunc:
-    """PrimFunc (hidden [T, k, F], ids, weights [T, k], arrays of down..., [bias], out [T, D])."""
+def combine_func(layout: ExpertsLayout, tokens: int | None, top_k: int, biases: bool, counted: bool = False) -> tirx.PrimFunc:
+    """PrimFunc (hidden [T, k, F], ids, weights [T, k], arrays of down..., [bias], [counts int64 [8]], out [T, D])."""
 
     def arguments() -> Any:
-        count = tokens if tokens is not None else T.int64()
-        hidden = argument("hidden", (count, top_k, layout.f), "float32")
-        ids = argument("ids", (count, top_k), "int64")
-        routing = argument("routing", (count, top_k), "float32")
+        tokens_here = tokens if tokens is not None else T.int64()
+        hidden = argument("hidden", (tokens_here, top_k, layout.f), "float32")
+        ids = argument("ids", (tokens_here, top_k), "int64")
+        routing = argument("routing", (tokens_here, top_k), "float32")
         weights = Experts(layout.down, "down_")
         bias = argument("bias", (layout.experts, layout.d), "float32") if biases else None
-        return count, hidden, ids, routing, weights, bias, argument("out", (count, layout.d), "float32")
+        counts = counts_argument(counted)
+        return tokens_here, hidden, ids, routing, weights, bias, counts, argument("out", (tokens_here, layout.d), "float32")
 
     def body(operands: Any, _: Any, d: Expr, token: Expr, lane: Expr) -> None:
-        hidden, ids, routing, weights, bias, out = operands[1:]
+        hidden, ids, routing, weights, bias, counts, out = operands[1:]
         grid_launch()
         grid_wait()
         total = local(1, "float32")
@@ -139,6 +141,12 @@ def combine_func(layout: ExpertsLayout, tokens: int | None, top_k: int, biases: 
                 value = weights.dot(expert, d, lambda k: hidden[token, slot, k], lane)
                 value = value if bias is None else value + bias[expert, d]
                 store(total, total[0] + routing[token, slot] * value, 0)
+                if counts is not None:
+                    with when(T.And(d == 0, lane == 0)):
+                        count(counts, EXPERTS, const(1, "int32"))
+        if counts is not None:
+            with when(T.And(d == 0, lane == 0)):
+                count(counts, TOKENS, const(1, "int32"))
         with when(lane == 0):
             store(out, total[0], token, d)
 
@@ -147,7 +155,7 @@ def combine_func(layout: ExpertsLayout, tokens: int | None, top_k: int, biases: 
 
 def experts(
     bb: relax.BlockBuilder, x: Any, ids: Any, routing_weights: Any, weights: Mapping[str, Any], layout: ExpertsLayout,
-    activation: ExpertActivation, biases: tuple[Any, Any] | None = None,
+    activation: ExpertActivation, biases: tuple[Any, Any] | None = None, counts: Any = None,
 ) -> relax.Var:  # fmt: skip
     """As `moec.targets.kernels.cuda.experts.experts`."""
     count, top_k = x.ty.shape[0], int(ids.ty.shape[1])
@@ -157,6 +165,6 @@ def experts(
     func = bb.add_func(hidden_func(layout, activation, static, top_k, biases is not None), "hidden")
     kind = relax.TensorType((count, top_k, layout.f), "float32")
     hidden = bb.emit(relax.call_tir(func, [x, ids, *up, *([biases[0]] if biases else [])], out_ty=kind))
-    func = bb.add_func(combine_func(layout, static, top_k, biases is not None), "combine")
+    func = bb.add_func(combine_func(layout, static, top_k, biases is not None, counts is not None), "combine")
     args = [hidden, ids, routing_weights, *down, *([biases[1]] if biases else [])]
-    return bb.emit(relax.call_tir(func, args, out_ty=relax.TensorType((count, layout.d), "float32")))
+    return call_counting(bb, func, args, counts, relax.TensorType((count, layout.d), "float32"))[0]

@@ -1,7 +1,7 @@
-"""router of `moec.compiler.ops`, and plain top-k: a warp treats a token, whose scores lie in shared memory.
+"""router of `moec.compiler.ops`, and plain top-k: a warp treats a token.
 
-The best of the experts is found K times. Ties go to the lower index, and NaN counts as the largest number, so that ids are valid
-whatever the logits.
+The router has its scores in registers, top-k of any size in shared memory. Ties go to the lower index, and NaN counts as the largest
+number, so that ids are valid whatever the logits.
 """
 
 from __future__ import annotations
@@ -13,138 +13,144 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moec.runtime.errors import MoecError
-from moec.targets.kernels.cuda.emit import WARP, Expr, Shared, argument, kernel, local, store, strided, sync, when
+from moec.targets.kernels.cuda.choice import MASKED, Choice, comparable
+from moec.targets.kernels.cuda.emit import WARP, Buffer, Expr, Shared, argument, const, kernel, local, store, strided, sync, when
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import ceil_div
-from moec.targets.kernels.cuda.warp import warp_argmax, warp_max, warp_sum
+from moec.targets.kernels.cuda.warp import warp_across, warp_argmax, warp_max, warp_sum, warp_sum_first
 from moec.targets.kernels.specs import RouterSpec
 
-HIGHEST, LOWEST, MASKED = 3.0e38, -2.0e38, -3.0e38  # of a choice: NaN, -inf, in a group that was not chosen
-TAKEN = -3.4e38
+LEAST = -3.4e38
+MOST_EXPERTS = 1024  # 32 registers of a lane
 MOST_VALUES = 8192  # of a row of top-k: they lie in shared memory
 
 
-class _Choice:
-    """Values [size] in shared memory, of which the best are taken one after the other."""
+class Router:
+    """The choice of a token's experts by a warp: lane l has the experts l * each to l * each + each - 1, then lane k has slot k.
 
-    def __init__(self, size: int, memory: Shared, lane: Expr) -> None:
-        self.size, self.lane = size, lane
-        self.values = memory.take((size,), "float32")
+    Raises:
+        MoecError: the numbers of experts, groups or slots are too large.
+    """
 
-    def put(self, index: Expr, value: Expr) -> None:
-        """Set a value; a barrier has to follow."""
-        value, highest, lowest = T.Bind(value), T.float32(HIGHEST), T.float32(LOWEST)
-        # A comparison with NaN fails, so NaN takes the last branch of both.
-        store(self.values, T.Select(value <= lowest, lowest, T.Select(value < highest, value, highest)), index)
+    def __init__(self, spec: RouterSpec) -> None:
+        if spec.experts > MOST_EXPERTS or spec.groups > WARP or spec.top_k > WARP:
+            raise MoecError(
+                f"a router of {spec.experts} experts in {spec.groups} groups, {spec.top_k} at a time, has no CUDA kernel: expected at most "
+                f"{MOST_EXPERTS} experts, {WARP} groups and {WARP} at a time"
+            )
+        self.spec, self.each = spec, ceil_div(spec.experts, WARP)
+        if spec.groups > 1:  # a group lies in a power of two of lanes
+            size = spec.experts // spec.groups
+            self.each = next(n for n in range(self.each, size + 1) if size % n == 0 and (size // n).bit_count() == 1)
 
-    def take(self) -> Expr:
-        """The index (int32) of the best value, which is not taken again."""
-        best, where = local(1, "float32"), local(1, "int32")
-        store(best, T.float32(TAKEN), 0)
-        store(where, T.int32(self.size - 1), 0)
-        with strided(self.lane, self.size, WARP) as i:
-            value = T.Bind(self.values[i])
-            with when(value > best[0]):
-                store(best, value, 0)
-                store(where, T.cast(i, "int32"), 0)
-        index = warp_argmax(best[0], where[0])
-        sync()
-        with when(self.lane == 0):
-            store(self.values, T.float32(TAKEN), index)
-        sync()
-        return index
-
-
-class _Router:
-    def __init__(self, spec: RouterSpec, tokens: int | None) -> None:
-        self.spec, self.tokens = spec, tokens
-        self.words = sum(ceil_div(n, 4) * 4 for n in (spec.experts, spec.experts, spec.top_k, spec.groups, spec.groups))
-
-    def arguments(self) -> Any:
+    def run(self, load: Callable[[Expr], Expr], bias: Buffer | None, lane: Expr) -> tuple[Expr, Expr]:
+        """The weight (float32) and id (int32) of slot k in lane k, from the logit of each expert. All lanes come here."""
         spec = self.spec
-        tokens = self.tokens if self.tokens is not None else T.int64()
-        self.logits = argument("logits", (tokens, spec.experts), "float32")
-        self.bias = argument("bias", (spec.experts,), "float32") if spec.bias else None
-        self.weights = argument("weights", (tokens, spec.top_k), "float32")
-        self.ids = argument("ids", (tokens, spec.top_k), "int64")
-        return tokens
-
-    def body(self, _: Any, memory: Shared, token: Expr, lane: Expr) -> None:
-        spec = self.spec
-        grid_launch()
-        grid_wait()
-        logits = self._softmax(lambda i: self.logits[token, i], spec.experts, lane) if spec.score == "softmax" else None
-        scores = memory.take((spec.experts,), "float32")
-        choice = _Choice(spec.experts, memory, lane)
-        with strided(lane, spec.experts, WARP) as i:
-            score = self.logits[token, i] if logits is None else logits(self.logits[token, i])
-            score = T.Bind(T.float32(1) / (T.float32(1) + T.exp(T.float32(0) - score)) if spec.score == "sigmoid" else score)
-            store(scores, score, i)
-            choice.put(i, score if self.bias is None else score + self.bias[i])
-        sync()
+        index = [T.Bind(lane * self.each + i) for i in range(self.each)]
+        logits, scores, values = (local(self.each, "float32") for _ in range(3))
+        present = None if self.each * WARP == spec.experts else lambda i: index[i] < spec.experts
+        for i in range(self.each):
+            store(logits, T.float32(LEAST), i)
+            store(values, T.float32(0), i)
+            with _if(present, i):
+                store(logits, load(index[i]), i)
+                if bias is not None:
+                    store(values, bias[index[i]], i)
+        score = self._softmax([logits[i] for i in range(self.each)], present) if spec.score == "softmax" else self._score
+        for i in range(self.each):
+            store(scores, score(logits[i]), i)
+            store(values, comparable(scores[i] + values[i] if bias is not None else scores[i]), i)
         if spec.groups > 1:
-            self._mask_groups(choice, memory, lane)
-        chosen = memory.take((spec.top_k,), "float32")
+            self._mask_groups(values, lane)
+        choice = Choice([values[i] for i in range(self.each)], lane, present)
+        chosen, ids = local(1, "float32"), local(1, "int32")
+        store(chosen, T.float32(0), 0)
+        store(ids, const(0, "int32"), 0)
         with T.serial(spec.top_k) as k:
-            index = choice.take()
-            with when(lane == 0):
-                store(self.ids, T.cast(index, "int64"), token, k)
-                store(chosen, scores[index], k)
-        sync()
-        weight = self._softmax(lambda k: chosen[k], spec.top_k, lane) if spec.score == "softmax_topk" else lambda score: score
+            which, its = choice.take([scores[i] for i in range(self.each)])
+            with when(lane == T.cast(k, "int32")):
+                store(ids, which, 0)
+                store(chosen, its, 0)
+        if spec.score == "softmax_topk":
+            weight = self._softmax([chosen[0]], lambda _: lane < spec.top_k)
+            store(chosen, weight(chosen[0]), 0)
         factor = T.float32(spec.scale)
         if spec.normalize:
-            total = local(1, "float32")
-            store(total, T.float32(0), 0)
-            with T.serial(spec.top_k) as k:
-                store(total, total[0] + weight(chosen[k]), 0)
-            factor = T.Bind(T.float32(spec.scale) / total[0])
-        with strided(lane, spec.top_k, WARP) as k:
-            store(self.weights, weight(chosen[k]) * factor, token, k)
+            factor = factor / warp_sum_first(chosen[0], spec.top_k)
+        return T.Bind(chosen[0] * factor), T.Bind(ids[0])
 
-    def _softmax(self, load: Callable[[Expr], Expr], size: int, lane: Expr) -> Callable[[Expr], Expr]:
-        """The softmax over some values, as a function of one of them."""
+    def _score(self, logit: Expr) -> Expr:
+        one = T.float32(1)
+        return T.Bind(one / (one + T.exp(T.float32(0) - logit))) if self.spec.score == "sigmoid" else logit
+
+    def _softmax(self, own: list[Expr], present: Callable[[int], Expr] | None) -> Callable[[Expr], Expr]:
+        """The softmax over what the lanes have, as a function of one of the values."""
         register = local(1, "float32")
-        store(register, T.float32(-3.4e38), 0)
-        with strided(lane, size, WARP) as i:
-            store(register, T.max(register[0], load(i)), 0)
+        store(register, T.float32(LEAST), 0)
+        for i, value in enumerate(own):
+            with _if(present, i):
+                store(register, T.max(register[0], value), 0)
         peak = warp_max(register[0])
         store(register, T.float32(0), 0)
-        with strided(lane, size, WARP) as i:
-            store(register, register[0] + T.exp(load(i) - peak), 0)
+        for i, value in enumerate(own):
+            with _if(present, i):
+                store(register, register[0] + T.exp(value - peak), 0)
         inverse = T.Bind(T.float32(1) / warp_sum(register[0]))
-        return lambda value: T.exp(value - peak) * inverse
+        return lambda value: T.Bind(T.exp(value - peak) * inverse)
 
-    def _mask_groups(self, choice: _Choice, memory: Shared, lane: Expr) -> None:
+    def _mask_groups(self, values: Buffer, lane: Expr) -> None:
         """Hide the experts of all but the best groups."""
-        spec = self.spec
-        size = spec.experts // spec.groups
-        groups, kept = _Choice(spec.groups, memory, lane), memory.take((spec.groups,), "int32")
-        with strided(lane, spec.groups, WARP) as group:
-            best = local(2, "float32")
-            store(best, T.float32(MASKED), 0)
-            store(best, T.float32(MASKED), 1)
-            with T.serial(size) as i:
-                value = T.Bind(choice.values[group * size + i])
-                store(best, T.max(best[1], T.min(value, best[0])), 1)
-                store(best, T.max(best[0], value), 0)
-            groups.put(group, best[0] + best[1] if spec.group_score == "top2" else best[0])
-            store(kept, T.int32(0), group)
-        sync()
+        spec, best = self.spec, local(2, "float32")
+        lanes = spec.experts // spec.groups // self.each
+        store(best, values[0], 0)
+        store(best, T.float32(MASKED), 1)
+
+        def add(first: Expr, second: Expr) -> None:
+            """Take another one's two best values into account."""
+            store(best, T.max(T.max(best[1], second), T.min(best[0], first)), 1)
+            store(best, T.max(best[0], first), 0)
+
+        for i in range(1, self.each):
+            add(values[i], T.float32(MASKED))
+        for distance in (2**i for i in range(lanes.bit_length() - 1)):
+            add(warp_across(best[0], distance, "float32"), warp_across(best[1], distance, "float32"))
+        merit = comparable(best[0] + best[1] if spec.group_score == "top2" else best[0])
+        groups, kept = Choice([merit], lane, lambda _: T.And(lane % lanes == 0, lane < spec.groups * lanes)), local(1, "int32")
+        store(kept, const(0, "int32"), 0)
         with T.serial(spec.top_groups):
-            index = groups.take()
-            with when(lane == 0):
-                store(kept, T.int32(1), index)
-        sync()
-        with strided(lane, spec.experts, WARP) as i, when(kept[i // size] == 0):
-            store(choice.values, T.float32(MASKED), i)
-        sync()
+            which, _ = groups.take([merit])
+            with when(lane // lanes == which // lanes):
+                store(kept, const(1, "int32"), 0)
+        with when(kept[0] == 0):
+            for i in range(self.each):
+                store(values, T.float32(MASKED), i)
+
+
+def _if(present: Callable[[int], Expr] | None, i: int) -> Any:
+    return when(T.bool(True) if present is None else present(i))
 
 
 def router_func(spec: RouterSpec, tokens: int | None) -> tirx.PrimFunc:
     """PrimFunc (logits float32 [T, E], [bias [E]], weights float32 [T, K], ids int64 [T, K])."""
-    router = _Router(spec, tokens)
-    return kernel("router", WARP, router.arguments, lambda count: [count], router.body, words=router.words)
+    router = Router(spec)
+
+    def arguments() -> Any:
+        count = tokens if tokens is not None else T.int64()
+        logits = argument("logits", (count, spec.experts), "float32")
+        bias = argument("bias", (spec.experts,), "float32") if spec.bias else None
+        weights = argument("weights", (count, spec.top_k), "float32")
+        return count, logits, bias, weights, argument("ids", (count, spec.top_k), "int64")
+
+    def body(operands: Any, _: Shared, token: Expr, lane: Expr) -> None:
+        _, logits, bias, weights, ids = operands
+        grid_launch()
+        grid_wait()
+        weight, which = router.run(lambda i: logits[token, i], bias, lane)
+        with when(lane < spec.top_k):
+            store(weights, weight, token, lane)
+            store(ids, T.cast(which, "int64"), token, lane)
+
+    return kernel("router", WARP, arguments, lambda o: [o[0]], body)
 
 
 def topk_func(size: int, k: int, largest: bool, rows: int | None) -> tirx.PrimFunc:
@@ -166,15 +172,33 @@ def topk_func(size: int, k: int, largest: bool, rows: int | None) -> tirx.PrimFu
         x, values, indices = operands[1:]
         grid_launch()
         grid_wait()
-        choice = _Choice(size, memory, lane)
+        left = memory.take((size,), "float32")
         sign: Callable[[Expr], Expr] = (lambda v: v) if largest else (lambda v: T.float32(0) - v)
         with strided(lane, size, WARP) as i:
-            choice.put(i, sign(x[n, i]))
+            store(left, comparable(sign(x[n, i])), i)
         sync()
         with T.serial(k) as j:
-            index = choice.take()
+            index = _take(left, size, lane)
             with when(lane == 0):
                 store(values, x[n, index], n, j)
                 store(indices, T.cast(index, "int64"), n, j)
 
     return kernel("topk", WARP, arguments, lambda o: [o[0]], body, words=ceil_div(size, 4) * 4)
+
+
+def _take(left: Buffer, size: int, lane: Expr) -> Expr:
+    """The index (int32) of the best value in shared memory, which is not taken again."""
+    best, where = local(1, "float32"), local(1, "int32")
+    store(best, T.float32(LEAST), 0)
+    store(where, const(size - 1, "int32"), 0)
+    with strided(lane, size, WARP) as i:
+        value = T.Bind(left[i])
+        with when(value > best[0]):
+            store(best, value, 0)
+            store(where, T.cast(i, "int32"), 0)
+    index = warp_argmax(best[0], where[0])
+    sync()
+    with when(lane == 0):
+        store(left, T.float32(LEAST), index)
+    sync()
+    return index

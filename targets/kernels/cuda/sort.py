@@ -7,6 +7,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from moec.targets.kernels.cuda.counting import EXPERTS, TOKENS, count, counts_argument
 from moec.targets.kernels.cuda.emit import Expr, Shared, argument, at, const, kernel, local, store, strided, sync, when
 from moec.targets.kernels.cuda.intrinsics import call, grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import ceil_div
@@ -31,8 +32,10 @@ def most_tiles(slots: Expr, experts: int, size: int) -> Expr:
     return (min if isinstance(slots, int) else T.min)(slots, experts) + slots // size
 
 
-def sort_func(experts: int, top_k: int, ids_dtype: str, size: int, tokens: int | None = None) -> tirx.PrimFunc:
-    """PrimFunc (ids [T, k], order int32 [S], places int32 [S], tiles int32 [most + 1, 4]): a stable sort of the slots by expert.
+def sort_func(
+    experts: int, top_k: int, ids_dtype: str, size: int, tokens: int | None = None, counted: bool = False
+) -> tirx.PrimFunc:  # fmt: skip
+    """PrimFunc (ids [T, k], [counts], order int32 [S], places int32 [S], tiles int32 [most + 1, 4]): a stable sort of the slots by expert.
 
     order[i] is the slot at position i, places[s] the position of slot s or -1 if its id is outside of 0 to E - 1. A tile is (expert,
     first position, positions, 0), at most `size` positions; the last row has how many there are.
@@ -42,13 +45,13 @@ def sort_func(experts: int, top_k: int, ids_dtype: str, size: int, tokens: int |
     def arguments() -> tuple[Any, ...]:
         t = tokens if tokens is not None else T.int64()
         slots = t * top_k
-        ids = argument("ids", (t, top_k), ids_dtype)
+        ids, counts = argument("ids", (t, top_k), ids_dtype), counts_argument(counted)
         order, places = argument("order", (slots,), "int32"), argument("places", (slots,), "int32")
         most = most_tiles(slots, experts, size)
-        return ids, order, places, argument("tiles", (most + 1, 4), "int32"), slots, most
+        return ids, order, places, argument("tiles", (most + 1, 4), "int32"), slots, most, counts
 
     def body(operands: tuple[Any, ...], memory: Shared, expert: Expr, thread: Expr) -> None:
-        ids, order, places, tiles, slots, most = operands
+        ids, order, places, tiles, slots, most, counts = operands
         histogram, sums = memory.take((experts,), "int32"), memory.take((4, warps), "int32")
         with strided(thread, experts, THREADS) as i:
             store(histogram, const(0, "int32"), i)
@@ -80,11 +83,11 @@ def sort_func(experts: int, top_k: int, ids_dtype: str, size: int, tokens: int |
             store(values, const(0, "int32"), i)
         store(values, own[0], 3)
         with strided(thread, experts, THREADS) as e:
-            count = T.Bind(histogram[e])
-            here = T.Bind((count + size - 1) // size)
+            those = T.Bind(histogram[e])
+            here = T.Bind((those + size - 1) // size)
             store(values, values[2] + here, 2)
             with when(e < expert):
-                store(values, values[0] + count, 0)
+                store(values, values[0] + those, 0)
                 store(values, values[1] + here, 1)
         scans = local(4, "int32")
         for i in range(4):
@@ -101,6 +104,11 @@ def sort_func(experts: int, top_k: int, ids_dtype: str, size: int, tokens: int |
         first, mine = T.Bind(totals[0]), T.Bind(histogram[expert])
         with when(T.And(thread == 0, expert == 0)):
             store(tiles, totals[2], most, 0)
+            if counts is not None:
+                count(counts, TOKENS, slots // top_k)
+        if counts is not None:
+            with when(T.And(thread == 0, mine > 0)):
+                count(counts, EXPERTS, mine)
         with strided(thread, (mine + size - 1) // size, THREADS) as i:
             for column, value in enumerate((expert, first + i * size, T.min(mine - i * size, size), const(0, "int32"))):
                 store(tiles, value, totals[1] + i, column)

@@ -26,6 +26,13 @@ __device__ __forceinline__ int moec_argmax(float x, int at) {
   }
   return at;
 }
+template <typename T> __device__ __forceinline__ T moec_from(T x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+template <typename T> __device__ __forceinline__ T moec_across(T x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }
+__device__ __forceinline__ float moec_sum_first(float x, int count) {
+  float total = 0.f;
+  for (int lane = 0; lane < count; ++lane) total += __shfl_sync(0xffffffffu, x, lane);
+  return total;
+}
 #endif
 """
 
@@ -43,6 +50,21 @@ def warp_max(x: Expr) -> Expr:
 def warp_argmax(x: Expr, index: Expr) -> Expr:
     """The int32 index that goes with the largest float32 of a warp, the lowest of several, in each lane."""
     return T.Bind(call("moec_argmax", _REDUCE, x, index, result="int32"))
+
+
+def warp_from(x: Expr, lane: Expr, dtype: str) -> Expr:
+    """What one lane has, in each lane."""
+    return T.Bind(call("moec_from", _REDUCE, x, lane, result=dtype))
+
+
+def warp_across(x: Expr, distance: int, dtype: str) -> Expr:
+    """What the lane has whose number differs in the bit `distance`."""
+    return T.Bind(call("moec_across", _REDUCE, x, distance, result=dtype))
+
+
+def warp_sum_first(x: Expr, count: int) -> Expr:
+    """The sum of float32 over the first lanes, in their order, in each lane."""
+    return T.Bind(call("moec_sum_first", _REDUCE, x, count, result="float32"))
 
 
 def block_sum(x: Expr, memory: Shared, thread: Expr, threads: int) -> Expr:

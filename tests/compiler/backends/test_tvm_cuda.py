@@ -61,6 +61,11 @@ def test_a_model_on_the_emulated_gpu(name: str, emulated: Gpu, tmp_path: Path) -
     found = [model.executor.forward(step) for step in steps]
     for got, wanted in zip(found, [[4], [5], [0], [6, 1], [39]], strict=True):
         np.testing.assert_allclose(got, expected[wanted], atol=1e-4)
+    assert model.executor.counters is not None
+    assert [(c.tokens, c.experts, c.slots) for c in model.executor.counters.read()] == [(82, 164, 164)]
+    model.executor.counters.reset()
+    model.executor.forward([(first, ids[:3])])
+    assert [(c.tokens, c.experts) for c in model.executor.counters.read()] == [(3, 6)]
 
 
 UP, DOWN = "layers.0.experts.up", "layers.0.experts.down"

@@ -22,6 +22,8 @@ ROUTERS = [
     RouterSpec(9, 4, "identity", normalize=True),
     RouterSpec(24, 3, groups=4, top_groups=2),
     RouterSpec(5, 5, "sigmoid"),
+    RouterSpec(256, 8, "sigmoid", normalize=True, scale=2.5, groups=8, top_groups=4, group_score="top2", bias=True),
+    RouterSpec(160, 6, groups=8, top_groups=3, scale=16.0),
 ]
 
 
