@@ -2,7 +2,8 @@
 
 Operands of the products are bfloat16 pairs in 32-bit registers. A code of up to 7 bits becomes bfloat16 by placing it in the mantissa
 of 128 and subtracting 128 + its zero point, which is exact; one of 8 bits passes through float32. Scales are applied to the sums of a
-group in float32, so that integer weights meet the activations without any rounding.
+group in float32, so that integer weights meet the activations without any rounding. E4M3 has its exponent and mantissa moved to where
+those of bfloat16 are, subnormal numbers included, and is multiplied by 2^120, the difference of the biases.
 """
 
 from __future__ import annotations
@@ -124,10 +125,33 @@ __device__ __forceinline__ void moec_values(unsigned int* a, const unsigned int*
 """
 
 
+_E4M3 = r"""
+#ifndef MOEC_E4M3
+#define MOEC_E4M3
+__device__ __forceinline__ unsigned int moec_e4m3_pair(unsigned int x) {
+  unsigned int d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;"
+    : "=r"(d) : "r"((x & 0x80008000u) | ((x >> 4) & 0x07F007F0u)), "r"(0x7B807B80u), "r"(0x80008000u));
+  return d;
+}
+__device__ __forceinline__ void moec_e4m3(unsigned int* a, const unsigned int* w, int i, int stride) {
+  #pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const int p = 2 * i + (r >> 1);
+    const unsigned int x = w[(r & 1) * stride + p / 2];
+    a[r] = moec_e4m3_pair((p & 1) ? x : x << 8);
+  }
+}
+#endif
+"""
+
+
 def dequantize(layout: FragmentLayout, a: Expr, words: Expr, step: int, zeros: tuple[Expr, Expr], units: int = 1) -> None:
     """The A fragment [16, 16] of a step from the words that a lane holds of a block, or of a unit of it if the block has several."""
-    if layout.integer is None:
+    if layout.coded is None:
         call("moec_values", _VALUES, a, words, step)
+    elif layout.integer is None:
+        call("moec_e4m3", _E4M3, a, words, step, layout.bits // units)
     else:
         bits = layout.integer.bits
         call(f"moec_codes{bits}", _dequantize_source(bits), a, words, step, *zeros, bits // units)

@@ -19,7 +19,7 @@ from tests.targets.kernels.run_cuda import CudaKernel
 
 pytestmark = pytest.mark.skipif(not emulator.available(), reason="no C++ compiler to emulate a GPU with")
 
-FORMATS = ["bf16", "int8_g32", "int4_g128", "int4_g32_asym", "int3_channel", "int2_g64"]
+FORMATS = ["bf16", "int8_g32", "int4_g128", "int4_g32_asym", "int3_channel", "int2_g64", "fp8_channel", "fp8_block128"]
 
 
 def relative(found: NDArray[Any], expected: NDArray[Any]) -> float:
@@ -37,7 +37,14 @@ def test_a_linear_layer_of_one_token(name: str) -> None:
     assert relative(found, x.astype(np.float64) @ weight.T + bias) < 2e-5
 
 
-@pytest.mark.parametrize(("formats", "tokens", "terms"), [("int4_g32", 1, 2), (("int3_g32", "int4_g32_asym", "int3_g32", "bf16"), 3, 1)])
+@pytest.mark.parametrize(
+    ("formats", "tokens", "terms"),
+    [
+        ("int4_g32", 1, 2),
+        (("int3_g32", "int4_g32_asym", "int3_g32", "bf16"), 3, 1),
+        (("fp8_block128", "int4_g32", "fp8_channel", "fp8_block128"), 3, 2),
+    ],
+)
 def test_the_experts_of_few_tokens(formats: str | tuple[str, ...], tokens: int, terms: int) -> None:
     rng = np.random.default_rng(1)
     layout, top_k = ExpertsLayout(4, 160, 40, formats, formats), 2
