@@ -62,7 +62,7 @@ def kernel_functions(case: Case) -> dict[str, Any]:
         }
     assert case.tokens is not None
     few = experts_decode.DecodeSpec(
-        layer.layout, activation, case.tokens, layer.top_k, "int32", case.biases, layer.dtype, layer.terms, **options
+        layer.layout, activation, case.tokens, layer.top_k, "int32", case.biases, layer.dtype, layer.terms, counted=False, **options
     )
     both = {"gate_up": experts_decode.gate_up_func, "down": experts_decode.down_func}
     return {name: both[name](few) for name in case.functions}
