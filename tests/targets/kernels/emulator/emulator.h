@@ -120,6 +120,10 @@ template <typename T> unsigned __match_any_sync(unsigned, T x) {
   for (int lane = 0; lane < 32; ++lane) found |= unsigned(emulator::exchange(x, lane) == x) << lane;
   return found;
 }
+inline unsigned __reduce_max_sync(unsigned, unsigned x) {
+  for (int i = 16; i; i >>= 1) x = std::max(x, emulator::exchange(x, (emulator::current % 32) ^ i));
+  return x;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
@@ -138,6 +142,7 @@ template <typename T> T atomicAdd(T* p, T x) { T old = *p; *p += x; return old; 
 inline unsigned atomicInc(unsigned* p, unsigned most) { unsigned old = *p; *p = old >= most ? 0 : old + 1; return old; }
 inline float __expf(float x) { return expf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
+inline int __float2int_rn(float x) { return x != x ? 0 : int(std::nearbyint(double(x))); }
 inline float __int_as_float(int x) { float y; memcpy(&y, &x, 4); return y; }
 inline float __uint_as_float(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
 inline unsigned __float_as_uint(float x) { unsigned y; memcpy(&y, &x, 4); return y; }

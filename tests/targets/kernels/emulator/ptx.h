@@ -30,29 +30,40 @@ inline void load(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void*
   load(a, b, p), load(c, d, (const char*)p + 8);
 }
 
-// mma.m16n8k16 of bfloat16 (PTX ISA, "Matrix Fragments for mma.m16n8k16"): lane 4 g + t has rows g and g + 8 of A, column g of B, and columns
-// 2 t and 2 t + 1 of D. What the lanes of a warp bring lies in one of two places in turn, so that none is overwritten before all have read it.
+// mma.m16n8k16 of bfloat16 and mma.m16n8k32 of bytes (PTX ISA, "Matrix Fragments"): lane 4 g + t has rows g and g + 8 of A, column g of B,
+// and columns 2 t and 2 t + 1 of D; a register is 2 or 4 numbers of a row or a column. What the lanes of a warp bring lies in one of two
+// places in turn, so that none is overwritten before all have read it.
 struct Fragments { uint32_t a[4], b[2]; };
-inline Fragments* fragments() {
+inline Fragments* share(Fragments own) {
   static std::vector<Fragments> all(2 * 1024);
   static std::vector<int> turns(1024);
   int me = emulator::current;
-  return &all[1024 * (turns[me]++ & 1)];
+  Fragments* warp = &all[1024 * (turns[me]++ & 1) + me / 32 * 32];
+  warp[me % 32] = own;
+  emulator::arrive(emulator::warps[me / 32]);
+  return warp;
+}
+template <typename T, typename Dot>
+void mma(T& d0, T& d1, T& d2, T& d3, Fragments own, Dot dot) {
+  const Fragments* warp = share(own);
+  int g = emulator::current % 32 / 4, t = emulator::current % 4;
+  T* d[4] = {&d0, &d1, &d2, &d3};
+  for (int i = 0; i < 4; ++i) {
+    auto sum = dot(0, 0) + *d[i];
+    for (int k = 0; k < 8; ++k) sum += dot(warp[4 * g + k % 4].a[k / 4 * 2 + i / 2], warp[4 * (2 * t + i % 2) + k % 4].b[k / 4]);
+    *d[i] = T(sum);
+  }
 }
 inline void mma(float& d0, float& d1, float& d2, float& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  int me = emulator::current, g = me % 32 / 4, t = me % 4;
-  Fragments* warp = fragments() + me / 32 * 32;
-  warp[me % 32] = {{a0, a1, a2, a3}, {b0, b1}};
-  emulator::arrive(emulator::warps[me / 32]);
-  float* d[4] = {&d0, &d1, &d2, &d3};
-  for (int i = 0; i < 4; ++i) {
-    double sum = *d[i];
-    for (int k = 0; k < 8; ++k) {  // pairs of columns of A
-      const uint32_t x = warp[4 * g + k % 4].a[k / 4 * 2 + i / 2], y = warp[4 * (2 * t + i % 2) + k % 4].b[k / 4];
-      sum += double(low(x)) * low(y) + double(high(x)) * high(y);
-    }
-    *d[i] = float(sum);
-  }
+  mma(d0, d1, d2, d3, {{a0, a1, a2, a3}, {b0, b1}},
+      [](uint32_t x, uint32_t y) { return double(low(x)) * low(y) + double(high(x)) * high(y); });
+}
+inline void mma(int& d0, int& d1, int& d2, int& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  mma(d0, d1, d2, d3, {{a0, a1, a2, a3}, {b0, b1}}, [](uint32_t x, uint32_t y) {
+    int sum = 0;
+    for (int i = 0; i < 32; i += 8) sum += int(uint8_t(x >> i)) * int8_t(y >> i);
+    return sum;
+  });
 }
 
 // The address of shared memory as 32 bits is the place in it.
@@ -65,9 +76,7 @@ inline void copy16(uint32_t d, const void* p, int bytes) {
 // exchanged (piece i of row r is at i ^ (r mod 8)).
 inline void wgmma(float** d, int count, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t descriptor, int add) {
   int me = emulator::current, g = me % 32 / 4, t = me % 4;
-  Fragments* warp = fragments() + me / 32 * 32;
-  warp[me % 32] = {{a0, a1, a2, a3}, {}};
-  emulator::arrive(emulator::warps[me / 32]);
+  const Fragments* warp = share({{a0, a1, a2, a3}, {}});
   const uint32_t first = uint32_t(descriptor & 0x3fff) << 4, column = first % 128 / 2;
   for (int i = 0; i < count; ++i) {
     const int token = i / 4 * 8 + 2 * t + i % 2;

@@ -1,0 +1,211 @@
+"""projections: a row times several packed matrices, [residual addition,] [normalisation,] products, in one kernel. For one token.
+
+    sum  = x + residual                     float32 [1, K], if there is a residual
+    row  = norm(sum) * weight (+ bias)      float32 [1, K], if there is a norm
+    out_i = row @ W_i^T (+ b_i)             float32 [1, N_i], each W_i of a format of its own
+
+A small matrix is limited by latency, not by bandwidth, so what counts is the chain from the moment that the kernel before has ended:
+
+ 1. Weights are asked for first, and so are the norm's; they are on their way while the kernel before this one still runs.
+ 2. Each warp reads the columns of x that it multiplies and stages them, times the norm's weight but not yet divided by the row's length,
+    which divides the results instead, so that no warp waits for another.
+ 3. Activations are integers of 24 bits, and codes meet them exactly as bytes (`fixed_point.py`): where they became bfloat16, that took longer
+    than the weights took to arrive. Weights in bfloat16 meet activations of two terms of bfloat16.
+ 4. The warps of a block share the columns out (`splits`), and each multiplies several tiles of rows at once, so that one product waits for
+    none before it; their sums meet in shared memory at the one barrier, and a thread adds up and writes an output.
+
+Blocks are dealt to the matrices by ranges. Matrices of one format are one piece of code, which picks its arrays by the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from moec.targets.kernels.cuda.emit import WARP, Expr, Shared, argument, kernel, sync, when
+from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
+from moec.targets.kernels.cuda.layout import ROWS, FragmentLayout, ceil_div
+from moec.targets.kernels.cuda.projections_matrix import Matrices
+from moec.targets.kernels.cuda.projections_row import Row
+from moec.targets.kernels.specs import NormSpec
+
+MULTIPROCESSORS = 132  # of an H100 or H200
+MOST_WARPS = 16
+LANE_BYTES = 96  # of weights that a lane has under way, at most: 24 registers
+MOST_TILES = 32  # of a block: their sums take 2 KB each where 16 warps share the columns
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One of the matrices."""
+
+    layout: FragmentLayout
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class ProjectionsSpec:
+    """The kernel for some matrices [N_i, K].
+
+    Args:
+        norm: of the whole row (one group).
+        written: whether the normalised row is a result too.
+        warps: of a block.
+        splits: how many of them share a tile of 16 rows; at most the blocks of 128 columns.
+        tiles: that a warp works on.
+        unroll: bytes of weights that a lane has under way.
+        early: whether the next kernel may begin (and ask for its weights) before this one waits for the one before it.
+        residency: blocks that are to fit on a multiprocessor, which limits registers; 0 leaves that to the compiler.
+    """
+
+    matrices: tuple[Projection, ...]
+    norm: NormSpec | None = None
+    written: bool = False
+    warps: int = MOST_WARPS
+    splits: int = MOST_WARPS
+    tiles: int = 1
+    unroll: int = LANE_BYTES
+    early: bool = True
+    residency: int = 0
+
+    def __post_init__(self) -> None:
+        assert len({matrix.layout.k for matrix in self.matrices}) == 1, self.matrices
+        assert self.splits <= self.blocks and self.warps % self.splits == 0, self
+        assert self.norm is None or (self.norm.groups, self.norm.size) == (1, self.k), self.norm
+        assert self.norm is not None or not self.written
+
+    @cached_property
+    def k(self) -> int:
+        """Columns."""
+        return self.matrices[0].layout.k
+
+    @cached_property
+    def blocks(self) -> int:
+        """Blocks of 128 columns."""
+        return self.matrices[0].layout.blocks
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.warps * WARP
+
+    @property
+    def block_tiles(self) -> int:
+        """Tiles of a block of threads."""
+        return self.tiles * self.warps // self.splits
+
+    @property
+    def outputs(self) -> int:
+        """Rows of a block of threads."""
+        return self.block_tiles * ROWS
+
+    @property
+    def by_format(self) -> list[list[int]]:
+        """The matrices that are one piece of code."""
+        formats = [matrix.layout.format for matrix in self.matrices]
+        return [[i for i, found in enumerate(formats) if found == name] for name in dict.fromkeys(formats)]
+
+    def blocks_of(self, index: int) -> int:
+        """Blocks of threads that a matrix has."""
+        return ceil_div(self.matrices[index].layout.tiles, self.block_tiles)
+
+    @classmethod
+    def of(cls, matrices: Sequence[Projection], norm: NormSpec | None = None, written: bool = False) -> ProjectionsSpec:
+        """The kernel with the options that suit the shapes.
+
+        All columns are shared out over up to 16 warps of a block: no work is smaller than 16 rows and 128 columns, so this makes the
+        chain of products as short as it can be, and a fragment of activations is loaded once for all rows. A block takes the tiles that
+        make the grid one for each multiprocessor: q, k and v of 2048 rows each are 384 tiles, 3 for each of 129 blocks. Where these are
+        few, all of them are under way before the kernel waits (3 tiles of 4 bits: 96 bytes a lane, 48 KB a multiprocessor, of which
+        20 KB would saturate the memory); a lm head goes through its 24 with as many under way. Where columns are few (up to 8
+        blocks), warps that they leave idle take tiles of their own.
+        """
+        blocks = matrices[0].layout.blocks
+        splits = MOST_WARPS
+        while splits > blocks:
+            splits //= 2
+        tiles = sum(matrix.layout.tiles for matrix in matrices)
+        block_tiles = ceil_div(tiles, MULTIPROCESSORS)
+        if block_tiles > MOST_TILES:
+            block_tiles = ceil_div(block_tiles, ceil_div(block_tiles, MOST_TILES))
+        warps = splits * min(MOST_WARPS // splits, max(1, block_tiles))
+        return cls(tuple(matrices), norm, written, warps, splits, ceil_div(block_tiles, warps // splits))
+
+
+class ProjectionsKernel:
+    """The parts of a kernel, to which another one may add."""
+
+    def __init__(self, spec: ProjectionsSpec) -> None:
+        self.spec = spec
+        self.grid = sum(spec.blocks_of(i) for i in range(len(spec.matrices)))
+        self.words = Row.words(spec) + ceil_div(spec.splits * spec.outputs, 4) * 4
+
+    def arguments(self) -> None:
+        """Declare the parameters."""
+        spec, norm = self.spec, self.spec.norm
+        wide = (1, spec.k)
+        x = argument("x", wide, "float32")
+        residual = argument("residual", wide, "float32") if norm and norm.residual else None
+        weight = argument("weight", (spec.k,), "float32") if norm and norm.weight else None
+        bias = argument("bias", (spec.k,), "float32") if norm and norm.bias else None
+        arrays: list[dict[str, Any]] = [
+            {name: argument(f"{name}{i}", shape, dtype) for name, (shape, dtype) in matrix.layout.arrays().items()}
+            for i, matrix in enumerate(spec.matrices)
+        ]
+        biases = [argument(f"bias{i}", (m.layout.n,), "float32") if m.bias else None for i, m in enumerate(spec.matrices)]
+        total = argument("total", wide, "float32") if norm and norm.residual else None
+        normal = argument("normal", wide, "float32") if spec.written else None
+        self.outs = [argument(f"out{i}", (1, matrix.layout.n), "float32") for i, matrix in enumerate(spec.matrices)]
+        self._row = Row(spec, x, residual, weight, bias, total, normal)
+        self._matrices = [Matrices(spec, members, arrays, biases, self.outs) for members in spec.by_format]
+
+    def body(self, _: Any, memory: Shared, part: Expr, thread: Expr) -> None:
+        """Compute all results."""
+        spec, row = self.spec, self._row
+        if spec.early:
+            grid_launch()
+        row.take(memory)
+        partial = memory.take((spec.splits, spec.outputs), "float32")
+        first = 0
+        for matrices in self._matrices:
+            count = sum(spec.blocks_of(i) for i in matrices.members)
+
+            def run(matrices: Matrices = matrices, first: int = first) -> None:
+                matrices.begin(part - first, thread, row)
+                grid_wait()
+                if not spec.early:
+                    grid_launch()
+                row.stage(part)
+                matrices.multiply(row, partial)
+                sync()
+                row.finish()
+                matrices.finish(partial, row.factor)
+                row.write(part)
+
+            if len(self._matrices) == 1:
+                run()
+            else:
+                with when(T.And(part >= first, part < first + count)):
+                    run()
+            first += count
+
+    def build(self, name: str) -> tirx.PrimFunc:
+        """The kernel."""
+        spec = self.spec
+        return kernel(
+            name, spec.threads, self.arguments, lambda _: [self.grid], self.body, words=self.words,
+            blocks_per_multiprocessor=spec.residency,
+        )  # fmt: skip
+
+
+def projections_func(spec: ProjectionsSpec) -> tirx.PrimFunc:
+    """PrimFunc (x f32 [1, K], [residual], [norm weight [K]], [norm bias], arrays of each matrix..., biases..., [sum], [row], outs...).
+
+    Arrays have the shapes of `FragmentLayout.arrays()`; outs are f32 [1, N_i].
+    """
+    return ProjectionsKernel(spec).build("projections")

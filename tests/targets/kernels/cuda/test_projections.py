@@ -1,0 +1,107 @@
+"""projections: several matrices in one kernel, executed by the emulator, against float64 on the dequantised weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from moec.targets.kernels.cuda.layout import FragmentLayout
+from moec.targets.kernels.cuda.projections import Projection, ProjectionsSpec, projections_func
+from moec.targets.kernels.specs import NormSpec
+from tests.targets.kernels import emulator
+from tests.targets.kernels.cuda.packed import packed
+from tests.targets.kernels.run_cuda import CudaKernel
+
+pytestmark = pytest.mark.skipif(not emulator.available(), reason="no C++ compiler to emulate a GPU with")
+
+
+def check(spec: ProjectionsSpec, seed: int = 0) -> None:
+    """Run a kernel on random numbers, and compare all that it writes."""
+    rng = np.random.default_rng(seed)
+    norm, k = spec.norm, spec.k
+    row, inputs, results = row_of(norm, k, rng)
+    arrays, biases, expected, outputs = [], [], [], [(1, k)] * len(results)
+    for matrix in spec.matrices:
+        parts, weight = packed(matrix.layout, rng)
+        arrays += parts.values()
+        bias = rng.standard_normal(matrix.layout.n).astype(np.float32)
+        biases += [bias] if matrix.bias else []
+        expected.append((weight @ row + (bias if matrix.bias else 0))[None])
+        outputs.append((1, matrix.layout.n))
+    if spec.written:
+        results.append(row[None])
+        outputs.insert(len(results) - 1, (1, k))
+    found = CudaKernel(projections_func(spec))(*inputs, *arrays, *biases, outputs=[(shape, "float32") for shape in outputs])
+    for got, wanted in zip(found, [*results, *expected], strict=True):
+        assert np.linalg.norm(got - wanted) < 2e-5 * np.linalg.norm(wanted)
+
+
+def row_of(norm: NormSpec | None, k: int, rng: np.random.Generator) -> tuple[NDArray[Any], list[NDArray[Any]], list[NDArray[Any]]]:
+    """The row that is multiplied, the kernel's inputs up to the weights, and its first results."""
+    x = (rng.standard_normal((1, k)) * 3 + 1).astype(np.float32)
+    if norm is None:
+        return x[0].astype(np.float64), [x], []
+    inputs, results, row = [x], [], x[0].astype(np.float64)
+    if norm.residual:
+        inputs.append(rng.standard_normal((1, k)).astype(np.float32))
+        row = row + inputs[-1][0]
+        results.append(row[None])
+    if norm.center:
+        row = row - row.mean()
+    row = row / np.sqrt((row**2).mean() + norm.eps)
+    if norm.weight:
+        inputs.append(rng.standard_normal(k).astype(np.float32))
+        row = row * (inputs[-1] + norm.offset)
+    if norm.bias:
+        inputs.append(rng.standard_normal(k).astype(np.float32))
+        row = row + inputs[-1]
+    return row, inputs, results
+
+
+@pytest.mark.parametrize("name", ["bf16", "int8_g32_asym", "int4_g128", "int4_g32_asym", "int3_channel", "int2_g64"])
+def test_one_matrix(name: str) -> None:
+    check(ProjectionsSpec.of([Projection(FragmentLayout(40, 392, name), bias=True)]))
+
+
+def test_matrices_of_several_formats_behind_a_norm() -> None:
+    shapes = [(100, "int4_g32"), (33, "bf16"), (20, "int4_g32"), (50, "int8_channel")]
+    matrices = [Projection(FragmentLayout(n, 264, name), bias=n == 20) for n, name in shapes]
+    norm = NormSpec(264, 1, 1e-5, offset=1.0, residual=True)
+    spec = ProjectionsSpec.of(matrices, norm, written=True)
+    check(spec)
+    check(replace(spec, warps=4, splits=2, tiles=2, early=False))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_norm(bias: bool) -> None:
+    norm = NormSpec(256, 1, 1e-5, center=True, weight=bias, bias=bias)
+    check(ProjectionsSpec.of([Projection(FragmentLayout(32, 256, "int4_g128"))], norm, written=bias))
+
+
+@pytest.mark.parametrize(
+    ("warps", "splits", "tiles", "unroll"), [(4, 4, 5, 64), (4, 2, 3, 32), (2, 1, 7, 32), (8, 4, 3, 256), (1, 1, 1, 512)]
+)
+def test_options(warps: int, splits: int, tiles: int, unroll: int) -> None:
+    """Rounds of several tiles, of one, and of parts of one, with columns that are no multiple of what a round has."""
+    matrices = tuple(Projection(FragmentLayout(n, 1160, "int4_g64")) for n in (200, 24))
+    check(ProjectionsSpec(matrices, NormSpec(1160, 1, 1e-6), False, warps, splits, tiles, unroll))
+
+
+def test_options_follow_the_shapes() -> None:
+    """The grid is one block for each multiprocessor where there are rows enough."""
+
+    def grid(k: int, *rows: int) -> tuple[int, int, int, int]:
+        spec = ProjectionsSpec.of([Projection(FragmentLayout(n, k, "int4_g128")) for n in rows])
+        return spec.warps, spec.splits, spec.tiles, sum(spec.blocks_of(i) for i in range(len(rows)))
+
+    assert grid(2048, 2048, 2048, 2048) == (16, 16, 3, 129)
+    assert grid(2048, 4096, 512, 512) == (16, 16, 3, 108)
+    assert grid(2048, 2048) == (16, 16, 1, 128)
+    assert grid(4096, 2048) == (16, 16, 1, 128)
+    assert grid(2048, 50304) == (16, 16, 24, 131)
+    assert grid(768, 2048) == (4, 4, 1, 128)
+    assert grid(512, 50304) == (16, 4, 6, 131)
