@@ -66,6 +66,7 @@ class Loop(Fetch):
     sinks: Buffer | None
     weights: Buffer
     corrections: Buffer
+    sinks: Buffer | None
     part: Expr
 
     def _layout(self) -> None:
