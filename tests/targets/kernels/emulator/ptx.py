@@ -11,6 +11,9 @@ from collections.abc import Iterator
 
 KNOWN = {
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};": "mma",
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};": "mma_first",
+    "lop3.b32 %0, %1, %2, %3, 0xEA;": "pick",
+    "lop3.b32 %0, %1, %2, %3, 0xAE;": "pick_not",
     "ld.global.nc.L1::no_allocate.u32 %0, [%1];": "load",
     "ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];": "load",
     "ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];": "load",
