@@ -16,6 +16,9 @@ from moec.compiler.measure.device import DEVICE, load_library, tvm_ffi_module
 from moec.targets.kernels.cuda.experts_layout import Stack
 from moec.targets.kernels.cuda.space import Layer
 
+FP8_SPREAD = 107.0
+"""The standard deviation of the numbers of E4M3."""
+
 POISON = 0x7FFFFFFF
 """What buffers between kernels hold before: NaN as two bfloat16, no position as int32."""
 
@@ -65,9 +68,14 @@ def _random_arrays(stack: Stack, generator: torch.Generator, device: str) -> dic
         for name, (shape, _) in layout.arrays(len(stack.members(index))).items():
             if name == "codes":
                 made = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=device, generator=generator)
+                if layout.fp8 is not None:
+                    codes = made.view(torch.uint8)
+                    made = (codes ^ ((codes & 0x7F) == 0x7F)).view(torch.int32)  # there is no NaN
             elif name == "scale":
-                spread = 2**layout.integer.bits / 12**0.5 if layout.integer else 1.0
-                made = ((0.5 + torch.rand(shape, device=device, generator=generator)) * (wanted / spread)).half()
+                # standard deviations of codes drawn uniformly
+                spread = 2**layout.integer.bits / 12**0.5 if layout.integer else FP8_SPREAD
+                made = (0.5 + torch.rand(shape, device=device, generator=generator)) * (wanted / spread)
+                made = made.half() if layout.integer else made
             elif name == "zero":
                 levels = layout.integer.levels if layout.integer else 1
                 made = torch.randint(levels // 4, levels - levels // 4, shape, device=device, generator=generator).to(torch.uint8)

@@ -44,9 +44,15 @@ def matrix_codes(stack: Stack, arrays: Arrays, expert: int) -> Codes:
     """
     layout, suffix, place = _find(stack, expert)
     if (integer := layout.integer) is None:
-        raise MoecError(f"expert {expert}: format {layout.format} has no codes")
-    words = arrays["codes" + suffix][place]
-    lead, bits = (layout.tiles, layout.blocks), integer.bits
+        raise MoecError(f"expert {expert}: format {layout.format} has no integer codes")
+    codes = _lane_codes(layout, arrays["codes" + suffix][place])
+    zero = None if integer.symmetric else _sides(arrays["zero" + suffix][place], layout)
+    return Codes(codes, _sides(arrays["scale" + suffix][place], layout), zero, integer.bits, 0 if layout.groups == 1 else integer.group)
+
+
+def _lane_codes(layout: FragmentLayout, words: Tensor) -> Tensor:
+    """The codes in a matrix's words: uint8 [n, k]."""
+    lead, bits = (layout.tiles, layout.blocks), layout.bits
     own = torch.cat([words[..., 32 * f : 32 * (f + n)].reshape(*lead, 32, n) for f, n in vectors(bits)], -1)
     rows = own.reshape(*lead, 32, 2, bits).transpose(-3, -2)  # [..., 2, 32 lanes, words]
     found = torch.zeros(*lead, 2, 32, PAIRS, 2, dtype=torch.int32, device=words.device)
@@ -55,18 +61,20 @@ def matrix_codes(stack: Stack, arrays: Arrays, expert: int) -> Codes:
             for o in range(2):
                 part = (rows[..., field.word] >> (field.shift + field.at + 16 * o)) & ((1 << field.width) - 1)
                 found[..., pair, o] |= part << field.start
-    codes = _rows(found.reshape(*lead, 2, 8, 4, 8, 2, 2), layout).to(torch.uint8)
-    zero = None if integer.symmetric else _sides(arrays["zero" + suffix][place], layout)
-    return Codes(codes, _sides(arrays["scale" + suffix][place], layout), zero, integer.bits, 0 if layout.groups == 1 else integer.group)
+    return _rows(found.reshape(*lead, 2, 8, 4, 8, 2, 2), layout).to(torch.uint8)
 
 
 def matrix(stack: Stack, arrays: Arrays, expert: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """An expert's matrix [n, k]."""
     layout, suffix, place = _find(stack, expert)
-    if layout.integer is None:
+    if layout.coded is None:
         values = arrays["values" + suffix][place].reshape(layout.tiles, layout.blocks, 4, 2, 32, 8)
         lanes = values.permute(0, 1, 3, 4, 2, 5).reshape(layout.tiles, layout.blocks, 2, 8, 4, 8, 2, 2)
         return _rows(lanes, layout).to(dtype)
+    if layout.fp8 is not None:
+        numbers = _lane_codes(layout, arrays["codes" + suffix][place]).view(torch.float8_e4m3fn).to(dtype)
+        return numbers * _fp8_scales(layout, arrays["scale" + suffix][place]).to(dtype)
+    assert layout.integer is not None
     q = matrix_codes(stack, arrays, expert)
     group = q.group or layout.k
     out = torch.empty(layout.n, layout.k, dtype=dtype, device=q.codes.device)
@@ -136,6 +144,14 @@ def _rows(lanes: Tensor, layout: FragmentLayout) -> Tensor:
     """[tiles, blocks, half, g, t, (j, s), h, o] -> [n, k]."""
     rows = lanes.permute(0, 2, 3, 1, 5, 6, 4, 7).reshape(layout.tiles * ROWS, layout.blocks * BLOCK)
     return rows[: layout.n, : layout.k]
+
+
+def _fp8_scales(layout: FragmentLayout, x: Tensor) -> Tensor:
+    """The scale of each weight, [n, k]."""
+    if layout.fp8 is not None and layout.fp8.block:  # [tiles, blocks, half]
+        wide = x.transpose(1, 2).repeat_interleave(ROWS // 2, 1).reshape(layout.tiles * ROWS, layout.blocks).repeat_interleave(BLOCK, 1)
+        return wide[: layout.n, : layout.k]
+    return _sides(x, layout).expand(layout.n, layout.k)
 
 
 def _sides(x: Tensor, layout: FragmentLayout) -> Tensor:

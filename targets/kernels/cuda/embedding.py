@@ -28,12 +28,12 @@ def element(layout: FragmentLayout, weights: Mapping[str, Buffer], lead: tuple[E
     t, h, o = column // 2 % 4, column // 8 % 2, column % 2
     step = column // 16 % 8  # 2 j + s
     lane = T.Bind(g * 4 + t)
-    if layout.integer is None:
+    if layout.coded is None:
         at = (step // 2 * 64 + half * 32 + lane) * 8 + step % 2 * 4 + h * 2 + o
         bits = T.shift_left(T.cast(weights["values"][(*lead, tile, block, at)], "uint32"), T.uint32(16))
         return T.reinterpret("float32", bits)
     pair = T.Bind(step * 2 + h)
-    words, bits = weights["codes"], layout.integer.bits
+    words, bits = weights["codes"], layout.bits
 
     def word(i: Expr) -> Expr:
         """A word of the lane's row."""
@@ -42,8 +42,15 @@ def element(layout: FragmentLayout, weights: Mapping[str, Buffer], lead: tuple[E
         return words[(*lead, tile, block, own // 4 * 128 + lane * count + own % 4)]
 
     code = _code(bits, word, pair, T.cast(o * 16, "uint32"))
+    if layout.fp8 is not None:
+        sign, size = T.bitwise_and(code, T.uint32(0x80)), T.bitwise_and(code, T.uint32(0x7F))
+        number = T.cast(T.bitwise_or(T.shift_left(sign, T.uint32(8)), T.shift_left(size, T.uint32(7))), "uint16")
+        place = (tile, block, half) if layout.fp8.block else (tile, 0, g, 0, half)
+        # as float16, whose bias is 8 more
+        return T.cast(T.reinterpret("float16", number), "float32") * T.float32(2.0**8) * weights["scale"][(*lead, *place)]
     group = column % BLOCK * layout.block_groups // BLOCK
     side = (*lead, tile, block // layout.scale_span, g, group, half)
+    assert layout.integer is not None
     zero: Expr = T.int32(layout.integer.levels // 2)
     if not layout.integer.symmetric:
         zero = T.cast(weights["zero"][side], "int32")

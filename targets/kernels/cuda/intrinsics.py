@@ -2,7 +2,7 @@
 
 Operands of the products are bfloat16 pairs in 32-bit registers. A code becomes bfloat16 in the mantissa of a power of 2 (`packing`), from
 which that power and its zero point are subtracted, which is exact. Scales are applied to the sums of a group in float32, so that integer
-weights meet the activations without any rounding.
+weights meet the activations without any rounding. For E4M3 see `e4m3`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
+from moec.targets.kernels.cuda.e4m3 import E4M3
 from moec.targets.kernels.cuda.layout import FragmentLayout
 from moec.targets.kernels.cuda.packing import Field, packing
 
@@ -131,8 +132,10 @@ __device__ __forceinline__ void moec_values(unsigned int* a, const unsigned int*
 
 def dequantize(layout: FragmentLayout, a: Expr, words: Expr, step: int, zeros: tuple[Expr, Expr], units: int = 1) -> None:
     """The A fragment [16, 16] of a step from the words that a lane holds of a block, or of a unit of it if the block has several."""
-    if layout.integer is None:
+    if layout.coded is None:
         call("moec_values", _VALUES, a, words, step)
+    elif layout.integer is None:
+        call("moec_e4m3", E4M3, a, words, step, layout.bits // units)
     else:
         integer = layout.integer
         middle, stride = integer.levels // 2 if integer.symmetric else None, integer.bits // units

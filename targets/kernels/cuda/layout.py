@@ -10,6 +10,9 @@ Floating-point formats keep `values` uint16 [..., N/16, K/128, 2048]: for each j
 Integer formats keep `codes` uint32 [..., N/16, K/128, 64 * bits], `scale` float16 [..., N/16, S, 8, B, 2] and, where asymmetric, `zero`
 uint8 of the same shape: B = 128 / G groups of a block (1 where G >= 128), S blocks of scales, for rows g and g + 8 together. A lane has
 `bits` words of each of its two rows; `packing` says which bits of which word a code is. Ternary codes are those of 2 bits.
+
+fp8 formats keep their codes like those of 8 bits, and `scale` float32: [..., N/16, 1, 8, 1, 2], as integers do, of `fp8_channel`, and
+[..., N/16, K/128, 2], for rows g and for rows g + 8 of a tile, of `fp8_block128`.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.runtime.errors import MoecError
-from moec.runtime.formats import get_format
+from moec.runtime.formats import Scales, get_format
+from moec.runtime.formats.fp8 import Fp8Format
 from moec.runtime.formats.int import IntFormat
 from moec.targets.kernels.cuda.packing import pack, unpack
 
@@ -55,8 +59,10 @@ class FragmentLayout:
 
     def __post_init__(self) -> None:
         integer = self.integer
-        if integer is None and self.format not in FLOATS:
-            raise MoecError(f"no CUDA kernel for weight format {self.format!r}: expected int<bits>_... or one of {', '.join(FLOATS)}")
+        if self.coded is None and self.format not in FLOATS:
+            raise MoecError(
+                f"no CUDA kernel for weight format {self.format!r}: expected int<bits>_..., fp8_... or one of {', '.join(FLOATS)}"
+            )
         if integer is not None and integer.step != 1:
             raise MoecError(f"no CUDA kernel for {self.format}: its codes have a step of {integer.step}; choose ternary_... or int2_...")
         if integer is not None and self.groups > 1 and BLOCK % integer.group and integer.group % BLOCK:
@@ -71,6 +77,22 @@ class FragmentLayout:
         return found if isinstance(found, IntFormat) else None
 
     @property
+    def fp8(self) -> Fp8Format | None:
+        """The format, if it is one of 8-bit floating point."""
+        found = get_format(self.format)
+        return found if isinstance(found, Fp8Format) else None
+
+    @property
+    def coded(self) -> IntFormat | Fp8Format | None:
+        """The format, if it has codes and scales."""
+        return self.integer or self.fp8
+
+    @property
+    def bits(self) -> int:
+        """Bits of a number."""
+        return self.integer.bits if self.integer else 8 if self.fp8 else 16
+
+    @property
     def tiles(self) -> int:
         """Tiles of 16 rows."""
         return ceil_div(self.n, ROWS)
@@ -82,8 +104,8 @@ class FragmentLayout:
 
     @property
     def groups(self) -> int:
-        """Quantisation groups of a row (1 for floating point)."""
-        return self.integer.groups(self.k) if self.integer else 1
+        """Quantisation groups of a row (1 for bf16)."""
+        return self.coded.groups(self.k) if self.coded else 1
 
     @property
     def block_groups(self) -> int:
@@ -93,9 +115,9 @@ class FragmentLayout:
     @property
     def scale_span(self) -> int:
         """Blocks that a block of scales serves."""
-        if self.integer is None or self.groups == 1:
+        if self.groups == 1:
             return self.blocks
-        return max(1, self.integer.group // BLOCK)
+        return max(1, self.integer.group // BLOCK) if self.integer else 1
 
     @property
     def scale_blocks(self) -> int:
@@ -105,12 +127,17 @@ class FragmentLayout:
     @property
     def block_words(self) -> int:
         """32-bit words of a block of 16 rows."""
-        return 64 * (self.integer.bits if self.integer else 16)
+        return 64 * self.bits
 
     @property
     def units(self) -> int:
         """Parts of a block that a lane holds at a time where registers are scarce."""
-        return 4 if self.integer is None else 2 if self.integer.bits == 8 else 1
+        return {16: 4, 8: 2}.get(self.bits, 1)
+
+    @property
+    def side_words(self) -> int:
+        """Words that a lane has of the scales of a block: two float16 for each group, or two float32; of bf16 one that is not used."""
+        return 2 if self.fp8 else self.block_groups
 
     @property
     def unit_words(self) -> int:
@@ -120,36 +147,41 @@ class FragmentLayout:
     def arrays(self, *lead: int) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype of every array, with leading axes such as [E]."""
         shape = (*lead, self.tiles, self.blocks)
-        if self.integer is None:
+        if self.coded is None:
             return {"values": ((*shape, 2 * self.block_words), "uint16")}
         side = (*lead, self.tiles, self.scale_blocks, 8, self.block_groups, 2)
+        if self.fp8 is not None:
+            scales = (*shape, 2) if self.fp8.block else side
+            return {"codes": ((*shape, self.block_words), "uint32"), "scale": (scales, "float32")}
         found = {"codes": ((*shape, self.block_words), "uint32"), "scale": (side, "float16")}
-        return found if self.integer.symmetric else {**found, "zero": (side, "uint8")}
+        return found if self.coded.symmetric else {**found, "zero": (side, "uint8")}
 
     def nbytes(self, *lead: int) -> int:
         """Bytes of all arrays."""
         return sum(prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self.arrays(*lead).values())
 
-    def tile(
-        self, codes: NDArray[np.uint8], scale: NDArray[np.float16], zero: NDArray[np.uint8] | None = None
-    ) -> dict[str, NDArray[np.generic]]:
-        """Codes [..., N, K], scales and (asymmetric) zero points [..., N, groups] -> the arrays of an integer format."""
+    def tile(self, codes: NDArray[np.uint8], scale: Scales, zero: NDArray[np.uint8] | None = None) -> dict[str, NDArray[np.generic]]:
+        """Codes [..., N, K], scales and (asymmetric) zero points [..., N, groups] -> the arrays of a format with codes."""
         integer = self.integer
-        assert integer is not None
+        assert self.coded is not None
         assert (codes.shape[-2:], scale.shape[-2:]) == ((self.n, self.k), (self.n, self.groups))
         lanes = _to_lanes(_padded(codes, self.tiles * ROWS, self.blocks * BLOCK))
-        arrays = {"codes": pack(lanes, integer.bits), "scale": self._sides(scale.astype(np.float16))}
-        if not integer.symmetric:
+        kind = np.float16 if integer else np.float32
+        sides = self._half_tiles(scale) if self.fp8 and self.fp8.block else self._sides(scale.astype(kind))
+        arrays = {"codes": pack(lanes, self.bits), "scale": sides}
+        if not self.coded.symmetric:
             assert zero is not None
             arrays["zero"] = self._sides(zero)
         return arrays
 
-    def untile(self, arrays: Arrays) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.uint8]]:
+    def untile(self, arrays: Arrays) -> tuple[NDArray[np.uint8], Scales, NDArray[np.uint8]]:
         """The inverse of `tile` (symmetric: zero points are constant)."""
         integer = self.integer
-        assert integer is not None
-        codes = unpack(arrays["codes"].view(np.uint32), integer.bits)
+        codes = unpack(arrays["codes"].view(np.uint32), self.bits)
         rows = np.ascontiguousarray(_from_lanes(codes)[..., : self.n, : self.k])
+        if integer is None:
+            wide = self._of_half_tiles(arrays["scale"]) if self.fp8 and self.fp8.block else self._rows(arrays["scale"])
+            return rows, wide.astype(np.float32), np.zeros(wide.shape, np.uint8)
         scale = self._rows(arrays["scale"])
         zero = np.full_like(scale, integer.levels // 2, np.uint8) if integer.symmetric else self._rows(arrays["zero"])
         return rows, scale.astype(np.float16), zero.astype(np.uint8)
@@ -177,6 +209,22 @@ class FragmentLayout:
         """The inverse of `_sides`."""
         x = np.moveaxis(np.moveaxis(x, -3, -4), -1, -4)
         return np.ascontiguousarray(x.reshape(*x.shape[:-5], self.tiles * ROWS, -1)[..., : self.n, : self.groups])
+
+    def _half_tiles(self, scale: Scales) -> NDArray[np.generic]:
+        """Scales [..., N, groups] that 8 neighbouring rows share -> float32 [..., tiles, blocks, 2]; rows without one have 0."""
+        rows = _padded(scale.astype(np.float32), self.tiles * ROWS, self.blocks).reshape(*scale.shape[:-2], self.tiles, 2, 8, -1)
+        first = rows[..., :1, :]
+        if not ((rows == first) | (rows == 0)).all():
+            raise MoecError(
+                f"no CUDA kernel for {self.format} of {self.n} rows: rows of one half of a tile have scales of different blocks; "
+                "experts need a multiple of 8 neurons, or choose fp8_channel"
+            )
+        return np.ascontiguousarray(np.moveaxis(first[..., 0, :], -1, -2))
+
+    def _of_half_tiles(self, x: NDArray[np.generic]) -> NDArray[np.generic]:
+        """The inverse of `_half_tiles`."""
+        rows = np.repeat(np.moveaxis(x, -1, -2), 8, axis=-2).reshape(*x.shape[:-3], self.tiles * ROWS, self.blocks)
+        return np.ascontiguousarray(rows[..., : self.n, : self.groups])
 
 
 def _padded(x: NDArray[Scalar], rows: int, columns: int) -> NDArray[Scalar]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import lcm
 
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, sync, when
 from moec.targets.kernels.cuda.experts_layout import Stack
-from moec.targets.kernels.cuda.intrinsics import bf16_factors, dequantize, scale, widen
+from moec.targets.kernels.cuda.intrinsics import dequantize, scale
 from moec.targets.kernels.cuda.layout import BLOCK
 from moec.targets.kernels.cuda.matrix import (
     copy16,
@@ -172,9 +173,9 @@ class _Product(Stored):
         layout = self.layout
         self._shape, self._lane, self._depth = shape, lane, shape.depth
         # blocks of a turn, so that the sets of registers are used in turn
-        self._turn = max(1, shape.depth // layout.units) if layout.integer is None else shape.depth
+        self._turn = lcm(shape.depth, layout.units) // layout.units if layout.coded is None else shape.depth
         self._words = [local(shape.tiles * layout.unit_words, "uint32") for _ in range(self._depth)]
-        self._sides = [local(shape.tiles * layout.block_groups, "uint32") for _ in range(self._turn)]
+        self._sides = [local(shape.tiles * layout.side_words, "uint32") for _ in range(self._turn)]
 
     def begin(self, place: Expr, tiles: list[Expr]) -> None:
         units = self.layout.units
@@ -185,7 +186,7 @@ class _Product(Stored):
     def run(self, place: Expr, tiles: list[Expr], activations: Activations, sums: Buffer) -> None:
         layout, shape = self.layout, self._shape
         units, blocks, ahead = layout.units, layout.blocks, shape.stages - 2
-        parts = local(len(tiles) * shape.sums, "float32") if shape.exact and layout.integer else sums
+        parts = local(len(tiles) * shape.sums, "float32") if self._folds else sums
         for i in range(len(tiles) * shape.sums):
             store(sums, const(0.0, "float32"), i)
         with T.serial(-(-blocks // self._turn)) as i:
@@ -206,6 +207,13 @@ class _Product(Stored):
                         self._unit(now, j, place, tiles, block, unit, activations, sums, parts)
         wgmma_wait(0)
         pin(at(sums, 0), len(tiles) * shape.sums)
+        if layout.coded is not None and shape.exact and not self._folds:
+            self._scale(sums, len(tiles), shape.sums)
+
+    @property
+    def _folds(self) -> bool:
+        """Whether sums of a group are kept apart until they are scaled. What has one scale a row is scaled at the end."""
+        return self._shape.exact and self.layout.coded is not None and self.layout.groups > 1
 
     def _fetch(self, which: int, side: int, place: Expr, tiles: list[Expr], block: Expr, unit: int) -> None:
         """Ask for the words of a unit, and with the first of a block for its scales."""
@@ -213,7 +221,7 @@ class _Product(Stored):
         for m, tile in enumerate(tiles):
             self.fetch(self._words[which % self._depth], m * layout.unit_words, place, tile, block, lane, unit)
             if unit == 0:
-                self.fetch_scales(self._sides[side % self._turn], m * layout.block_groups, place, tile, block, lane)
+                self.fetch_scales(self._sides[side % self._turn], m * layout.side_words, place, tile, block, lane)
 
     def _unit(
         self, which: int, side: int, place: Expr, tiles: list[Expr], block: Expr, unit: int, activations: Activations, sums: Buffer,
@@ -222,7 +230,7 @@ class _Product(Stored):
         """Multiply with a unit of a block."""
         layout, shape, count = self.layout, self._shape, len(tiles)
         sides, groups, steps = self._sides[side], layout.block_groups, STEPS // layout.units
-        exact = shape.exact and layout.integer is not None
+        exact = self._folds
         stage = T.Bind(block % shape.stages)
         batch = min(shape.batch, steps, STEPS // groups if exact else steps)
         a = [local(4 * count * batch, "uint32") for _ in range(2)]
@@ -234,9 +242,9 @@ class _Product(Stored):
                     target = at(own, 4 * (inner * count + m))
                     words = at(self._words[which % self._depth], m * layout.unit_words)
                     dequantize(layout, target, words, first + inner, self.zeros(place, tiles[m], block, self._lane, group), layout.units)
-                    if layout.integer is not None and not exact:
+                    if layout.coded is not None and not shape.exact:
                         factors = local(2, "uint32")
-                        bf16_factors(at(factors, 0), sides[m * groups + group])
+                        self.factors(factors, sides, m * layout.side_words, group)
                         scale(target, (factors[0], factors[1]))
             wgmma_fence()
             for inner in range(batch):
@@ -254,11 +262,19 @@ class _Product(Stored):
             else:  # what the next batch but one overwrites is free
                 wgmma_wait(0 if first + batch == steps and layout.units > 1 else 1)
 
+    def _scale(self, sums: Buffer, count: int, width: int) -> None:
+        """sums *= the scales of rows."""
+        scales = local(2, "float32")
+        for m in range(count):
+            self.scales(scales, self._sides[0], m * self.layout.side_words, 0)
+            for i in range(width):
+                store(sums, sums[m * width + i] * scales[i % 4 // 2], m * width + i)
+
     def _fold(self, sums: Buffer, parts: Buffer, sides: Buffer, group: int, count: int, width: int) -> None:
         """sums += parts * scales of the group."""
         scales = local(2, "float32")
         for m in range(count):
-            widen(at(scales, 0), sides[m * self.layout.block_groups + group])
+            self.scales(scales, sides, m * self.layout.side_words, group)
             for i in range(width):
                 index = m * width + i
                 store(sums, sums[index] + parts[index] * scales[i % 4 // 2], index)

@@ -16,11 +16,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from moec.runtime.formats import get_format
-from moec.runtime.formats.int import IntFormat
 from moec.targets import Target
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
-from moec.targets.kernels.cuda.layout import BLOCK, ceil_div
+from moec.targets.kernels.cuda.layout import BLOCK, ROWS, FragmentLayout, ceil_div
 
 Options = dict[str, int]
 
@@ -209,5 +207,5 @@ def needs(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int]) ->
 def bits(layer: Layer) -> float:
     """Bits of a weight, the mean over experts and projections, scales not counted."""
     both = [(f,) * layer.experts if isinstance(f, str) else f for f in (layer.gate_up, layer.down)]
-    found = [f.bits if isinstance(f := get_format(name), IntFormat) else 16 for names in both for name in names]
+    found = [FragmentLayout(ROWS, BLOCK, name).bits for names in both for name in names]
     return sum(found) / len(found)

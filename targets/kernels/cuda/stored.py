@@ -7,9 +7,9 @@ from typing import Generic, TypeVar
 
 from tvm.tirx.script import builder as T
 
-from moec.targets.kernels.cuda.emit import Buffer, Expr, argument, at, const, when
+from moec.targets.kernels.cuda.emit import Buffer, Expr, argument, at, const, store, when
 from moec.targets.kernels.cuda.experts_layout import Stack
-from moec.targets.kernels.cuda.intrinsics import load_words
+from moec.targets.kernels.cuda.intrinsics import bf16_factors, load_words, term, widen
 from moec.targets.kernels.cuda.layout import FragmentLayout
 from moec.targets.kernels.cuda.packing import vectors
 
@@ -25,7 +25,7 @@ class Stored:
     def fetch(self, words: Buffer, first: int, place: Expr, tile: Expr, block: Expr, lane: Expr, unit: int | None = None) -> None:
         """Ask for the words of a block of 16 rows, or of one of the layout's units of it, into registers from `first` on."""
         layout = self.layout
-        if layout.integer is None:
+        if layout.coded is None:
             for i, v in enumerate(range(8) if unit is None else (2 * unit, 2 * unit + 1)):
                 load_words(at(words, first + 4 * i), at(self._buffers["values"], place, tile, block, 256 * v + lane * 8), 4)
         elif unit is not None and layout.units == 2:
@@ -33,15 +33,35 @@ class Stored:
                 source = at(self._buffers["codes"], place, tile, block, 128 * (2 * half + unit) + lane * 4)
                 load_words(at(words, first + 4 * half), source, 4)
         else:
-            for done, count in vectors(layout.integer.bits):
+            for done, count in vectors(layout.bits):
                 load_words(at(words, first + done), at(self._buffers["codes"], place, tile, block, 32 * done + lane * count), count)
 
     def fetch_scales(self, sides: Buffer, first: int, place: Expr, tile: Expr, block: Expr, lane: Expr) -> None:
-        """Ask for the scales of a block, a pair of float16 for each group of a lane's two rows; floating-point formats have none."""
+        """Ask for the scales of a block, a pair of float16 for each group of a lane's two rows or two float32; bf16 has none."""
         layout = self.layout
-        if layout.integer is not None:
+        if layout.fp8 is not None:
+            index = (tile, block, 0) if layout.fp8.block else (tile, 0, lane // 4, 0, 0)
+            load_words(at(sides, first), at(self._buffers["scale"], place, *index), 2)
+        elif layout.integer is not None:
             source = at(self._buffers["scale"], place, tile, block // layout.scale_span, lane // 4, 0, 0)
             load_words(at(sides, first), source, layout.block_groups)
+
+    def scales(self, target: Buffer, sides: Buffer, first: int, group: int) -> None:
+        """The scales of a lane's two rows for a group of a block, two float32, from the words that `fetch_scales` wrote."""
+        if self.layout.fp8 is not None:
+            for half in range(2):
+                store(target, T.reinterpret("float32", sides[first + half]), half)
+        else:
+            widen(at(target, 0), sides[first + group])
+
+    def factors(self, target: Buffer, sides: Buffer, first: int, group: int) -> None:
+        """The same as pairs of equal bfloat16."""
+        if self.layout.fp8 is not None:
+            for half in range(2):
+                value = T.Bind(T.reinterpret("float32", sides[first + half]))
+                store(target, term(value, value, 0), half)
+        else:
+            bf16_factors(at(target, 0), sides[first + group])
 
     def zeros(self, place: Expr, tile: Expr, block: Expr, lane: Expr, group: int) -> tuple[Expr, Expr]:
         """The zero points of a lane's two rows."""

@@ -9,7 +9,7 @@ from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, strided, when
 from moec.targets.kernels.cuda.experts_layout import Stack
-from moec.targets.kernels.cuda.intrinsics import dequantize, load_pair, mma, term, widen
+from moec.targets.kernels.cuda.intrinsics import dequantize, load_pair, mma, term
 from moec.targets.kernels.cuda.stored import Classes, Stored
 
 STEPS = 8  # products of 16 columns in a block
@@ -109,7 +109,7 @@ class _Stream(Stored):
     ) -> None:  # fmt: skip
         depth = max(1, min(size // (4 * self.lane_words), self.layout.blocks))
         words = local(depth * self.lane_words, "uint32")
-        sides = local(depth * self.layout.block_groups, "uint32")
+        sides = local(depth * self.layout.side_words, "uint32")
         for u in range(depth):
             with when(start + u < stop):
                 self._fetch(words, sides, u, place, tile, start + u, lane)
@@ -126,7 +126,7 @@ class _Stream(Stored):
     def _fetch(self, words: Buffer, sides: Buffer, u: int, place: Expr, tile: Expr, block: Expr, lane: Expr) -> None:
         """Ask for the words and scales of a block."""
         self.fetch(words, u * self.lane_words, place, tile, block, lane)
-        self.fetch_scales(sides, u * self.layout.block_groups, place, tile, block, lane)
+        self.fetch_scales(sides, u * self.layout.side_words, place, tile, block, lane)
 
     def _multiply(
         self, words: Buffer, sides: Buffer, u: int, place: Expr, tile: Expr, block: Expr, lane: Expr, load: LoadB, columns: Columns
@@ -145,6 +145,6 @@ class _Stream(Stored):
                 for n in range(columns.count):
                     first = 4 * n + 2 * (step % 2)
                     mma(at(parts, 4 * n), at(a, 0), b[step // 2][first], b[step // 2][first + 1], step == begin)
-            if layout.integer is not None:
-                widen(at(scales, 0), sides[u * groups + group])
-            columns.add(parts, scales if layout.integer is not None else None)
+            if layout.coded is not None:
+                self.scales(scales, sides, u * layout.side_words, group)
+            columns.add(parts, scales if layout.coded is not None else None)

@@ -49,7 +49,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Gpu:
 
 
 @needs_emulator
-@pytest.mark.parametrize("name", ["bf16", "int4_g32", "int3_channel_asym"])
+@pytest.mark.parametrize("name", ["bf16", "int4_g32", "int3_channel_asym", "fp8_block128", "fp8_channel"])
 def test_a_model_on_the_emulated_gpu(name: str, emulated: Gpu, tmp_path: Path) -> None:
     graph = with_format(moe(), name)
     model = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", emulated)

@@ -9,26 +9,27 @@ import torch
 from moec.compiler.measure import reference
 from moec.compiler.measure.layer import expected_result, random_tokens, random_weights, relative_error, split_terms
 from moec.runtime.formats import get_format
+from moec.runtime.formats.fp8 import Fp8Format
 from moec.runtime.formats.int import IntFormat
 from moec.targets.kernels.cuda.experts_layout import Stack
 from moec.targets.kernels.cuda.layout import FragmentLayout
 from moec.targets.kernels.cuda.space import Layer
 
-MIXED = ("int2_g64", "int3_g32_asym", "int8_g128", "bf16", "int4_channel", "int5_g256_asym")
+MIXED = ("int2_g64", "int3_g32_asym", "int8_g128", "bf16", "int4_channel", "int5_g256_asym", "fp8_channel", "fp8_block128")
 
 
 def values(layout: FragmentLayout, arrays: dict[str, np.ndarray]) -> np.ndarray:
     """A matrix by what the layout and the format say."""
-    if layout.integer is None:
+    if layout.coded is None:
         return (layout.untile_values(arrays).astype(np.uint32) << 16).view(np.float32)
     found = get_format(layout.format)
-    assert isinstance(found, IntFormat)
+    assert isinstance(found, IntFormat | Fp8Format)
     return found.dequantize(*layout.untile(arrays))
 
 
 @pytest.mark.parametrize(("n", "k"), [(16, 128), (40, 264), (520, 392)])
 def test_matrices_are_what_the_layout_says(n: int, k: int) -> None:
-    layer = Layer(6, 2, k, n, MIXED, MIXED, gated=False)
+    layer = Layer(8, 2, k, n, MIXED, MIXED, gated=False)
     weights = random_weights(layer, 3, device="cpu")
     stack: Stack = layer.layout.gate_up
     for expert, name in enumerate(MIXED):

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from moec.targets.kernels.cuda.layout import FragmentLayout
+from moec.targets.kernels.cuda.layout import BLOCK, FragmentLayout
 
 
 def packed(layout: FragmentLayout, rng: np.random.Generator, *lead: int) -> tuple[dict[str, NDArray[Any]], NDArray[np.float64]]:
     """The arrays of random weights [*lead, n, k], and their values."""
     shape = (*lead, layout.n, layout.k)
+    if layout.fp8 is not None:
+        codes = rng.integers(0, 256, shape, np.uint8)
+        codes ^= codes & 0x7F == 0x7F  # there is no NaN
+        rows = (0.01 + 0.02 * rng.random((*lead, -(-layout.n // 8) if layout.fp8.block else layout.n, layout.groups))).astype(np.float32)
+        scale = np.repeat(rows, 8, axis=-2)[..., : layout.n, :] if layout.fp8.block else rows  # rows of half a tile have one
+        wide = np.repeat(scale, BLOCK if layout.fp8.block else layout.k, axis=-1)[..., : layout.k]
+        return dict(layout.tile(codes, scale)), codes.view(ml_dtypes.float8_e4m3fn).astype(np.float64) * wide
     if layout.integer is None:
         bits = (rng.standard_normal(shape).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
         return dict(layout.tile_values(bits)), (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     integer, sides = layout.integer, (*lead, layout.n, layout.groups)
     codes = rng.integers(0, integer.levels, shape, np.uint8)
-    scale = (0.01 + 0.02 * rng.random(sides)).astype(np.float16)
+    scales = (0.01 + 0.02 * rng.random(sides)).astype(np.float16)
     zero = rng.integers(0, integer.levels, sides, np.uint8)
     if integer.symmetric:
         zero[...] = integer.levels // 2
     size = layout.k if layout.groups == 1 else integer.group
-    wide = [np.repeat(side.astype(np.float64), size, axis=-1)[..., : layout.k] for side in (scale, zero)]
-    return dict(layout.tile(codes, scale, None if integer.symmetric else zero)), (codes - wide[1]) * wide[0]
+    both = [np.repeat(side.astype(np.float64), size, axis=-1)[..., : layout.k] for side in (scales, zero)]
+    return dict(layout.tile(codes, scales, None if integer.symmetric else zero)), (codes - both[1]) * both[0]

@@ -21,6 +21,7 @@ from moec.targets.kernels.cuda.space import Layer, candidates, default, needs
 # A format of each kind in one kernel: every width of the planes, symmetric and not, groups within a block, of a block and of a row.
 UP = ("int2_g64", "int3_g32_asym", "int8_g128", "bf16")
 DOWN = ("int4_g64", "int8_channel_asym", "bf16", "int6_g128")
+FP8 = Layer(4, 2, 264, 200, ("fp8_block128", "fp8_channel", "int4_g128", "bf16"), "fp8_block128")
 MIXED = Layer(4, 2, 264, 200, UP, DOWN)
 WIDE = Layer(4, 2, 264, 200, "int3_g32", "int4_g64", "float32")
 PLAIN = Layer(3, 1, 128, 72, "int4_g128", "int4_g128", gated=False)
@@ -40,6 +41,8 @@ FOR_HOPPER = [
     case("prefill", MIXED, 8, "clamped_swiglu", biases=True),
     case("prefill", WIDE, 4),
     case("prefill", PLAIN, 96, "quick_gelu"),
+    case("decode", FP8, 2),
+    case("prefill", FP8, 32),
 ]
 
 

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(not emulator.available(), reason="no C++ compile
 FORMATS = [
     "bf16", "int8_g32", "int8_g128_asym", "int7_channel", "int6_g64_asym", "int5_g128_asym", "int4_g128", "int4_g32_asym", "int3_channel",
     "int3_g32_asym", "int2_g64", "int2_channel_asym", "int1_g128_asym", "ternary_g64",
+    "fp8_channel", "fp8_block128",
 ]  # fmt: skip
 
 
@@ -40,7 +41,14 @@ def test_a_linear_layer_of_one_token(name: str) -> None:
     assert relative(found, x.astype(np.float64) @ weight.T + bias) < 2e-5
 
 
-@pytest.mark.parametrize(("formats", "tokens", "terms"), [("int4_g32", 1, 2), (("int3_g32", "int4_g32_asym", "int3_g32", "bf16"), 3, 1)])
+@pytest.mark.parametrize(
+    ("formats", "tokens", "terms"),
+    [
+        ("int4_g32", 1, 2),
+        (("int3_g32", "int4_g32_asym", "int3_g32", "bf16"), 3, 1),
+        (("fp8_block128", "int4_g32", "fp8_channel", "fp8_block128"), 3, 2),
+    ],
+)
 def test_the_experts_of_few_tokens(formats: str | tuple[str, ...], tokens: int, terms: int) -> None:
     rng = np.random.default_rng(1)
     layout, top_k = ExpertsLayout(4, 160, 40, formats, formats), 2

@@ -19,7 +19,8 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 pytestmark = pytest.mark.skipif(not HOPPER or cuda_compiler() is None, reason="needs a GPU of compute capability 9.0 and a CUDA compiler")
 
 SIZE = (6, 2, 520, 392, True)
-FORMATS = ["bf16", "int8_g128", "int4_g64_asym", "int3_g32", "int2_channel", "int2_g64+int3_g64_asym+int8_g128/int4_g128+bf16"]
+MIXED = ["int2_g64+int3_g64_asym+int8_g128/int4_g128+bf16", "fp8_channel+fp8_block128+int4_g64/fp8_block128+bf16"]
+FORMATS = ["bf16", "fp8_block128", "int8_g128", "int4_g64_asym", "int3_g32", "int2_channel", *MIXED]
 TOKENS = {"decode": (1, 3, 8), "prefill": (0, 1, 9, 33, 257)}
 
 

@@ -35,6 +35,43 @@ def test_integer_formats_come_back_bit_for_bit(name: str, n: int, k: int, lead: 
         np.testing.assert_array_equal(got, expected)
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(["fp8_channel", "fp8_block128"]), st.integers(1, 300), SIZES[1], st.integers(1, 3), st.integers(0, 2**31))
+def test_fp8_comes_back_bit_for_bit(name: str, n: int, k: int, lead: int, seed: int) -> None:
+    layout, random = FragmentLayout(n, k, name), np.random.default_rng(seed)
+    assert layout.fp8 is not None
+    codes = random.integers(0, 256, (lead, n, k)).astype(np.uint8)
+    rows = (1 + random.random((lead, layout.fp8.scale_rows(n), layout.groups))).astype(np.float32)
+    scale = np.repeat(rows, layout.fp8.block or 1, axis=1)[:, :n]
+    arrays = layout.tile(codes, scale)
+    assert {key: (a.shape, a.dtype.name) for key, a in arrays.items()} == layout.arrays(lead)
+    assert sum(a.nbytes for a in arrays.values()) == layout.nbytes(lead)
+    for got, expected in zip(layout.untile(arrays), (codes, scale, np.zeros(scale.shape, np.uint8)), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_bytes_of_fp8_in_closed_form() -> None:
+    assert FragmentLayout(256, 384, "fp8_channel").nbytes(2) == 2 * (256 * 384 + 256 * 4)
+    assert FragmentLayout(256, 384, "fp8_block128").nbytes(2) == 2 * (256 * 384 + 256 // 8 * 3 * 4)
+
+
+@pytest.mark.parametrize(("f", "fine"), [(264, True), (100, False)])
+def test_blocks_of_gate_and_up_rows(f: int, fine: bool) -> None:
+    """Blocks of 128 rows of gate_up [2F, D] stay whole in interleaved halves of tiles where F is a multiple of 8."""
+    layout, random = ExpertsLayout(2, 256, f, "fp8_block128", "bf16" if not fine else "fp8_block128"), np.random.default_rng(0)
+    codes = random.integers(0, 256, (2, 2 * f, 256)).astype(np.uint8)
+    scale = np.repeat(1 + random.random((2, -(-2 * f // 128), 2)), 128, axis=1)[:, : 2 * f].astype(np.float32)
+    found = layout.gate_up.classes[0]
+    if not fine:
+        with pytest.raises(MoecError, match="a multiple of 8 neurons, or choose fp8_channel"):
+            found.tile(layout.interleave(codes), layout.interleave(scale))
+        return
+    arrays = found.tile(layout.interleave(codes), layout.interleave(scale))
+    back = [layout.deinterleave(x) for x in found.untile(arrays)]
+    np.testing.assert_array_equal(back[0], codes)
+    np.testing.assert_array_equal(back[1], scale)
+
+
 @settings(deadline=None, max_examples=30)
 @given(*SIZES, st.integers(0, 2**31))
 def test_bf16_comes_back_bit_for_bit(n: int, k: int, seed: int) -> None:
@@ -87,7 +124,9 @@ def test_rows_of_gate_and_up_come_back(experts: int, f: int, m: int, gated: bool
             np.testing.assert_array_equal(inside[:, at + 8], x[:, f + row])
 
 
-@given(st.lists(st.sampled_from(["int2_g64", "int3_g64", "int4_g128_asym", "int8_channel", "bf16"]), min_size=1, max_size=9))
+@given(
+    st.lists(st.sampled_from(["int2_g64", "int3_g64", "int4_g128_asym", "int8_channel", "bf16", "fp8_block128"]), min_size=1, max_size=9)
+)
 def test_every_expert_of_a_stack_has_its_place(formats: list[str]) -> None:
     stack = Stack(len(formats), 24, 128, tuple(formats))
     for expert, (index, place) in enumerate(stack.table().tolist()):

@@ -61,4 +61,33 @@ inline void mma_first(float& d0, float& d1, float& d2, float& d3, uint32_t a0, u
   d0 = d1 = d2 = d3 = c;
   mma(d0, d1, d2, d3, a0, a1, a2, a3, b0, b1);
 }
+
+// The address of shared memory as 32 bits is the place in it.
+inline void copy16(uint32_t d, const void* p, int bytes) {
+  memset(emulator::shared + d, 0, 16);
+  memcpy(emulator::shared + d, p, bytes);
+}
+
+// wgmma.m64nNk16 of bfloat16: a warp has 16 of the rows, A like that of mma; B is rows of 128 bytes in shared memory, their 16-byte pieces
+// exchanged (piece i of row r is at i ^ (r mod 8)).
+inline void wgmma(float** d, int count, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t descriptor, int add) {
+  int me = emulator::current, g = me % 32 / 4, t = me % 4;
+  Fragments* warp = fragments() + me / 32 * 32;
+  warp[me % 32] = {{a0, a1, a2, a3}, {}};
+  emulator::arrive(emulator::warps[me / 32]);
+  const uint32_t first = uint32_t(descriptor & 0x3fff) << 4, column = first % 128 / 2;
+  for (int i = 0; i < count; ++i) {
+    const int token = i / 4 * 8 + 2 * t + i % 2;
+    double sum = add ? *d[i] : 0;
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t x = warp[4 * g + k % 8 / 2].a[k / 8 * 2 + i % 4 / 2], piece = ((column + k) / 8) ^ (token % 8);
+      uint16_t y;
+      memcpy(&y, emulator::shared + first / 128 * 128 + token * 128 + piece * 16 + k % 8 * 2, 2);
+      sum += double(k % 2 ? high(x) : low(x)) * low(y);
+    }
+    *d[i] = float(sum);
+  }
+}
 }  // namespace ptx
+
+inline size_t __cvta_generic_to_shared(const void* p) { return (const unsigned char*)p - emulator::shared; }

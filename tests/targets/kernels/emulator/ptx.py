@@ -21,8 +21,15 @@ KNOWN = {
     "cvt.rn.bf16x2.f32 %0, %1, %2;": "pack_bf16x2",
     "cvt.rn.bf16x2.f32 %0, %1, %1;": "pack_bf16x2",
     "{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}": "unpack_f16x2",
+    "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;": "copy16",
 }
 """The function of each text of instructions."""
+
+ORDER = (
+    "", "cp.async.commit_group;", "cp.async.wait_group %0;", "fence.proxy.async.shared::cta;", "wgmma.fence.sync.aligned;",
+    "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;", "wgmma.wait_group.sync.aligned 1;",
+)  # fmt: skip
+"""What only says when something is done, where everything is done at once."""
 
 _STRING = r'"(?:[^"\\]|\\.)*"'
 _TOKEN = re.compile(rf'{_STRING}|[()]|[^"()]+')
@@ -55,6 +62,12 @@ def _call(inside: str) -> str:
     assert literals
     text = "".join(literal[1:-1] for literal in re.findall(_STRING, literals[0]))
     operands = list(_operands(inside))
+    if text in ORDER:
+        return ""
+    if "wgmma.mma_async.sync.aligned.m64n" in text:
+        count = len(operands) - 6  # sums, four registers of A, the descriptor of B, whether to add
+        sums = ", ".join(f"&({each})" for each in operands[:count])
+        return f"{{ float* sums[] = {{{sums}}}; ptx::wgmma(sums, {count}, {', '.join(operands[count:])}); }}"
     if text not in KNOWN:
         return f'ptx::unknown("{text}")'
     if text.endswith("%1, %1;"):

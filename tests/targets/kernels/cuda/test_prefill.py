@@ -1,0 +1,73 @@
+"""The kernels of many tokens, executed by the emulator: their numbers against float64 on the dequantised weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from moec.targets.kernels.cpu.activation_functions import ExpertActivation
+from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
+from moec.targets.kernels.cuda.experts_prefill import PrefillSpec, down_func, gate_up_func
+from moec.targets.kernels.cuda.product import Shape
+from moec.targets.kernels.cuda.sort import combine_func, most_tiles, sort_func
+from tests.targets.kernels import emulator
+from tests.targets.kernels.cuda.test_decode import relative, stack
+from tests.targets.kernels.run_cuda import CudaKernel
+
+pytestmark = pytest.mark.skipif(not emulator.available(), reason="no C++ compiler to emulate a GPU with")
+
+FORMATS = {
+    "folded": ("fp8_block128", "int4_g64_asym", "int8_g128", "fp8_block128", "bf16"),
+    "at the end": ("fp8_channel", "int8_channel", "int4_channel", "fp8_channel", "int3_channel_asym"),
+}
+
+
+def split(x: NDArray[np.float32], terms: int) -> NDArray[np.uint16]:
+    """x as bits of bfloat16 terms, rounded to nearest even: [terms, *x.shape]."""
+    parts, rest = [], x.copy()
+    for _ in range(terms):
+        bits = rest.view(np.uint32)
+        parts.append(((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16))
+        rest = rest - (parts[-1].astype(np.uint32) << 16).view(np.float32)
+    return np.stack(parts)
+
+
+def run(spec: PrefillSpec, x: NDArray[np.float32], ids: NDArray[Any], routing: NDArray[np.float32], up: Any, down: Any) -> NDArray[Any]:
+    """The layer's output [T, D]; `up` and `down` are arrays in order."""
+    layout, size, (tokens, top_k) = spec.layout, spec.shape.tokens, ids.shape
+    slots = tokens * top_k
+    most = most_tiles(slots, layout.experts, size)
+    sort = CudaKernel(sort_func(layout.experts, top_k, spec.ids_dtype, size, tokens))
+    order, places, tiles = sort(ids, outputs=[((slots,), "int32"), ((slots,), "int32"), ((most + 1, 4), "int32")])
+    shape = ((spec.shape.terms, slots, layout.padded_f), "uint16")
+    (hidden,) = CudaKernel(gate_up_func(spec))(split(x, spec.shape.terms), order, tiles, *up, outputs=[shape])
+    (y,) = CudaKernel(down_func(spec))(hidden, order, tiles, routing, *down, outputs=[((slots, layout.d), spec.dtype)])
+    (out,) = CudaKernel(combine_func(layout.d, top_k, spec.dtype, tokens))(y, places, outputs=[((tokens, layout.d), spec.dtype)])
+    return out
+
+
+@pytest.mark.parametrize(("kind", "shape", "limit"), [
+    ("folded", Shape(16, 1, 4, 2, multiprocessors=0), 2e-5),
+    ("folded", Shape(16, 2, 4, 1, exact=False, depth=3, multiprocessors=2), 8e-3),
+    ("at the end", Shape(16, 1, 3, 2, depth=2, multiprocessors=1), 2e-5),
+])  # fmt: skip
+def test_the_experts_of_many_tokens(kind: str, shape: Shape, limit: float) -> None:
+    rng = np.random.default_rng(0)
+    layout, top_k, tokens = ExpertsLayout(5, 264, 72, FORMATS[kind], FORMATS[kind]), 2, 21
+    spec = PrefillSpec(layout, ExpertActivation("silu"), tokens, top_k, shape=shape)
+    (up, up_weight), (down, down_weight) = stack(layout.gate_up, rng), stack(layout.down, rng)
+    x = rng.standard_normal((tokens, layout.d)).astype(np.float32)
+    ids = np.stack([rng.permutation(6)[:top_k] for _ in range(tokens)])  # 5 is skipped
+    ids[:, 0] = np.where(ids[:, 0] == 1, 2, ids[:, 0])  # one expert has more than a tile
+    routing = rng.random((tokens, top_k)).astype(np.float32)
+    found = run(spec, x, ids, routing, up.values(), down.values())
+    expected = np.zeros((tokens, layout.d))
+    for token, slot in np.ndindex(tokens, top_k):
+        if (expert := ids[token, slot]) < layout.experts:
+            y = (up_weight[expert] @ x[token].astype(np.float64)).reshape(-1, 2, 8)
+            gate, value = y[:, 0].reshape(-1)[: layout.f], y[:, 1].reshape(-1)[: layout.f]
+            expected[token] += routing[token, slot] * (down_weight[expert] @ (gate / (1 + np.exp(-gate)) * value))
+    assert relative(found, expected) < limit
