@@ -1,7 +1,7 @@
 """E4M3 as bfloat16, exactly, in CUDA source.
 
-The 7 bits of exponent and mantissa are moved to where bfloat16 has them, subnormal numbers included, and multiplied by 2^120, the difference
-of the biases, two numbers at a time. A word has the codes of two pairs: bytes 0 and 2, and bytes 1 and 3.
+The 7 bits of exponent and mantissa are moved to where bfloat16 has them, subnormal numbers included, and multiplied by 2^120, which is the
+difference of the biases, two numbers at a time. A word has the codes of two pairs: bytes 0 and 2, and bytes 1 and 3.
 """
 
 from __future__ import annotations
