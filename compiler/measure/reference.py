@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from moec.runtime.errors import MoecError
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout, Stack
-from moec.targets.kernels.cuda.layout import BLOCK, ROWS, FragmentLayout, planes
+from moec.targets.kernels.cuda.layout import BLOCK, ROWS, FragmentLayout
+from moec.targets.kernels.cuda.packing import PAIRS, packing, vectors
 
 Arrays = Mapping[str, Tensor]
 """The arrays of a stack by name; `codes` as int32, `values` as bfloat16."""
@@ -51,17 +52,16 @@ def matrix_codes(stack: Stack, arrays: Arrays, expert: int) -> Codes:
 
 def _lane_codes(layout: FragmentLayout, words: Tensor) -> Tensor:
     """The codes in a matrix's words: uint8 [n, k]."""
-    found: Tensor = torch.zeros((), dtype=torch.int32, device=words.device)
-    at = 0
-    for width, start in planes(layout.bits):
-        size = min(4, 2 * width)
-        part = words[..., at : at + 64 * width].reshape(layout.tiles, layout.blocks, 2 * width // size, 32, size).transpose(-3, -2)
-        own = part.reshape(layout.tiles, layout.blocks, 32, 2, width).transpose(-3, -2)  # [..., 2, 32 lanes, words]
-        shifts = (torch.arange(16 // width, device=words.device) * width)[:, None] + torch.tensor([0, 16], device=words.device)
-        bits = ((own[..., None, None] >> shifts.int()) & ((1 << width) - 1)) << start
-        found = found | bits.reshape(layout.tiles, layout.blocks, 2, 32, 32)
-        at += 64 * width
-    return _rows(found.reshape(layout.tiles, layout.blocks, 2, 8, 4, 8, 2, 2), layout).to(torch.uint8)
+    lead, bits = (layout.tiles, layout.blocks), layout.bits
+    own = torch.cat([words[..., 32 * f : 32 * (f + n)].reshape(*lead, 32, n) for f, n in vectors(bits)], -1)
+    rows = own.reshape(*lead, 32, 2, bits).transpose(-3, -2)  # [..., 2, 32 lanes, words]
+    found = torch.zeros(*lead, 2, 32, PAIRS, 2, dtype=torch.int32, device=words.device)
+    for pair, fields in enumerate(packing(bits)):
+        for field in fields:
+            for o in range(2):
+                part = (rows[..., field.word] >> (field.shift + field.at + 16 * o)) & ((1 << field.width) - 1)
+                found[..., pair, o] |= part << field.start
+    return _rows(found.reshape(*lead, 2, 8, 4, 8, 2, 2), layout).to(torch.uint8)
 
 
 def matrix(stack: Stack, arrays: Arrays, expert: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -74,10 +74,11 @@ def matrix(stack: Stack, arrays: Arrays, expert: int, dtype: torch.dtype = torch
     if layout.fp8 is not None:
         numbers = _lane_codes(layout, arrays["codes" + suffix][place]).view(torch.float8_e4m3fn).to(dtype)
         return numbers * _fp8_scales(layout, arrays["scale" + suffix][place]).to(dtype)
+    assert layout.integer is not None
     q = matrix_codes(stack, arrays, expert)
     group = q.group or layout.k
     out = torch.empty(layout.n, layout.k, dtype=dtype, device=q.codes.device)
-    middle = torch.full_like(q.scale, 1 << (q.bits - 1)) if q.zero is None else q.zero.to(q.scale.dtype)
+    middle = torch.full_like(q.scale, layout.integer.levels // 2) if q.zero is None else q.zero.to(q.scale.dtype)
     for begin in range(0, layout.n, 4096):  # of memory, not of speed
         rows = slice(begin, begin + 4096)
         wide = [x[rows].to(torch.float64).repeat_interleave(group, 1)[:, : layout.k] for x in (middle, q.scale)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tvm import tirx
@@ -10,7 +10,8 @@ from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, kernel, store, when
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
-from moec.targets.kernels.cuda.layout import BLOCK, ROWS, FragmentLayout, planes
+from moec.targets.kernels.cuda.layout import BLOCK, ROWS, FragmentLayout
+from moec.targets.kernels.cuda.packing import PAIRS
 
 THREADS = 128
 
@@ -32,21 +33,21 @@ def element(layout: FragmentLayout, weights: Mapping[str, Buffer], lead: tuple[E
         bits = T.shift_left(T.cast(weights["values"][(*lead, tile, block, at)], "uint32"), T.uint32(16))
         return T.reinterpret("float32", bits)
     pair = T.Bind(step * 2 + h)
-    code, begin = T.uint32(0), 0
-    for width, start in planes(layout.bits):
-        size = min(4, 2 * width)
-        word = half * width + pair // (16 // width)
-        packed = weights["codes"][(*lead, tile, block, begin + (word // size * 32 + lane) * size + word % size)]
-        shift = T.cast(pair % (16 // width) * width + o * 16, "uint32")
-        part = T.bitwise_and(T.shift_right(packed, shift), T.uint32((1 << width) - 1))
-        code = T.bitwise_or(code, T.shift_left(part, T.uint32(start)))
-        begin += 64 * width
+    words, bits = weights["codes"], layout.bits
+
+    def word(i: Expr) -> Expr:
+        """A word of the lane's row."""
+        own = T.Bind(half * bits + i)
+        count = T.min(4, 2 * bits - own // 4 * 4)
+        return words[(*lead, tile, block, own // 4 * 128 + lane * count + own % 4)]
+
+    code = _code(bits, word, pair, T.cast(o * 16, "uint32"))
     if layout.fp8 is not None:
         sign, size = T.bitwise_and(code, T.uint32(0x80)), T.bitwise_and(code, T.uint32(0x7F))
-        bits = T.cast(T.bitwise_or(T.shift_left(sign, T.uint32(8)), T.shift_left(size, T.uint32(7))), "uint16")
+        number = T.cast(T.bitwise_or(T.shift_left(sign, T.uint32(8)), T.shift_left(size, T.uint32(7))), "uint16")
         place = (tile, block, half) if layout.fp8.block else (tile, 0, g, 0, half)
         # as float16, whose bias is 8 more
-        return T.cast(T.reinterpret("float16", bits), "float32") * T.float32(2.0**8) * weights["scale"][(*lead, *place)]
+        return T.cast(T.reinterpret("float16", number), "float32") * T.float32(2.0**8) * weights["scale"][(*lead, *place)]
     group = column % BLOCK * layout.block_groups // BLOCK
     side = (*lead, tile, block // layout.scale_span, g, group, half)
     assert layout.integer is not None
@@ -54,6 +55,26 @@ def element(layout: FragmentLayout, weights: Mapping[str, Buffer], lead: tuple[E
     if not layout.integer.symmetric:
         zero = T.cast(weights["zero"][side], "int32")
     return T.cast(T.cast(code, "int32") - zero, "float32") * T.cast(weights["scale"][side], "float32")
+
+
+def _code(bits: int, word: Callable[[Expr], Expr], pair: Expr, high: Expr) -> Expr:
+    """The code of a pair that is at bit `high` of what its low one is at, as `packing` has it: side by side, but for 3 bits' last pair."""
+
+    def part(which: Expr, first: Expr, width: int) -> Expr:
+        return T.bitwise_and(T.shift_right(word(which), T.cast(first, "uint32") + high), T.uint32((1 << width) - 1))
+
+    if bits == 3:
+        rest = T.uint32(0)
+        for k in range(3):
+            rest = T.bitwise_or(rest, T.shift_left(part(k, 15, 1), T.uint32(k)))
+        return T.Select(pair == PAIRS - 1, rest, part(T.min(pair // 5, 2), pair % 5 * 3, 3))
+    code, first, start = T.uint32(0), 0, 0
+    for width in (8, 4, 2, 1):
+        if bits & width:
+            per = PAIRS // width
+            code = T.bitwise_or(code, T.shift_left(part(first + pair // per, pair % per * width, width), T.uint32(start)))
+            first, start = first + width, start + width
+    return code
 
 
 def embedding_func(layout: FragmentLayout, tokens: int | None, ids_dtype: str = "int64") -> tirx.PrimFunc:

@@ -115,24 +115,26 @@ def gate_up_func(spec: DecodeSpec) -> tirx.PrimFunc:
         with when(rank < routing.count):
             expert = T.Bind(routing.expert(rank))
             with when(expert >= 0):
-                for token in range(spec.tokens):
-                    with when(routing.slot_of(rank, token) >= 0):
-                        stage(staged, stride, token * spec.terms, spec.terms, x, token, thread, threads)
-                sync()
                 tile = T.Bind(part * tiles_here + warp // spec.splits)
                 share = T.Bind(warp % spec.splits)
                 columns = Columns(fragments)
+
+                def arrive() -> None:
+                    """The activations of the tokens that run the expert, in shared memory."""
+                    for token in range(spec.tokens):
+                        with when(routing.slot_of(rank, token) >= 0):
+                            stage(staged, stride, token * spec.terms, spec.terms, x, token, thread, threads)
+                    sync()
 
                 def load(b: Buffer, block: Expr, j: int) -> None:
                     for n in range(fragments):
                         column = T.min(n * 8 + lane // 4, spec.columns - 1)  # what the others compute is not used
                         read_words(at(b, 4 * n), at(staged, column * stride + block * 64 + j * 16 + lane % 4 * 4))
 
-                with when(tile < layout.f_tiles):
-                    start, stop = T.Bind(share * blocks // spec.splits), T.Bind((share + 1) * blocks // spec.splits)
-                    weights.stream(expert, tile, start, stop, lane, load, columns)
-                    for i in range(4 * fragments):
-                        store(partial, columns.sums[i], warp, i, lane)
+                start, stop = T.Bind(share * blocks // spec.splits), T.Bind((share + 1) * blocks // spec.splits)
+                weights.stream(expert, T.min(tile, layout.f_tiles - 1), start, stop, lane, load, columns, arrive)
+                for i in range(4 * fragments):
+                    store(partial, columns.sums[i], warp, i, lane)
                 if counts is not None:
                     with when(T.And(part == 0, thread == 0)):
                         count(counts, EXPERTS, sum(T.cast(routing.slot_of(rank, token) >= 0, "int32") for token in range(spec.tokens)))

@@ -7,18 +7,19 @@ register, where two of bfloat16 take four, and there are half as many products.
 
 A lane has 16 pairs of neighbouring columns of each of its rows: pair p is at columns 8 p + 2 t and 8 p + 2 t + 1 (`layout.py`). Register
 r < 8 of a row has the pairs p and p + d as bytes (p, p + d, p, p + d), the first two of the even columns, with p = r // d * 2 d + r % d.
-The distance d is what the narrowest plane of the codes gives for free: 8 over its bits.
+The distance d is the one at which codes that lie side by side in a word are a byte apart, 8 over their bits.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.intrinsics import call
-from moec.targets.kernels.cuda.layout import BLOCK, planes
+from moec.targets.kernels.cuda.layout import BLOCK
+from moec.targets.kernels.cuda.packing import Field, packing
 
 Expr = Any
 
@@ -76,7 +77,12 @@ def product(d: Expr, a: Expr, b0: Expr, b1: Expr) -> None:
 
 def distance(bits: int) -> int:
     """Between the two pairs that share a register."""
-    return 8 // planes(bits)[-1][0]
+    return 8 // bits if _side_by_side(bits) else 1
+
+
+def _side_by_side(bits: int) -> bool:
+    """Whether a byte has whole codes, in their order."""
+    return bits in (1, 2, 4, 8)
 
 
 def pair(register: Any, bits: int) -> Any:
@@ -85,35 +91,35 @@ def pair(register: Any, bits: int) -> Any:
     return register // d * (2 * d) + register % d
 
 
-@lru_cache(maxsize=16)
-def _codes_source(bits: int) -> str:
-    """Device function: the four A registers of step `n` from a lane's words."""
-    d = distance(bits)
-    lines = [
-        "#pragma unroll",
-        "  for (int i = 0; i < 4; ++i) {",
-        f"    const int half = i & 1, r = 2 * n + (i >> 1), p = r / {d} * {2 * d} + r % {d};",
-        "    unsigned int x = 0;",
-    ]
-    at = 0
-    for width, start in planes(bits):
-        mask, per = (((1 << width) - 1) << start) * 0x01010101, 16 // width
-        row = f"w + {at} + half * {width}"
-        word = f"({row})[p / {per}]"
-        if 8 // width != d:  # the two pairs are in two words
-            word = f"__byte_perm({word}, ({row})[(p + {d}) / {per}], {width} * (p % {per}) & 8 ? 0x7351 : 0x6240)"
-        lines += [
-            f"    {{ const unsigned int v = {word}; const int s = ({width} * (p % {per}) & 7) - {start};",
-            f"      x |= (s >= 0 ? v >> (s & 31) : v << (-s & 31)) & 0x{mask:08x}u; }}",
-        ]
-        at += 2 * width
-    body = "\n".join([*lines, "    a[i] = x;", "  }"])
-    return f"__device__ __forceinline__ void moec_bytes{bits}(unsigned int* a, const unsigned int* w, int n) {{\n{body}\n}}\n"
+@cache
+def _codes_source(bits: int, step: int) -> str:
+    """Device function: the four A registers of a step from a lane's words."""
+    lines = []
+    for i in range(4):
+        first = pair(2 * step + i // 2, bits)
+        if _side_by_side(bits):
+            (field,) = packing(bits)[first]
+            found = f"{_shifted(f'w[{i % 2 * bits + field.word}]', field.shift + field.at)} & 0x{((1 << bits) - 1) * 0x01010101:08x}u"
+        else:
+            pairs = enumerate((first, first + distance(bits)))
+            found = " | ".join(_byte(f"w[{i % 2 * bits + field.word}]", field, 8 * n) for n, p in pairs for field in packing(bits)[p])
+        lines.append(f"  a[{i}] = {found};\n")
+    return f"__device__ __forceinline__ void moec_bytes{bits}_{step}(unsigned int* a, const unsigned int* w) {{\n{''.join(lines)}}}\n"
+
+
+def _byte(word: str, field: Field, to: int) -> str:
+    """Bits of a pair of codes at their place in bytes of the low and of the high half."""
+    mask = field.mask >> field.at << field.shift + field.at
+    return _shifted(f"({word} & 0x{mask:08x}u)", field.shift + field.at - field.start - to)
+
+
+def _shifted(word: str, right: int) -> str:
+    return f"({word} >> {right})" if right >= 0 else f"({word} << {-right})"
 
 
 def codes(bits: int, a: Expr, words: Expr, step: int) -> None:
     """The A fragment [16, 32] of a step, as codes from 0 on, from the words that a lane holds of a block."""
-    call(f"moec_bytes{bits}", _codes_source(bits), a, words, step)
+    call(f"moec_bytes{bits}_{step}", _codes_source(bits, step), a, words)
 
 
 def group_steps(bits: int, groups: int) -> list[list[tuple[int, int, int]]]:

@@ -1,9 +1,8 @@
 """The few device functions that the kernels call, as CUDA source: loads, products on the tensor cores, and codes to bfloat16.
 
-Operands of the products are bfloat16 pairs in 32-bit registers. A code of up to 7 bits becomes bfloat16 by placing it in the mantissa
-of 128 and subtracting 128 + its zero point, which is exact; one of 8 bits passes through float32. Scales are applied to the sums of a
-group in float32, so that integer weights meet the activations without any rounding. E4M3 has its exponent and mantissa moved to where
-those of bfloat16 are, subnormal numbers included, and is multiplied by 2^120, the difference of the biases.
+Operands of the products are bfloat16 pairs in 32-bit registers. A code becomes bfloat16 in the mantissa of a power of 2 (`packing`), from
+which that power and its zero point are subtracted, which is exact. Scales are applied to the sums of a group in float32, so that integer
+weights meet the activations without any rounding. For E4M3 see `e4m3`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,9 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from moec.targets.kernels.cuda.layout import FragmentLayout, planes
+from moec.targets.kernels.cuda.e4m3 import E4M3
+from moec.targets.kernels.cuda.layout import FragmentLayout
+from moec.targets.kernels.cuda.packing import Field, packing
 
 Expr = Any
 
@@ -52,66 +53,74 @@ __device__ __forceinline__ void moec_mma(float* d, const unsigned int* a, unsign
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-#endif
-"""
-
-
-def mma(d: Expr, a: Expr, b0: Expr, b1: Expr) -> None:
-    """d[4] += A[16, 16] B[16, 8] on a warp's fragments."""
-    call("moec_mma", _MMA, d, a, b0, b1)
-
-
-_SUB = r"""
-#ifndef MOEC_SUB
-#define MOEC_SUB
-__device__ __forceinline__ unsigned int moec_sub(unsigned int x, unsigned int y) {
-  unsigned int d;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(x), "r"(0x3F803F80u), "r"(y ^ 0x80008000u));
-  return d;
-}
-#endif
-"""
-
-_WIDE = r"""
-#ifndef MOEC_WIDE
-#define MOEC_WIDE
-__device__ __forceinline__ unsigned int moec_pair8(unsigned int lo, unsigned int hi, float zero) {
-  unsigned int d;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(__uint_as_float(hi) - zero), "f"(__uint_as_float(lo) - zero));
-  return d;
+__device__ __forceinline__ void moec_mma_first(float* d, const unsigned int* a, unsigned int b0, unsigned int b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+    : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
 }
 #endif
 """
 
 
-@lru_cache(maxsize=64)
-def _dequantize_source(bits: int) -> str:
-    """Device function: the four A registers of step `i` from a lane's words; z: zero points of its two rows; stride: words of a row."""
-    lines = ["#pragma unroll", "  for (int r = 0; r < 4; ++r) {", "    const int half = r & 1, p = 2 * i + (r >> 1);"]
-    if bits == 8:
-        lines += [
-            "    const unsigned int x = w[half * stride + p / 2];",
-            "    const unsigned int lo = (p & 1) ? 0x7441 : 0x7440, hi = (p & 1) ? 0x7443 : 0x7442;",
-            "    a[r] = moec_pair8(__byte_perm(x, 0x4B000000u, lo), __byte_perm(x, 0x4B000000u, hi), 8388608.f + (float)(half ? z1 : z0));",
-        ]
-        helpers = _WIDE
-    else:
-        lines.append("    unsigned int x = 0x43004300u;")
-        at = 0
-        for width, start in planes(bits):
-            mask = ((1 << width) - 1) << start
-            per = 16 // width
-            lines += [
-                f"    {{ const unsigned int v = w[{at} + half * {width} + p / {per}]; const int s = {width} * (p % {per}) - {start};",
-                f"      x |= (s >= 0 ? v >> (s & 31) : v << (-s & 31)) & 0x{mask * 0x10001:08x}u; }}",
-            ]
-            at += 2 * width
-        lines.append("    a[r] = moec_sub(x, 0x43004300u | ((half ? z1 : z0) * 0x10001u));")
-        helpers = _SUB
-    body = "\n".join([*lines, "  }"])
-    arguments = "unsigned int* a, const unsigned int* w, int i, unsigned int z0, unsigned int z1, int stride"
-    head = f"__device__ __forceinline__ void moec_codes{bits}({arguments})"
-    return f"{helpers}{head} {{\n{body}\n}}\n"
+def mma(d: Expr, a: Expr, b0: Expr, b1: Expr, first: bool = False) -> None:
+    """d[4] += A[16, 16] B[16, 8] on a warp's fragments; where it is the first product, d is only written."""
+    call("moec_mma_first" if first else "moec_mma", _MMA, d, a, b0, b1)
+
+
+_CODES = r"""
+#ifndef MOEC_CODES
+#define MOEC_CODES
+__device__ __forceinline__ unsigned int moec_pick(unsigned int x, unsigned int mask, unsigned int y) {  // (x & mask) | y
+  unsigned int d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(x), "r"(mask), "r"(y));
+  return d;
+}
+__device__ __forceinline__ unsigned int moec_pick_not(unsigned int x, unsigned int mask, unsigned int y) {  // (~x & mask) | y
+  unsigned int d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xAE;" : "=r"(d) : "r"(x), "r"(mask), "r"(y));
+  return d;
+}
+__device__ __forceinline__ unsigned int moec_add(unsigned int x, unsigned int y) {
+  unsigned int d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(x), "r"(0x3F803F80u), "r"(y));
+  return d;
+}
+#endif
+"""
+
+
+@lru_cache(maxsize=256)
+def _codes_source(name: str, bits: int, step: int, stride: int, middle: int | None) -> str:
+    """Device function: the four A registers of a step from a lane's words, zero points subtracted.
+
+    Args:
+        stride: words of a row.
+        middle: the zero point of all, None for z[2], those of the lane's rows.
+    """
+    lines = []
+    for r in range(4):
+        row, fields = r % 2, packing(bits)[2 * step + r // 2]
+        zero = str(middle) if middle is not None else f"z{row}"
+
+        def word(field: Field, row: int = row) -> str:
+            text = f"w[{row * stride + field.word}]"
+            return f"({text} >> {field.shift})" if field.shift > 0 else f"({text} << {-field.shift})" if field.shift else text
+
+        if bits == 8:  # 128 + 7 bits, less 128, or 256 where the last bit is not set
+            x = word(fields[0])
+            made = f"moec_add(moec_pick({x}, 0x007F007Fu, 0x43004300u), moec_pick_not({x}, 0x00800080u, 0xC300C300u))"
+            if middle is None:
+                made = f"moec_add({made}, (__float_as_uint((float)(128 - (int){zero})) >> 16) * 0x10001u)"
+        else:
+            place = fields[0].at - fields[0].start
+            magic = (0x4300 - (place << 7)) * 0x10001  # 2 ** (7 - place)
+            made = f"0x{magic:08X}u"
+            for field in fields:
+                made = f"moec_pick({word(field)}, 0x{field.mask:08X}u, {made})"
+            made = f"moec_add({made}, 0x{magic | 0x80008000:08X}u | (({zero}) << {place}) * 0x10001u)"
+        lines.append(f"  a[{r}] = {made};")
+    zeros = ", unsigned int z0, unsigned int z1" if middle is None else ""
+    head = f"__device__ __forceinline__ void {name}(unsigned int* a, const unsigned int* w{zeros})"
+    return f"{_CODES}{head} {{\n" + "\n".join(lines) + "\n}\n"
 
 
 _VALUES = r"""
@@ -151,10 +160,13 @@ def dequantize(layout: FragmentLayout, a: Expr, words: Expr, step: int, zeros: t
     if layout.coded is None:
         call("moec_values", _VALUES, a, words, step)
     elif layout.integer is None:
-        call("moec_e4m3", _E4M3, a, words, step, layout.bits // units)
+        call("moec_e4m3", E4M3, a, words, step, layout.bits // units)
     else:
-        bits = layout.integer.bits
-        call(f"moec_codes{bits}", _dequantize_source(bits), a, words, step, *zeros, bits // units)
+        integer = layout.integer
+        middle, stride = integer.levels // 2 if integer.symmetric else None, integer.bits // units
+        name = f"moec_codes{integer.bits}_{'z' if middle is None else middle}_{step}_{stride}"
+        source = _codes_source(name, integer.bits, step, stride, middle)
+        call(name, source, a, words, *(zeros if middle is None else ()))
 
 
 _SCALE = r"""

@@ -8,10 +8,8 @@ loads and hands it to the tensor cores without passing it through shared memory 
 Floating-point formats keep `values` uint16 [..., N/16, K/128, 2048]: for each j and each of the two rows, 8 values of every lane.
 
 Integer formats keep `codes` uint32 [..., N/16, K/128, 64 * bits], `scale` float16 [..., N/16, S, 8, B, 2] and, where asymmetric, `zero`
-uint8 of the same shape: B = 128 / G groups of a block (1 where G >= 128), S blocks of scales, for rows g and g + 8 together. A code is
-cut into planes of 8, 4, 2 or 1 bits, low bits in the widest plane (3 = 2 + 1). In a plane of w bits a lane has w words a row, and
-the i-th pair (o = 0, 1) of a word is at bits w i of its low and of its high half: `(word >> w i) & 0x000m000m`. Ternary codes take a
-plane of 2 bits.
+uint8 of the same shape: B = 128 / G groups of a block (1 where G >= 128), S blocks of scales, for rows g and g + 8 together. A lane has
+`bits` words of each of its two rows; `packing` says which bits of which word a code is. Ternary codes are those of 2 bits.
 
 fp8 formats keep their codes like those of 8 bits, and `scale` float32: [..., N/16, 1, 8, 1, 2], as integers do, of `fp8_channel`, and
 [..., N/16, K/128, 2], for rows g and for rows g + 8 of a tile, of `fp8_block128`.
@@ -22,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +29,7 @@ from moec.runtime.errors import MoecError
 from moec.runtime.formats import Scales, get_format
 from moec.runtime.formats.fp8 import Fp8Format
 from moec.runtime.formats.int import IntFormat
+from moec.targets.kernels.cuda.packing import pack, unpack
 
 ROWS = 16  # of a tile
 BLOCK = 128  # columns of a block
@@ -44,21 +43,6 @@ Arrays = Mapping[str, NDArray[np.generic]]
 def ceil_div(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
-
-
-def planes(bits: int) -> list[tuple[int, int]]:
-    """(width, first bit) of the planes that a code is cut into.
-
-    >>> planes(4), planes(3)
-    ([(4, 0)], [(2, 0), (1, 2)])
-    """
-    found = []
-    start = 0
-    for width in (8, 4, 2, 1):
-        if bits & width:
-            found.append((width, start))
-            start += width
-    return found
 
 
 @dataclass(frozen=True)
@@ -182,10 +166,9 @@ class FragmentLayout:
         assert self.coded is not None
         assert (codes.shape[-2:], scale.shape[-2:]) == ((self.n, self.k), (self.n, self.groups))
         lanes = _to_lanes(_padded(codes, self.tiles * ROWS, self.blocks * BLOCK))
-        words = [_pack_plane(lanes, *plane) for plane in planes(self.bits)]
         kind = np.float16 if integer else np.float32
         sides = self._half_tiles(scale) if self.fp8 and self.fp8.block else self._sides(scale.astype(kind))
-        arrays = {"codes": np.concatenate(words, axis=-1), "scale": sides}
+        arrays = {"codes": pack(lanes, self.bits), "scale": sides}
         if not self.coded.symmetric:
             assert zero is not None
             arrays["zero"] = self._sides(zero)
@@ -194,11 +177,7 @@ class FragmentLayout:
     def untile(self, arrays: Arrays) -> tuple[NDArray[np.uint8], Scales, NDArray[np.uint8]]:
         """The inverse of `tile` (symmetric: zero points are constant)."""
         integer = self.integer
-        codes: NDArray[np.uint8] = np.zeros((), np.uint8)
-        at = 0
-        for width, start in planes(self.bits):
-            codes = codes | _unpack_plane(arrays["codes"].view(np.uint32)[..., at : at + 64 * width], width, start)
-            at += 64 * width
+        codes = unpack(arrays["codes"].view(np.uint32), self.bits)
         rows = np.ascontiguousarray(_from_lanes(codes)[..., : self.n, : self.k])
         if integer is None:
             wide = self._of_half_tiles(arrays["scale"]) if self.fp8 and self.fp8.block else self._rows(arrays["scale"])
@@ -270,25 +249,3 @@ def _from_lanes(x: NDArray[Scalar]) -> NDArray[Scalar]:
     count = len(lead)
     order = [*range(count), *(count + i for i in (0, 2, 3, 1, 5, 6, 4, 7))]
     return parts.transpose(order).reshape(*lead, tiles * ROWS, blocks * BLOCK)
-
-
-def _pack_plane(lanes: NDArray[np.generic], width: int, start: int) -> NDArray[np.uint32]:
-    """Bits start..start+width of codes [..., 2, 32, 32] -> words [..., 64 width] as lanes load them, 16 bytes (width 1: 8) at a time."""
-    bits = (lanes.astype(np.uint32) >> np.uint32(start)) & np.uint32((1 << width) - 1)
-    pairs = bits.reshape(*bits.shape[:-1], width, 16 // width, 2)
-    shifts = (np.arange(16 // width, dtype=np.uint32) * width)[:, None] + np.array([0, 16], np.uint32)
-    words = np.bitwise_or.reduce(pairs << shifts, axis=(-1, -2))  # [..., 2, 32, width]
-    own = np.moveaxis(words, -3, -2)  # [..., 32, 2, width]: the words of a lane
-    size = min(4, 2 * width)
-    vectors = own.reshape(*own.shape[:-2], 2 * width // size, size)
-    return np.ascontiguousarray(np.moveaxis(vectors, -2, -3)).reshape(*own.shape[:-3], 64 * width)
-
-
-def _unpack_plane(words: NDArray[np.unsignedinteger[Any]], width: int, start: int) -> NDArray[np.uint8]:
-    """The inverse of `_pack_plane`: codes [..., 2, 32, 32] with bits start..start+width set."""
-    size = min(4, 2 * width)
-    own = np.moveaxis(words.reshape(*words.shape[:-1], 2 * width // size, 32, size), -3, -2)
-    halves = np.moveaxis(own.reshape(*own.shape[:-2], 2, width), -2, -3)  # [..., 2, 32, width]
-    shifts = (np.arange(16 // width, dtype=np.uint32) * width)[:, None] + np.array([0, 16], np.uint32)
-    bits = (halves[..., None, None] >> shifts) & np.uint32((1 << width) - 1)
-    return (bits << np.uint32(start)).astype(np.uint8).reshape(*halves.shape[:-1], 32)

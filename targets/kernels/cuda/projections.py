@@ -9,8 +9,8 @@ A small matrix is limited by latency, not by bandwidth, so what counts is the ch
  1. Weights are asked for first, and so are the norm's; they are on their way while the kernel before this one still runs.
  2. Each warp reads the columns of x that it multiplies and stages them, times the norm's weight but not yet divided by the row's length,
     which divides the results instead, so that no warp waits for another.
- 3. Activations are integers of 24 bits, and codes meet them exactly as bytes (`fixed_point.py`): where they became bfloat16, that took longer
-    than the weights took to arrive. Weights in bfloat16 meet activations of two terms of bfloat16.
+ 3. Activations are integers of 24 bits, and codes meet them exactly as bytes (`fixed_point.py`): where they became bfloat16, that took
+    longer than the weights took to arrive. Weights in bfloat16 meet activations of two terms of bfloat16.
  4. The warps of a block share the columns out (`splits`), and each multiplies several tiles of rows at once, so that one product waits for
     none before it; their sums meet in shared memory at the one barrier, and a thread adds up and writes an output.
 

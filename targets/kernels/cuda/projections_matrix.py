@@ -58,7 +58,8 @@ class Matrices:
         outs: Sequence[Buffer],
     ) -> None:  # fmt: skip
         self.spec, self.members = spec, members
-        self._arrays, self._biases, self._outs = ([x[i] for i in members] for x in (arrays, biases, outs))
+        self._arrays, self._biases = [arrays[i] for i in members], [biases[i] for i in members]
+        self._outs = [outs[i] for i in members]
         self._layouts = [spec.matrices[i].layout for i in members]
         self._layout = max(self._layouts, key=lambda layout: layout.n)
         self._words, self._groups = self._layout.block_words // 32, self._layout.block_groups

@@ -168,12 +168,11 @@ def _effective(layer: Layer, options: Options) -> Options:
 def _all(kernel: str, layer: Layer) -> list[Options]:
     if kernel == "gate_up":
         return [
-            {"warps": warps, "splits": splits, "unroll": unroll, "residency": residency}
-            for residency, warps, splits, unroll in product((0, 2), (4, 8, 16), (2, 4, 8), (64, 128))
-            if splits <= warps
+            {"warps": warps, "splits": splits, "unroll": unroll, "residency": 0}
+            for (warps, splits), unroll in product(((4, 2), (4, 4), (8, 2), (8, 4), (8, 8), (16, 4)), (64, 128))
         ]
     if kernel == "down":
-        return [{"down_warps": warps, "down_unroll": unroll} for warps, unroll in product((8, 16, 32), (32, 64, 128))]
+        return [{"down_warps": warps, "down_unroll": unroll} for warps, unroll in product((16, 32), (32, 64, 128))]
     return [dict(zip(PREFILL_OPTIONS, shape, strict=True)) | {"terms": layer.terms} for shape in PREFILL]
 
 

@@ -66,7 +66,6 @@ class Loop(Fetch):
     sinks: Buffer | None
     weights: Buffer
     corrections: Buffer
-    sinks: Buffer | None
     part: Expr
 
     def _layout(self) -> None:

@@ -10,7 +10,8 @@ from tvm.tirx.script import builder as T
 from moec.targets.kernels.cuda.emit import Buffer, Expr, argument, at, const, store, when
 from moec.targets.kernels.cuda.experts_layout import Stack
 from moec.targets.kernels.cuda.intrinsics import bf16_factors, load_words, term, widen
-from moec.targets.kernels.cuda.layout import FragmentLayout, planes
+from moec.targets.kernels.cuda.layout import FragmentLayout
+from moec.targets.kernels.cuda.packing import vectors
 
 
 class Stored:
@@ -38,13 +39,9 @@ class Stored:
                 source = at(self._buffers["codes"], place, tile, block, 128 * (2 * half + unit) + lane * 4)
                 load_words(at(words, first + 4 * half), source, 4, self.early)
         else:
-            begin, done = 0, 0
-            for width, _ in planes(layout.bits):
-                count = min(4, 2 * width)
-                for v in range(2 * width // count):
-                    source = at(self._buffers["codes"], place, tile, block, begin + v * 32 * count + lane * count)
-                    load_words(at(words, first + done + v * count), source, count, self.early)
-                begin, done = begin + 64 * width, done + 2 * width
+            for done, count in vectors(layout.bits):
+                source = at(self._buffers["codes"], place, tile, block, 32 * done + lane * count)
+                load_words(at(words, first + done), source, count, self.early)
 
     def fetch_scales(self, sides: Buffer, first: int, place: Expr, tile: Expr, block: Expr, lane: Expr) -> None:
         """Ask for the scales of a block, a pair of float16 for each group of a lane's two rows or two float32; bf16 has none."""

@@ -138,14 +138,13 @@ class _Stream(Stored):
         for j in range(4):  # all before the first product, which waits for one of them only
             load(b[j], block, j)
         for group in range(groups):
-            for i in range(4 * columns.count):
-                store(parts, const(0.0, "float32"), i)
             zeros = self.zeros(place, tile, block, lane, group)
-            for step in range(group * STEPS // groups, (group + 1) * STEPS // groups):
+            begin = group * STEPS // groups
+            for step in range(begin, (group + 1) * STEPS // groups):
                 dequantize(layout, at(a, 0), at(words, u * self.lane_words), step, zeros)
                 for n in range(columns.count):
                     first = 4 * n + 2 * (step % 2)
-                    mma(at(parts, 4 * n), at(a, 0), b[step // 2][first], b[step // 2][first + 1])
+                    mma(at(parts, 4 * n), at(a, 0), b[step // 2][first], b[step // 2][first + 1], step == begin)
             if layout.coded is not None:
                 self.scales(scales, sides, u * layout.side_words, group)
             columns.add(parts, scales if layout.coded is not None else None)

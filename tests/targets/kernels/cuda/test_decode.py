@@ -19,7 +19,11 @@ from tests.targets.kernels.run_cuda import CudaKernel
 
 pytestmark = pytest.mark.skipif(not emulator.available(), reason="no C++ compiler to emulate a GPU with")
 
-FORMATS = ["bf16", "int8_g32", "int4_g128", "int4_g32_asym", "int3_channel", "int2_g64", "fp8_channel", "fp8_block128"]
+FORMATS = [
+    "bf16", "int8_g32", "int8_g128_asym", "int7_channel", "int6_g64_asym", "int5_g128_asym", "int4_g128", "int4_g32_asym", "int3_channel",
+    "int3_g32_asym", "int2_g64", "int2_channel_asym", "int1_g128_asym", "ternary_g64",
+    "fp8_channel", "fp8_block128",
+]  # fmt: skip
 
 
 def relative(found: NDArray[Any], expected: NDArray[Any]) -> float:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from moec.runtime.errors import MoecError
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout, Stack
-from moec.targets.kernels.cuda.layout import BLOCK, ROWS, FragmentLayout, planes
+from moec.targets.kernels.cuda.layout import BLOCK, ROWS, FragmentLayout
+from moec.targets.kernels.cuda.packing import MANTISSA, PAIRS, packing
 
 GROUPS = ("g16", "g32", "g64", "g128", "g256", "channel")
 FORMATS = [f"int{bits}_{group}{end}" for bits in range(1, 9) for group in GROUPS for end in ("", "_asym")]
@@ -93,9 +94,13 @@ def test_a_lane_has_the_numbers_that_the_tensor_core_wants() -> None:
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_planes_add_up(bits: int) -> None:
-    assert sum(width for width, _ in planes(bits)) == bits
-    assert [start for _, start in planes(bits)] == [sum(w for w, _ in planes(bits)[:i]) for i in range(len(planes(bits)))]
+def test_every_bit_of_a_word_is_used_once(bits: int) -> None:
+    found = [(f.word, f.shift + f.at + i) for fields in packing(bits) for f in fields for i in range(f.width)]
+    assert len(packing(bits)) == PAIRS and sorted(found) == [(w, b) for w in range(bits) for b in range(16)]
+    for fields in packing(bits):
+        assert len({f.at - f.start for f in fields}) == 1
+        assert all(f.at >= 0 and f.at + f.width <= (8 if bits == 8 else MANTISSA) for f in fields)
+        assert sorted(f.start + i for f in fields for i in range(f.width)) == list(range(bits))
 
 
 @pytest.mark.parametrize(("n", "k", "name"), [(16, 128, "f8"), (16, 128, "int4_g48"), (16, 12, "int4_g64")])

@@ -24,7 +24,8 @@ def check(spec: ProjectionsSpec, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     norm, k = spec.norm, spec.k
     row, inputs, results = row_of(norm, k, rng)
-    arrays, biases, expected, outputs = [], [], [], [(1, k)] * len(results)
+    arrays: list[NDArray[Any]] = []
+    biases, expected, outputs = [], [], [(1, k)] * len(results)
     for matrix in spec.matrices:
         parts, weight = packed(matrix.layout, rng)
         arrays += parts.values()

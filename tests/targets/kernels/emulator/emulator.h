@@ -132,11 +132,6 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   for (int i = 0; i < 4; ++i) found |= unsigned(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
   return found;
 }
-inline unsigned __reduce_max_sync(unsigned, unsigned x) {
-  unsigned most = 0;
-  for (int lane = 0; lane < 32; ++lane) most = std::max(most, emulator::exchange(x, lane));
-  return most;
-}
 template <typename T> T __ldg(const T* p) { return *p; }
 template <typename T> T atomicAdd(T* p, T x) { T old = *p; *p += x; return old; }
 inline unsigned atomicInc(unsigned* p, unsigned most) { unsigned old = *p; *p = old >= most ? 0 : old + 1; return old; }

@@ -16,6 +16,8 @@ inline uint32_t pack(double low, double high) {
 inline void fma_bf16x2(uint32_t& d, uint32_t a, uint32_t b, uint32_t c) {  // a product of bfloat16 is exact in double
   d = pack(double(low(a)) * low(b) + low(c), double(high(a)) * high(b) + high(c));
 }
+inline void pick(uint32_t& d, uint32_t x, uint32_t mask, uint32_t y) { d = (x & mask) | y; }
+inline void pick_not(uint32_t& d, uint32_t x, uint32_t mask, uint32_t y) { d = (~x & mask) | y; }
 inline void pack_bf16x2(uint32_t& d, float upper, float lower) { d = pack(lower, upper); }
 inline void unpack_f16x2(float& lower, float& upper, uint32_t pair) {
   half parts[2];
@@ -89,6 +91,11 @@ inline void wgmma(float** d, int count, uint32_t a0, uint32_t a1, uint32_t a2, u
     }
     *d[i] = float(sum);
   }
+}
+inline void mma_first(float& d0, float& d1, float& d2, float& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
+                      float c) {
+  d0 = d1 = d2 = d3 = c;
+  mma(d0, d1, d2, d3, a0, a1, a2, a3, b0, b1);
 }
 }  // namespace ptx
 

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 
 KNOWN = {
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};": "mma",
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};": "mma_first",
+    "lop3.b32 %0, %1, %2, %3, 0xEA;": "pick",
+    "lop3.b32 %0, %1, %2, %3, 0xAE;": "pick_not",
     "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};": "mma",
     **{
         f"ld.global{kind}.L1::no_allocate.{vector}": "load"
