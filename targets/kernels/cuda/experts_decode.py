@@ -25,6 +25,8 @@ from moec.targets.kernels.cuda.layout import BLOCK, ROWS, ceil_div
 from moec.targets.kernels.cuda.routing import NONE, Routing
 from moec.targets.kernels.cuda.stream import PADDING, Columns, Weights, in_order, stage
 
+MOST_AHEAD = 16  # warps of a block, beyond which registers are too few for the activations of several blocks
+
 
 @dataclass(frozen=True)
 class DecodeSpec:
@@ -218,15 +220,17 @@ def down_func(spec: DecodeSpec) -> tirx.PrimFunc:
         hidden = argument("hidden", spec.hidden_shape, "uint32")
         ids = argument("ids", (spec.tokens, spec.top_k), spec.ids_dtype)
         routing_weights = argument("weights", (spec.tokens, spec.top_k), "float32")
-        weights = Weights(stack, "down_", spec.down_unroll)
+        weights = Weights(stack, "down_", spec.down_unroll, ahead=fragments == 1 and warps <= MOST_AHEAD)
         bias = argument("down_bias", (layout.experts, layout.d), "float32") if spec.biases else None
         return hidden, ids, routing_weights, weights, bias, argument("out", (spec.tokens, layout.d), spec.dtype)
 
     def body(operands: tuple[Buffer, Buffer, Buffer, Weights, Buffer | None, Buffer], memory: Shared, tile: Expr, thread: Expr) -> None:
         hidden, ids, routing_weights, weights, bias, out = operands
+        grid_launch()
         warp, lane = T.Bind(thread // 32), T.Bind(thread % 32)
         partial = memory.take((warps, 4 * fragments, 32), "float32")
-        routing = Routing(ids, layout.experts, memory, thread, threads)  # written by the kernel before the last one
+        # gate_up has waited for what wrote the ids, before it let this kernel begin.
+        routing = Routing(ids, layout.experts, memory, thread, threads)
         factors = local(2 * fragments, "float32")
         columns = Columns(fragments, factors)
         total = T.Bind(routing.count * blocks)
@@ -262,7 +266,6 @@ def down_func(spec: DecodeSpec) -> tirx.PrimFunc:
         for i in range(4 * fragments):
             store(partial, columns.sums[i], warp, i, lane)
         grid_wait()
-        grid_launch()
         sync()
         with strided(thread, 128 * fragments, threads) as i:
             _write(spec, partial, routing_weights, bias, out, routing, tile, i)

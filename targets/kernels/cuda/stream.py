@@ -77,11 +77,12 @@ class Weights(Classes["_Stream"]):
 
     Args:
         unroll: blocks that are under way at a time, so many for each format: `unroll` bytes of a lane.
+        ahead: B of all these blocks is read before the first product, for B that is far away.
     """
 
-    def __init__(self, stack: Stack, prefix: str, unroll: int) -> None:
+    def __init__(self, stack: Stack, prefix: str, unroll: int, ahead: bool = False) -> None:
         super().__init__(stack, prefix, _Stream)
-        self._bytes = unroll
+        self._bytes, self._ahead = unroll, ahead
 
     def stream(
         self, expert: Expr, tile: Expr, start: Expr, stop: Expr, lane: Expr, load: LoadB, columns: Columns,
@@ -92,11 +93,14 @@ class Weights(Classes["_Stream"]):
         Args:
             loaded: called once the first loads of weights are under way, before B is read.
         """
-        self.each(expert, lambda found, place: found.stream(place, tile, start, stop, lane, load, columns, loaded, self._bytes))
+        options = loaded, self._bytes, self._ahead
+        self.each(expert, lambda found, place: found.stream(place, tile, start, stop, lane, load, columns, *options))
 
 
 class _Stream(Stored):
     """The arrays of the experts of one format."""
+
+    early = True  # otherwise the compiler asks for some of them after the barriers
 
     @property
     def lane_words(self) -> int:
@@ -105,7 +109,7 @@ class _Stream(Stored):
 
     def stream(
         self, place: Expr, tile: Expr, start: Expr, stop: Expr, lane: Expr, load: LoadB, columns: Columns,
-        loaded: Callable[[], None] | None, size: int,
+        loaded: Callable[[], None] | None, size: int, ahead: bool,
     ) -> None:  # fmt: skip
         depth = max(1, min(size // (4 * self.lane_words), self.layout.blocks))
         words = local(depth * self.lane_words, "uint32")
@@ -116,10 +120,13 @@ class _Stream(Stored):
         if loaded is not None:
             loaded()
         with T.serial((stop - start + depth - 1) // depth) as turn:
+            first = T.Bind(start + turn * depth)
+            fragments = [self._load(first + u, stop, load, columns) for u in range(depth)] if ahead else None
             for u in range(depth):
-                block = T.Bind(start + turn * depth + u)
+                block = T.Bind(first + u)
                 with when(block < stop):
-                    self._multiply(words, sides, u, place, tile, block, lane, load, columns)
+                    b = self._load(block, None, load, columns) if fragments is None else fragments[u]
+                    self._multiply(words, sides, u, place, tile, block, lane, b, columns)
                     with when(block + depth < stop):
                         self._fetch(words, sides, u, place, tile, block + depth, lane)
 
@@ -128,15 +135,21 @@ class _Stream(Stored):
         self.fetch(words, u * self.lane_words, place, tile, block, lane)
         self.fetch_scales(sides, u * self.layout.side_words, place, tile, block, lane)
 
+    @staticmethod
+    def _load(block: Expr, stop: Expr | None, load: LoadB, columns: Columns) -> list[Buffer]:
+        """Ask for B of a block, if that is in front of `stop`."""
+        b = [local(4 * columns.count, "uint32") for _ in range(4)]
+        with when(T.bool(True) if stop is None else block < stop):
+            for j in range(4):  # all before the first product, which waits for one of them only
+                load(b[j], block, j)
+        return b
+
     def _multiply(
-        self, words: Buffer, sides: Buffer, u: int, place: Expr, tile: Expr, block: Expr, lane: Expr, load: LoadB, columns: Columns
+        self, words: Buffer, sides: Buffer, u: int, place: Expr, tile: Expr, block: Expr, lane: Expr, b: list[Buffer], columns: Columns
     ) -> None:
         """Add the product with one block."""
         layout, groups = self.layout, self.layout.block_groups
         parts, a, scales = local(4 * columns.count, "float32"), local(4, "uint32"), local(2, "float32")
-        b = [local(4 * columns.count, "uint32") for _ in range(4)]
-        for j in range(4):  # all before the first product, which waits for one of them only
-            load(b[j], block, j)
         for group in range(groups):
             zeros = self.zeros(place, tile, block, lane, group)
             begin = group * STEPS // groups
