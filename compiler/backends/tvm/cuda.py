@@ -24,6 +24,7 @@ from moec.compiler.ir import Graph
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cpu.experts_layout import Factors
 from moec.targets.kernels.cuda import pipeline, plain
+from moec.targets.kernels.cuda.arrival import SEMAPHORES
 from moec.targets.kernels.cuda.attention import PAGE, attention, attention_step, page_shapes
 from moec.targets.kernels.cuda.embedding import embedding_func
 from moec.targets.kernels.cuda.experts import experts
@@ -33,6 +34,7 @@ from moec.targets.kernels.cuda.linear import linear
 from moec.targets.kernels.cuda.norm import norm_func
 from moec.targets.kernels.cuda.rope import rope_func
 from moec.targets.kernels.cuda.router import router_func, topk_func
+from moec.targets.kernels.cuda.routing_step import RoutingSpec, routing_step_func
 from moec.targets.kernels.cuda.skip import skip_func
 from moec.targets.kernels.cuda.step import step_func
 from moec.targets.kernels.cuda.step_spec import StepOptions, StepSpec
@@ -93,6 +95,13 @@ class CudaKernels:
             "router", (spec, tokens), lambda: router_func(spec, tokens), inputs, (shape, "float32"), (shape, "int64")
         )
 
+    def routing_step(self, spec: RoutingSpec, inputs: Sequence[Expr]) -> list[Expr]:
+        """The inputs and results of `routing_step_func`."""
+        product, slots = spec.product, [1, spec.router.top_k]
+        rows = int(product.norm is not None and product.norm.residual) + product.written
+        outs = *[([1, product.k], "float32")] * rows, ([1, spec.router.experts], "float32"), (slots, "float32"), (slots, "int64")
+        return self.functions.call("routing_step", spec, lambda: routing_step_func(spec), inputs, *outs)
+
     def skip(self, spec: SkipSpec, inputs: Sequence[Expr]) -> list[Expr]:
         tokens, shape = static(inputs[0]), [count_of(inputs[0]), spec.top_k]
         return self.functions.call("skip", (spec, tokens), lambda: skip_func(spec, tokens), inputs, (shape, "float32"), (shape, "int64"))
@@ -137,7 +146,7 @@ class CudaPlatform:
     page_tokens = PAGE
     cache_dtype = "float32"
     counted = True
-    semaphores = 256
+    semaphores = SEMAPHORES
     tir_pipeline = pipeline.NAME
 
     def __init__(self, described: Mapping[str, Any]) -> None:

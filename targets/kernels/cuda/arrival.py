@@ -7,6 +7,9 @@ from tvm.tirx.script import builder as T
 from moec.targets.kernels.cuda.emit import Buffer, Expr, at
 from moec.targets.kernels.cuda.intrinsics import call
 
+SEMAPHORES = 256
+"""int32 of the array that the kernels of a stream share."""
+
 _ARRIVE = r"""
 #ifndef MOEC_ARRIVE
 #define MOEC_ARRIVE

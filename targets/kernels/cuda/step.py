@@ -11,13 +11,13 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from moec.targets.kernels.cuda.arrival import last_arrival
+from moec.targets.kernels.cuda.arrival import SEMAPHORES, last_arrival
 from moec.targets.kernels.cuda.attention_parts import load4, page_shapes
 from moec.targets.kernels.cuda.emit import WARP, Buffer, Expr, Shared, argument, at, kernel, local, store, sync, when
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import ceil_div
 from moec.targets.kernels.cuda.step_loop import LOWEST, Loop, lanes_sum
-from moec.targets.kernels.cuda.step_spec import SEMAPHORES, SHARE, StepOptions, StepSpec, padded
+from moec.targets.kernels.cuda.step_spec import SHARE, StepOptions, StepSpec, padded
 from moec.targets.kernels.specs import NormSpec
 
 TOGETHER = 8  # parts that are read at a time

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moec.compiler.backends.tvm.fusion import Fusion, disjoint
-from moec.compiler.backends.tvm.fusions import attention
+from moec.compiler.backends.tvm.fusions import attention, routing
 from moec.compiler.ir import Graph
 
-MATCHERS: tuple[Callable[[Graph, Mapping[str, Any]], Sequence[Fusion]], ...] = (attention.match,)
+MATCHERS: tuple[Callable[[Graph, Mapping[str, Any]], Sequence[Fusion]], ...] = (attention.match, routing.match)
 """In the order in which they choose: attention, routing, then the projections that are left."""
 
 
