@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from moec.runtime.cuda import Driver, Graph
 from moec.runtime.errors import MoecError
 from moec.runtime.ffi import tvm_ffi
+from moec.runtime.tvm_functions import latest
 
 _CPU, _CUDA, _POOLED = 1, 2, 2  # DLPack's kinds of device, and TVM's kind of allocator
 _COMPILE = "tvm_callback_cuda_compile"
@@ -223,9 +224,7 @@ class Gpu:
         key = (function, *(array.shape for array in inputs))
         if inputs[0].shape[0] > MOST_RECORDED:
             return _Call(self, function, inputs, others, few=False)(inputs)
-        if key not in self._calls:
-            self._calls[key] = _Call(self, function, inputs, others, few=True)
-        return self._calls[key](inputs)
+        return latest(self._calls, key, lambda: _Call(self, function, inputs, others, few=True))(inputs)
 
     def call(self, function: str, *tensors: Any) -> Any:
         """Call a function of the library."""

@@ -19,7 +19,17 @@ from moec.compiler.measure.cases import Case, Index
 from moec.compiler.measure.device import Ceilings, time_graph
 from moec.compiler.measure.layer import LayerWeights, Runner, Tokens, expected_result, random_tokens, random_weights, relative_error
 from moec.targets import Target
-from moec.targets.kernels.cuda.space import FAMILIES, FAMILY, MOST_DECODE, Layer, candidates, fingerprint, has_many, shared_memory
+from moec.targets.kernels.cuda.space import (
+    FAMILIES,
+    FAMILY,
+    MOST_DECODE,
+    Layer,
+    candidates,
+    fingerprint,
+    has_many,
+    multiprocessors,
+    shared_memory,
+)
 from moec.targets.kernels.cuda.tuned import order
 from moec.targets.measured import Measurement, Record, read_record, write_record
 
@@ -60,7 +70,7 @@ def tasks(layers: Sequence[Layer], tokens: Sequence[int], target: Target, known:
         for t in tokens:
             kernels = (*(("gate_up", "down") if t <= MOST_DECODE else ()), *(many if t >= MOST_DECODE else ()))
             for kernel in kernels:
-                found = candidates(kernel, layer, t, shared_memory(target))
+                found = candidates(kernel, layer, t, shared_memory(target), multiprocessors(target))
                 ordered = [found[0], *order(known, kernel, t, found[1:])]
                 for place, options in enumerate(ordered):
                     rounds[place >= FIRST].append(Task(kernel, t, Case.of(kernel, layer, options, t)))

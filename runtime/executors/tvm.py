@@ -26,6 +26,7 @@ from moec.runtime.executor import Step
 from moec.runtime.ffi import tvm_ffi
 from moec.runtime.host import available_cores, physical_cores
 from moec.runtime.tvm_device import Device, Gpu, Host, aligned
+from moec.runtime.tvm_functions import Arrays, Function, Functions
 from moec.runtime.tvm_pages import Pages
 
 RUNTIME = "libtvm_runtime.so"
@@ -34,7 +35,7 @@ _LOADER = "ffi.Module.load_from_bytes.relax.VMExecutable"
 """A function that the library registers."""
 
 CHUNK = 512
-"""Tokens that one call computes at most: longer prompts are cut."""
+"""Tokens that one call computes at most, unless the library says otherwise: longer prompts are cut."""
 
 BLOCK = 16
 """Tokens of a sequence that attention computes together."""
@@ -145,6 +146,7 @@ class TvmExecutor:
         self._weights = tvm_ffi.convert([*constants, *counted, *shared])
         self.counters = self._counters(layers, counts, counted) if layers else None
         self._inputs = list(section["inputs"])
+        self._functions, self._chunk = Functions(section["functions"]), int(section.get("chunk", CHUNK))
         self._pages = Pages(section["page_shapes"], int(section["page_tokens"]), max_sequences, context_length, self.device)
         # One token is the common case: its inputs are allocated once, and only their numbers change.
         self._one = {"ids": aligned(1, np.int64), "positions": aligned(1, np.int64), "rows": aligned(1, np.int32)}
@@ -218,14 +220,23 @@ class TvmExecutor:
     def _run(self, steps: Sequence[Step], before: Mapping[int, int], all_logits: bool) -> NDArray[np.float32]:
         total = sum(len(tokens) for _, tokens in steps)
         out = np.empty((total if all_logits else len(steps), self.vocab_size), np.float32)
-        most = min(CHUNK, max(BLOCK, LOGITS_BYTES // (4 * self.vocab_size))) if all_logits else CHUNK
+        most = min(self._chunk, max(BLOCK, LOGITS_BYTES // (4 * self.vocab_size))) if all_logits else self._chunk
         done = 0
         for pieces in _chunks(steps, most):
             arrays, wanted = self._stream(steps, before, pieces, all_logits)
+            function, arrays = self._filled(arrays)
             inputs = [arrays[role].astype(np.int32 if role == "rows" else np.int64) for role in self._inputs]
-            out[done : done + wanted] = self._call("forward", [*inputs, arrays["blocks"].astype(np.int32)])[:wanted]
+            out[done : done + wanted] = self._call(function.name, [*inputs, arrays["blocks"].astype(np.int32)])[:wanted]
             done += wanted
         return out
+
+    def _filled(self, arrays: Arrays) -> tuple[Function, Arrays]:
+        """The function for a call, and its inputs filled up."""
+        sizes = len(arrays["ids"]), len(arrays["rows"])
+        function = self._functions.choose(*sizes, exact=self.counters is not None and not self.counters.can_leave_out)
+        if self.counters is not None:
+            self.counters.leave_out(*function.filling(*sizes))
+        return function, function.fill(arrays)
 
     def _stream(
         self, steps: Sequence[Step], before: Mapping[int, int], pieces: Sequence[Piece], all_logits: bool

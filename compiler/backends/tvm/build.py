@@ -11,21 +11,18 @@ from tvm import relax
 from tvm.ir import IRModule
 
 from moec.compiler.backends.tvm.lower import FunctionLowering, cache_types
-from moec.compiler.backends.tvm.platform import Platform
+from moec.compiler.backends.tvm.platform import Functions, Platform
 from moec.compiler.backends.tvm.storage import Storage
 from moec.compiler.ir import Graph
 
-FUNCTIONS: dict[str, tuple[int | None, int | None]] = {"decode": (1, 1), "forward": (None, None)}
-"""The functions of the library, with the tokens and rows that they are compiled for (None: any number)."""
-
 
 def lower(graph: Graph, storage: Mapping[str, Storage], platform: Platform, page_shapes: Sequence[tuple[int, ...]]) -> IRModule:
-    """The graph as a module with one Relax function for each of `FUNCTIONS`."""
+    """The graph as a module with the platform's functions, which share their kernels."""
     bb = relax.BlockBuilder()
-    kernels = platform.kernels(bb)
-    for name, (tokens, rows) in FUNCTIONS.items():
-        types = cache_types(page_shapes, platform.cache_dtype)
-        FunctionLowering(graph, storage, platform, kernels, bb, (tokens, rows)).build(name, types)
+    shared = Functions(bb)
+    for function in platform.functions(graph):
+        kernels, types = platform.kernels(shared, function), cache_types(page_shapes, platform.cache_dtype)
+        FunctionLowering(graph, storage, platform, kernels, bb, (function.tokens, function.rows)).build(function.name, types)
     return bb.finalize()
 
 

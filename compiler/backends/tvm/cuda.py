@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,26 +17,31 @@ from tvm.target import Target as TvmTarget
 
 from moec.compiler.backends.tvm import fusions
 from moec.compiler.backends.tvm.cpu import RUNTIME, link, runtime_library
+from moec.compiler.backends.tvm.cuda_choices import CHUNK, Choices, layer_of
 from moec.compiler.backends.tvm.fusion import Fusion
-from moec.compiler.backends.tvm.platform import Expr, Formats, Functions, count_of, static
+from moec.compiler.backends.tvm.platform import Expr, Formats, Function, Functions, count_of, static
+from moec.compiler.backends.tvm.storage import experts_layout
 from moec.compiler.cuda_code import machine_code, need_cuda_compiler
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph
+from moec.targets import Target
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cpu.experts_layout import Factors
 from moec.targets.kernels.cuda import pipeline, plain
 from moec.targets.kernels.cuda.arrival import SEMAPHORES
 from moec.targets.kernels.cuda.attention import PAGE, attention, attention_step, page_shapes
+from moec.targets.kernels.cuda.calls import Gpu
 from moec.targets.kernels.cuda.embedding import embedding_func
 from moec.targets.kernels.cuda.experts import experts
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout, Stack
 from moec.targets.kernels.cuda.layout import FragmentLayout
-from moec.targets.kernels.cuda.linear import linear
+from moec.targets.kernels.cuda.linear import few_tokens, linear
 from moec.targets.kernels.cuda.norm import norm_func
 from moec.targets.kernels.cuda.rope import rope_func
 from moec.targets.kernels.cuda.router import router_func, topk_func
 from moec.targets.kernels.cuda.routing_step import RoutingSpec, routing_step_func
 from moec.targets.kernels.cuda.skip import skip_func
+from moec.targets.kernels.cuda.space import multiprocessors, shared_memory
 from moec.targets.kernels.cuda.step import step_func
 from moec.targets.kernels.cuda.step_spec import StepOptions, StepSpec
 from moec.targets.kernels.specs import AttentionSpec, NormSpec, RouterSpec, SkipSpec
@@ -53,27 +59,29 @@ HOPPER_MEMORY, LEAST_MEMORY = 160 << 10, 96 << 10
 class CudaKernels:
     """The CUDA kernels in a module."""
 
-    def __init__(self, bb: relax.BlockBuilder, arch: str) -> None:
-        self.bb, self.functions = bb, Functions(bb)
-        self.products = arch == PRODUCTS
-        self.shared_memory = HOPPER_MEMORY if self.products else LEAST_MEMORY
+    def __init__(self, functions: Functions, platform: CudaPlatform, function: Function) -> None:
+        self.bb, self.functions = functions.bb, functions
+        self._platform, self._function = platform, function
+        self.shared_memory = HOPPER_MEMORY if platform.products else LEAST_MEMORY
 
     def embedding(self, ids: Expr, weights: Mapping[str, Expr], layout: FragmentLayout) -> Expr:
-        tokens, kind = static(ids), str(ids.ty.dtype)
+        tokens, kind = _one(ids), str(ids.ty.dtype)
         args, out = [ids, *weights.values()], ([count_of(ids), layout.k], "float32")
         return self.functions.call("embedding", (layout, tokens, kind), lambda: embedding_func(layout, tokens, kind), args, out)[0]
 
     def linear(self, x: Expr, weights: Mapping[str, Expr], layout: FragmentLayout, bias: Expr | None) -> Expr:
         stacked = {name: self.bb.emit(relax.op.reshape(array, [1, *array.ty.shape])) for name, array in weights.items()}
-        make = linear if self.products or static(x) == 1 else plain.linear
-        return make(self.bb, x, stacked, layout, bias)
+        gpu, most = self._platform.gpu, self._function.most
+        if self._platform.products or few_tokens(layout, bias is not None, static(x), None, gpu) is not None:
+            return linear(self.functions, x, stacked, layout, bias, most, gpu)
+        return plain.linear(self.functions, x, stacked, layout, bias)
 
     def norm(self, spec: NormSpec, inputs: Sequence[Expr]) -> list[Expr]:
-        tokens, out = static(inputs[0]), ([count_of(inputs[0]), spec.size * spec.groups], "float32")
+        tokens, out = _one(inputs[0]), ([count_of(inputs[0]), spec.size * spec.groups], "float32")
         return self.functions.call("norm", (spec, tokens), lambda: norm_func(spec, tokens), inputs, *[out] * (1 + spec.residual))
 
     def rope(self, x: Expr, cos: Expr, sin: Expr, heads: int, d: int) -> Expr:
-        tokens, out = static(x), ([count_of(x), heads * d], "float32")
+        tokens, out = _one(x), ([count_of(x), heads * d], "float32")
         return self.functions.call("rope", (heads, d, tokens), lambda: rope_func(heads, d, tokens), [x, cos, sin], out)[0]
 
     def attention(self, spec: AttentionSpec, caches: Sequence[Expr], inputs: Sequence[Expr]) -> Expr:
@@ -90,7 +98,7 @@ class CudaKernels:
         return attention_step(self.bb, step, caches, inputs, spec, options)
 
     def router(self, spec: RouterSpec, inputs: Sequence[Expr]) -> list[Expr]:
-        tokens, shape = static(inputs[0]), [count_of(inputs[0]), spec.top_k]
+        tokens, shape = _one(inputs[0]), [count_of(inputs[0]), spec.top_k]
         return self.functions.call(
             "router", (spec, tokens), lambda: router_func(spec, tokens), inputs, (shape, "float32"), (shape, "int64")
         )
@@ -103,11 +111,11 @@ class CudaKernels:
         return self.functions.call("routing_step", spec, lambda: routing_step_func(spec), inputs, *outs)
 
     def skip(self, spec: SkipSpec, inputs: Sequence[Expr]) -> list[Expr]:
-        tokens, shape = static(inputs[0]), [count_of(inputs[0]), spec.top_k]
+        tokens, shape = _one(inputs[0]), [count_of(inputs[0]), spec.top_k]
         return self.functions.call("skip", (spec, tokens), lambda: skip_func(spec, tokens), inputs, (shape, "float32"), (shape, "int64"))
 
     def topk(self, x: Expr, k: int, largest: bool) -> list[Expr]:
-        rows, size = static(x), int(x.ty.shape[1])
+        rows, size = _one(x), int(x.ty.shape[1])
         key, shape = (size, k, largest, rows), [count_of(x), k]
         return self.functions.call("topk", key, lambda: topk_func(size, k, largest, rows), [x], (shape, "float32"), (shape, "int64"))
 
@@ -119,8 +127,16 @@ class CudaKernels:
             f"{part}_{name}": array for part, arrays in zip(("gate_up", "down"), weights, strict=True) for name, array in arrays.items()
         }
         x, ids, routing = routed
-        make = experts if self.products or static(x) == 1 else plain.experts
-        return make(self.bb, x, ids, routing, named, layout, activation, (biases[0], biases[1]) if biases else None, counts)
+        both = (biases[0], biases[1]) if biases else None
+        choice = self._platform.choices.of(layer_of(layout, int(ids.ty.shape[1])), self._function)
+        if choice is None:
+            return plain.experts(self.functions, x, ids, routing, named, layout, activation, both, counts)
+        return experts(self.functions, x, ids, routing, named, layout, activation, both, counts, choice)
+
+
+def _one(x: Expr) -> int | None:
+    """1 for one token, which has kernels of its own; kernels of any number serve all others."""
+    return 1 if static(x) == 1 else None
 
 
 class Layout(ExpertsLayout):
@@ -137,24 +153,33 @@ class Layout(ExpertsLayout):
 
 
 class CudaPlatform:
-    """An NVIDIA GPU.
+    """An NVIDIA GPU."""
 
-    Args:
-        described: TVM's target.
-    """
-
+    chunk = CHUNK
     page_tokens = PAGE
     cache_dtype = "float32"
     counted = True
     semaphores = SEMAPHORES
     tir_pipeline = pipeline.NAME
 
-    def __init__(self, described: Mapping[str, Any]) -> None:
+    def __init__(self, target: Target) -> None:
+        described = json.loads(target.tvm)
         self.arch = str(described["arch"])
         self.target = TvmTarget({**described, "host": {"kind": "llvm"}})
+        self.gpu, self.products = Gpu(shared_memory(target), multiprocessors(target)), self.arch == PRODUCTS
+        self.choices = Choices(target, self.products)
 
-    def kernels(self, bb: relax.BlockBuilder) -> CudaKernels:
-        return CudaKernels(bb, self.arch)
+    def functions(self, graph: Graph) -> Sequence[Function]:
+        nodes = [node for node in graph.nodes if node.op == "experts"]
+        layers = []
+        for node in nodes:
+            layout = experts_layout(graph, node, self)
+            assert isinstance(layout, Layout)
+            layers.append(layer_of(layout, int(graph.type_of(node.inputs[1]).shape[-1])))
+        return self.choices.functions(list(dict.fromkeys(layers)))
+
+    def kernels(self, functions: Functions, function: Function) -> CudaKernels:
+        return CudaKernels(functions, self, function)
 
     def matrix(self, n: int, k: int, format: str) -> FragmentLayout:  # the field's word
         return FragmentLayout(n, k, format)
@@ -183,7 +208,8 @@ class CudaPlatform:
         (path.parent / CUBIN).write_bytes(machine_code(source, self.arch, need_cuda_compiler()))
         for name in (RUNTIME, CUDA_RUNTIME):
             shutil.copy(runtime_library(name), path.parent / name)
-        return {"cuda": {"arch": self.arch, "cubin": CUBIN, "source_sha256": hashlib.sha256(source.encode()).hexdigest()}}
+        code = {"arch": self.arch, "cubin": CUBIN, "source_sha256": hashlib.sha256(source.encode()).hexdigest()}
+        return {"cuda": code, "choices": self.choices.made(), "notes": self.choices.lines()}
 
 
 @tvm.transform.module_pass(opt_level=0, name="MarkKernels")  # type: ignore[untyped-decorator]

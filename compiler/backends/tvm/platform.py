@@ -30,6 +30,25 @@ Arrays = Mapping[str, NDArray[np.generic]]
 Formats = str | tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Function:
+    """A function of the library.
+
+    Args:
+        name: its name there.
+        tokens, rows: exactly so many; a call of fewer is filled up. None: any number.
+        most: the most tokens of its calls; None: any number.
+    """
+
+    name: str
+    tokens: int | None = None
+    rows: int | None = None
+    most: int | None = None
+
+
+ONE, ANY = Function("decode", 1, 1, 1), Function("forward")
+
+
 class MatrixLayout(Protocol):
     """How a matrix [N, K] lies in memory."""
 
@@ -156,6 +175,8 @@ class Platform(Protocol):
     """A kind of hardware."""
 
     target: TvmTarget
+    chunk: int
+    """Tokens of a call at most."""
     page_tokens: int
     """Tokens of a page of the attention caches."""
     cache_dtype: str
@@ -167,8 +188,12 @@ class Platform(Protocol):
     tir_pipeline: str
     """TVM's name of the passes that make code of kernels."""
 
-    def kernels(self, bb: relax.BlockBuilder) -> Kernels:
-        """The kernels, for one module."""
+    def functions(self, graph: Graph) -> Sequence[Function]:
+        """The functions of a library, those for fewer tokens first."""
+        ...
+
+    def kernels(self, functions: Functions, function: Function) -> Kernels:
+        """The kernels for one function of a module, which has the PrimFuncs of all."""
         ...
 
     def matrix(self, n: int, k: int, format: str) -> MatrixLayout:  # the field's word
@@ -204,7 +229,7 @@ def platform_of(target: Target) -> Platform:
     if target.kind == "cuda":
         from moec.compiler.backends.tvm.cuda import CudaPlatform
 
-        return CudaPlatform(described)
+        return CudaPlatform(target)
     from moec.compiler.backends.tvm.cpu import CpuPlatform
 
     return CpuPlatform(TvmTarget(described))

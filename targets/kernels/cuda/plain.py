@@ -13,6 +13,7 @@ from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cuda.activation import gated, plain
+from moec.targets.kernels.cuda.calls import Functions
 from moec.targets.kernels.cuda.counting import EXPERTS, TOKENS, call_counting, count, counts_argument
 from moec.targets.kernels.cuda.embedding import element, weight_arguments
 from moec.targets.kernels.cuda.emit import WARP, Expr, argument, const, kernel, local, store, strided, when
@@ -75,16 +76,15 @@ def linear_func(layout: FragmentLayout, tokens: int | None, bias: bool) -> tirx.
     return kernel("linear", WARP, arguments, lambda o: [layout.n, o[0]], body)
 
 
-def linear(bb: relax.BlockBuilder, x: Any, weights: Mapping[str, Any], layout: FragmentLayout, bias: Any = None) -> relax.Var:
+def linear(functions: Functions, x: Any, weights: Mapping[str, Any], layout: FragmentLayout, bias: Any = None) -> relax.Expr:
     """As `moec.targets.kernels.cuda.linear.linear`."""
-    count = x.ty.shape[0]
-    func = bb.add_func(linear_func(layout, int(count) if isinstance(count, tirx.IntImm) else None, bias is not None), "linear")
     args = [
         x,
-        *(bb.emit(relax.op.reshape(weights[name], shape)) for name, (shape, _) in layout.arrays().items()),
+        *(functions.bb.emit(relax.op.reshape(weights[name], shape)) for name, (shape, _) in layout.arrays().items()),
         *([] if bias is None else [bias]),
     ]
-    return bb.emit(relax.call_tir(func, args, out_ty=relax.TensorType((count, layout.n), "float32")))
+    key, out = ("plain", layout, bias is None), ((x.ty.shape[0], layout.n), "float32")
+    return functions.call("linear", key, lambda: linear_func(layout, None, bias is not None), args, out)[0]
 
 
 def hidden_func(layout: ExpertsLayout, activation: ExpertActivation, tokens: int | None, top_k: int, biases: bool) -> tirx.PrimFunc:
@@ -154,17 +154,16 @@ def combine_func(layout: ExpertsLayout, tokens: int | None, top_k: int, biases: 
 
 
 def experts(
-    bb: relax.BlockBuilder, x: Any, ids: Any, routing_weights: Any, weights: Mapping[str, Any], layout: ExpertsLayout,
+    functions: Functions, x: Any, ids: Any, routing_weights: Any, weights: Mapping[str, Any], layout: ExpertsLayout,
     activation: ExpertActivation, biases: tuple[Any, Any] | None = None, counts: Any = None,
-) -> relax.Var:  # fmt: skip
+) -> relax.Expr:  # fmt: skip
     """As `moec.targets.kernels.cuda.experts.experts`."""
     count, top_k = x.ty.shape[0], int(ids.ty.shape[1])
-    static = int(count) if isinstance(count, tirx.IntImm) else None
-    up = [weights[f"gate_up_{name}"] for name in layout.gate_up.arrays()]
-    down = [weights[f"down_{name}"] for name in layout.down.arrays()]
-    func = bb.add_func(hidden_func(layout, activation, static, top_k, biases is not None), "hidden")
-    kind = relax.TensorType((count, top_k, layout.f), "float32")
-    hidden = bb.emit(relax.call_tir(func, [x, ids, *up, *([biases[0]] if biases else [])], out_ty=kind))
-    func = bb.add_func(combine_func(layout, static, top_k, biases is not None, counts is not None), "combine")
-    args = [hidden, ids, routing_weights, *down, *([biases[1]] if biases else [])]
-    return call_counting(bb, func, args, counts, relax.TensorType((count, layout.d), "float32"))[0]
+    up = [weights[name] for name in layout.arrays() if name.startswith("gate_up_")] + ([biases[0]] if biases else [])
+    down = [weights[name] for name in layout.arrays() if name.startswith("down_")] + ([biases[1]] if biases else [])
+    key = (layout, activation, None, top_k, biases is not None)
+    (hidden,) = functions.call("hidden", key, lambda: hidden_func(*key), [x, ids, *up], ((count, top_k, layout.f), "float32"))
+    last = (layout, None, top_k, biases is not None, counts is not None)
+    combine = functions.get("combine", last, lambda: combine_func(*last))
+    out = relax.TensorType((count, layout.d), "float32")
+    return call_counting(functions.bb, combine, [hidden, ids, routing_weights, *down], counts, out)[0]

@@ -24,15 +24,21 @@ Options = dict[str, int]
 
 PREFILL_OPTIONS = ("tokens", "tiles", "stages", "exact", "residency", "depth", "batch", "multiprocessors")
 PREFILL = (
-    (8, 1, 6, 1, 2, 2, 1, 0), (8, 1, 6, 1, 2, 4, 1, 0), (8, 1, 6, 1, 2, 8, 1, 0), (8, 1, 6, 1, 2, 8, 1, 132), (8, 1, 6, 1, 3, 4, 1, 132),
-    (16, 1, 6, 1, 2, 2, 1, 0), (16, 1, 6, 1, 2, 4, 1, 0), (16, 1, 6, 1, 2, 4, 1, 132), (16, 1, 6, 1, 2, 4, 4, 132),
-    (24, 1, 6, 1, 2, 4, 1, 0), (24, 1, 6, 1, 2, 4, 4, 132), (32, 1, 4, 1, 2, 4, 1, 0), (32, 1, 4, 1, 2, 4, 2, 132),
-    (40, 1, 4, 1, 2, 3, 1, 0), (40, 1, 4, 1, 2, 3, 2, 132), (48, 1, 4, 1, 2, 3, 1, 0), (48, 1, 4, 1, 2, 3, 1, 132),
-    (64, 1, 4, 1, 2, 2, 1, 0), (64, 1, 4, 0, 2, 2, 1, 0), (64, 2, 4, 0, 1, 3, 1, 132), (72, 2, 4, 0, 1, 2, 2, 132),
-    (80, 2, 4, 0, 1, 2, 1, 132), (96, 2, 4, 0, 1, 2, 1, 132), (128, 2, 4, 0, 1, 2, 1, 0), (128, 2, 4, 0, 1, 2, 1, 132),
-    (144, 1, 4, 1, 1, 2, 2, 132),
+    (8, 1, 6, 1, 2, 2, 1, 0), (8, 1, 6, 1, 2, 4, 1, 0), (8, 1, 6, 1, 2, 8, 1, 0), (8, 1, 6, 1, 2, 8, 1, 1), (8, 1, 6, 1, 3, 4, 1, 1),
+    (16, 1, 6, 1, 2, 2, 1, 0), (16, 1, 6, 1, 2, 4, 1, 0), (16, 1, 6, 1, 2, 4, 1, 1), (16, 1, 6, 1, 2, 4, 4, 1),
+    (24, 1, 6, 1, 2, 4, 1, 0), (24, 1, 6, 1, 2, 4, 4, 1), (32, 1, 4, 1, 2, 4, 1, 0), (32, 1, 4, 1, 2, 4, 2, 1),
+    (40, 1, 4, 1, 2, 3, 1, 0), (40, 1, 4, 1, 2, 3, 2, 1), (48, 1, 4, 1, 2, 3, 1, 0), (48, 1, 4, 1, 2, 3, 1, 1),
+    (64, 1, 4, 1, 2, 2, 1, 0), (64, 1, 4, 0, 2, 2, 1, 0), (64, 2, 4, 0, 1, 3, 1, 1), (72, 2, 4, 0, 1, 2, 2, 1),
+    (80, 2, 4, 0, 1, 2, 1, 1), (96, 2, 4, 0, 1, 2, 1, 1), (128, 2, 4, 0, 1, 2, 1, 0), (128, 2, 4, 0, 1, 2, 1, 1),
+    (144, 1, 4, 1, 1, 2, 2, 1),
 )  # fmt: skip
-"""What a sweep tries of the kernels of many tokens, by columns: the product is too large, and most of it does not fit in registers."""
+"""What a sweep tries of the kernels of many tokens, by columns: the product is too large, and most of it does not fit in registers.
+
+The last column says whether blocks of threads stay for many tiles: as an option it is how many multiprocessors the GPU has.
+"""
+
+MULTIPROCESSORS = 132
+"""Of an H100, which a GPU is taken for unless its target says otherwise."""
 
 MOST_SHARED = 232_448
 """Bytes of shared memory of a block of compute capability 9.0."""
@@ -134,14 +140,19 @@ def has_many(target: Target) -> bool:
     return str(json.loads(target.tvm)["arch"]).startswith("sm_90")
 
 
-def default(kernel: str, layer: Layer, tokens: int, limit: int = MOST_SHARED) -> Options:
+def multiprocessors(target: Target) -> int:
+    """The multiprocessors of a target."""
+    return target.multiprocessors or MULTIPROCESSORS
+
+
+def default(kernel: str, layer: Layer, tokens: int, limit: int = MOST_SHARED, size: int = MULTIPROCESSORS) -> Options:
     """Options that are right for want of measurements: as many tokens a tile as an expert gets, and not fewer warps than hide latency."""
     if kernel == "prefill":
         each = tokens * layer.top_k / layer.experts
         wide = next((n for n in (8, 16, 32) if 1.5 * each <= n), 64)
         found = {"tokens": wide, "tiles": 1, "stages": 6 if wide <= 16 else 4, "terms": layer.terms, "exact": 1,
                  "residency": 2 if layer.terms == 1 else 1, "depth": 4 if wide <= 32 else 2, "batch": 1,
-                 "multiprocessors": 0 if wide <= 16 else 132}  # fmt: skip
+                 "multiprocessors": 0 if wide <= 16 else size}  # fmt: skip
         return found if fits("prefill", layer, tokens, found, limit) else {**found, "stages": 3, "residency": 1}
     splits = next(n for n in (4, 2, 1) if n <= ceil_div(layer.d, BLOCK))
     gate_up = {"warps": 8, "splits": splits, "unroll": 128, "residency": 0}
@@ -149,9 +160,10 @@ def default(kernel: str, layer: Layer, tokens: int, limit: int = MOST_SHARED) ->
     return {"gate_up": gate_up, "down": down, "decode": {**gate_up, **down}}[kernel]
 
 
-def candidates(kernel: str, layer: Layer, tokens: int, limit: int = MOST_SHARED) -> list[Options]:
-    """What a sweep tries: all that fits, the default first."""
-    found = [default(kernel, layer, tokens, limit), *(o for o in _all(kernel, layer) if fits(kernel, layer, tokens, o, limit))]
+def candidates(kernel: str, layer: Layer, tokens: int, limit: int = MOST_SHARED, size: int = MULTIPROCESSORS) -> list[Options]:
+    """What a sweep tries on a GPU of `size` multiprocessors: all that fits, the default first."""
+    fitting = (options for options in _all(kernel, layer, size) if fits(kernel, layer, tokens, options, limit))
+    found = [default(kernel, layer, tokens, limit, size), *fitting]
     unique: dict[tuple[tuple[str, int], ...], Options] = {}
     for options in found:
         unique.setdefault(tuple(sorted(_effective(layer, options).items())), options)
@@ -165,7 +177,7 @@ def _effective(layer: Layer, options: Options) -> Options:
     return {name: max(1, value // block) if name.endswith("unroll") else value for name, value in options.items()}
 
 
-def _all(kernel: str, layer: Layer) -> list[Options]:
+def _all(kernel: str, layer: Layer, size: int) -> list[Options]:
     if kernel == "gate_up":
         return [
             {"warps": warps, "splits": splits, "unroll": unroll, "residency": 0}
@@ -173,7 +185,8 @@ def _all(kernel: str, layer: Layer) -> list[Options]:
         ]
     if kernel == "down":
         return [{"down_warps": warps, "down_unroll": unroll} for warps, unroll in product((16, 32), (32, 64, 128))]
-    return [dict(zip(PREFILL_OPTIONS, shape, strict=True)) | {"terms": layer.terms} for shape in PREFILL]
+    rest = {"terms": layer.terms}
+    return [dict(zip(PREFILL_OPTIONS, (*shape, stays * size), strict=True)) | rest for *shape, stays in PREFILL]
 
 
 def fits(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int], limit: int = MOST_SHARED) -> bool:

@@ -1,7 +1,8 @@
 """Which kernels an experts layer runs on a target, and with which options: what measured records say, or a default. Each choice says why.
 
 A record of the same layer decides; where T was not measured, its nearest T does. Without one, the record of the most alike layer lends its
-options, if they fit here; without that, options are defaults. Results that are off by more than `MOST_ERROR` are not chosen.
+options, if they fit here (the same layer with other activations is an octave away); without that, options are defaults. Results that are
+off by more than `MOST_ERROR` are not chosen.
 """
 
 from __future__ import annotations
@@ -13,7 +14,19 @@ from pathlib import Path
 
 from moec.runtime.errors import MoecError
 from moec.targets import Target
-from moec.targets.kernels.cuda.space import FAMILY, MOST_DECODE, Layer, Options, bits, default, fingerprint, fits, has_many, shared_memory
+from moec.targets.kernels.cuda.space import (
+    FAMILY,
+    MOST_DECODE,
+    Layer,
+    Options,
+    bits,
+    default,
+    fingerprint,
+    fits,
+    has_many,
+    multiprocessors,
+    shared_memory,
+)
 from moec.targets.measured import Measurement, Record, read_records
 
 MOST_ERROR = 5e-3
@@ -81,6 +94,11 @@ def dispatch(
     return [*found[:-1], (None, found[-1][1])]
 
 
+def takes_few(target: Target, layer: Layer, tokens: int) -> bool:
+    """Whether the kernels of a few tokens can run T tokens of a layer."""
+    return _Chooser.of(target, layer, (), None).few(tokens)
+
+
 @dataclass(frozen=True)
 class _Chooser:
     """What choices for a layer depend on."""
@@ -88,6 +106,7 @@ class _Chooser:
     target: str
     many: bool
     limit: int
+    size: int
     layer: Layer
     records: Sequence[tuple[Layer, Record]]
     tvm: str | None
@@ -95,13 +114,15 @@ class _Chooser:
     @classmethod
     def of(cls, target: Target, layer: Layer, folders: Sequence[Path] | None, tvm: str | None) -> _Chooser:
         found = [record for record in read_records(target.name, folders) if record.operator == "experts"]
-        return cls(
-            target.name, has_many(target), shared_memory(target), layer, [(Layer.from_json(record.layer), record) for record in found], tvm
-        )
+        known = [(Layer.from_json(record.layer), record) for record in found]
+        return cls(target.name, has_many(target), shared_memory(target), multiprocessors(target), layer, known, tvm)
+
+    def few(self, tokens: int) -> bool:
+        """Whether the kernels of a few tokens can run so many: there may be too many, or rows that are too wide."""
+        return 1 <= tokens <= MOST_DECODE and self.fits("gate_up", tokens, default("gate_up", self.layer, tokens, self.limit))
 
     def choose(self, tokens: int) -> Choice:
-        few_fit = 1 <= tokens <= MOST_DECODE and self.fits("gate_up", tokens, default("gate_up", self.layer, tokens, self.limit))
-        if not few_fit:  # too many, or rows that are too wide
+        if not self.few(tokens):
             if not self.many:
                 what = f"{tokens} tokens of {self.layer.d} {self.layer.dtype}"
                 raise MoecError(f"target {self.target}: no CUDA kernels for the experts of {what} at a time; pass fewer tokens")
@@ -118,27 +139,36 @@ class _Chooser:
         """The choice for one kernel."""
         for other, record in self.records:
             if other == self.layer and (best := self.best(record.measurements, kernel, tokens)) is not None:
-                age, options = _age(record, kernel, self.tvm), dict(best.options)
+                age, options = _age(record, kernel, self.tvm), self.suited(best)
                 if best.tokens == tokens:
                     return Choice(kernel, options, best.us, f"measured on {record.device}{age}", measured=True)
                 return Choice(kernel, options, None, f"measured on {record.device} for T = {best.tokens}{age}", measured=True)
         for distance, other, record in sorted(((_distance(self.layer, o), o, r) for o, r in self.records), key=lambda entry: entry[0]):
             if distance <= ALIKE and (best := self.best(record.measurements, kernel, tokens)) is not None:
                 why = f"lent by {other.name}, T = {best.tokens}, measured on {record.device}{_age(record, kernel, self.tvm)}"
-                return Choice(kernel, dict(best.options), None, why, measured=False)
-        options = default(kernel, self.layer, tokens, self.limit)
+                return Choice(kernel, self.suited(best), None, why, measured=False)
+        options = default(kernel, self.layer, tokens, self.limit, self.size)
         return Choice(kernel, options, None, f"default: nothing like it was measured on {self.target}", measured=False)
 
     def best(self, measurements: Iterable[Measurement], kernel: str, tokens: int) -> Measurement | None:
         """The fastest of the measured T nearest to this one, of what fits and is right."""
         usable = [
             m for m in measurements
-            if m.kernel == kernel and (m.error is None or m.error < MOST_ERROR) and self.fits(kernel, tokens, dict(m.options))
+            if m.kernel == kernel and (m.error is None or m.error < MOST_ERROR) and self.fits(kernel, tokens, self.suited(m))
         ]  # fmt: skip
         if not usable:
             return None
         nearest = min({m.tokens for m in usable}, key=lambda t: (abs(log2(t / max(tokens, 1))), t))
         return min((m for m in usable if m.tokens == nearest), key=lambda m: m.us)
+
+    def suited(self, measurement: Measurement) -> Options:
+        """Options with what follows from this layer's activations: of float32 the products stay exact."""
+        options = dict(measurement.options)
+        if measurement.kernel == "prefill":
+            options["terms"] = self.layer.terms
+            if self.layer.dtype == "float32":
+                options["exact"] = 1
+        return options
 
     def fits(self, kernel: str, tokens: int, options: Options) -> bool:
         """Whether the target can run them."""
@@ -147,10 +177,10 @@ class _Chooser:
 
 def _distance(a: Layer, b: Layer) -> float:
     """How unlike two layers are: octaves between their sizes."""
-    if (a.dtype, a.gated) != (b.dtype, b.gated):
+    if a.gated != b.gated:
         return inf
     sizes = zip((a.experts, a.top_k, a.d, a.f, bits(a)), (b.experts, b.top_k, b.d, b.f, bits(b)), strict=True)
-    return sum(abs(log2(x / y)) for x, y in sizes)
+    return sum(abs(log2(x / y)) for x, y in sizes) + (a.dtype != b.dtype)
 
 
 def _age(record: Record, kernel: str, tvm: str | None) -> str:

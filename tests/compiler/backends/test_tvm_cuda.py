@@ -15,6 +15,8 @@ from moec.compiler import cuda_code
 from moec.compiler.artifact_weights import open_artifact
 from moec.compiler.backends.tvm import cuda
 from moec.compiler.backends.tvm.backend import TvmBackend
+from moec.compiler.backends.tvm.cuda_choices import Choices
+from moec.compiler.backends.tvm.platform import ANY
 from moec.compiler.ir import Graph
 from moec.compiler.pipeline import compile_model
 from moec.compiler.progress import Progress
@@ -24,6 +26,8 @@ from moec.runtime.cuda import Driver, runs_on
 from moec.runtime.errors import MoecError
 from moec.runtime.tvm_device import Gpu
 from moec.targets import get_target
+from moec.targets.kernels.cuda.space import Layer
+from moec.targets.kernels.cuda.tuned import dispatch
 from tests.compiler.backends.test_tvm import with_format
 from tests.compiler.backends.tvm_model import Compiled, assert_equal
 from tests.graphs import MOE, random_weights
@@ -89,6 +93,52 @@ def test_experts_of_different_formats_are_one_node(emulated: Gpu, tmp_path: Path
     expected = model.expected(ids)
     np.testing.assert_allclose(model.logits(ids), expected, atol=1e-4)
     np.testing.assert_allclose(model.logits(ids[:1]), expected[:1], atol=1e-4)
+
+
+@needs_emulator
+def test_few_tokens_are_filled_up(emulated: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = mixed()
+    model = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", emulated)
+    called = list[str]()
+    run = emulated.run
+    monkeypatch.setattr(emulated, "run", lambda name, *rest: (called.append(name), run(name, *rest))[1])
+    executor, rng = model.executor, np.random.default_rng(3)
+    texts = [rng.integers(0, executor.vocab_size, 8) for _ in range(3)]
+    expected = [model.expected(text) for text in texts]
+    a, b, c = (executor.add() for _ in texts)
+    np.testing.assert_allclose(executor.forward([(a, texts[0][:3])], all_logits=True), expected[0][:3], atol=1e-4)  # decode4
+    np.testing.assert_allclose(executor.forward([(b, texts[1][:2]), (c, texts[2][:4])]), [expected[1][1], expected[2][3]], atol=1e-4)
+    steps = [(a, texts[0][3:4]), (b, texts[1][2:3]), (c, texts[2][4:5])]
+    np.testing.assert_allclose(executor.forward(steps), [expected[0][3], expected[1][2], expected[2][4]], atol=1e-4)
+    steps = [(a, texts[0][4:8]), (b, texts[1][3:8])]
+    np.testing.assert_allclose(executor.forward(steps, all_logits=True), [*expected[0][4:], *expected[1][3:]], atol=1e-4)
+    np.testing.assert_allclose(executor.forward([(c, texts[2][5:7])]), expected[2][[6]], atol=1e-4)
+    assert called == ["decode4", "decode8", "decode4", "forward", "decode2"]
+    assert executor.counters is not None
+    (count,) = executor.counters.read()
+    assert (count.tokens, count.experts, count.slots) == (18, 36, 36)  # what calls were filled up with is not counted
+
+
+def test_functions_and_choices_of_a_target() -> None:
+    platform = cuda.CudaPlatform(get_target("h100-sxm"))
+    functions = platform.functions(with_format(moe(), "int4_g32"))
+    assert [f.name for f in functions[:4]] == ["decode", "decode2", "decode4", "decode8"]
+    assert functions[-1] == ANY and all(f.most for f in functions[:-1])
+    assert [f.most for f in functions[:-1]] == sorted(f.most or 0 for f in functions[:-1])
+    layer = Layer(64, 8, 2048, 1024, "int4_g128", "int4_g128", "float32")
+    choices = Choices(get_target("h100-sxm"), products=True)
+    for function in choices.functions([layer]):
+        found = choices.of(layer, function)
+        wanted = dict(dispatch(get_target("h100-sxm"), layer))
+        assert found is not None
+        assert found.kernel == ("decode" if (function.most or 99) <= 8 else "prefill")
+        if function.most in wanted:
+            assert found == wanted[function.most]
+    assert {entry["why"][:7] for entry in choices.made()} == {"lent by"}
+    assert any("T up to 1, 2" in line or "T up to 1:" in line for line in choices.lines())
+    plain_only = Choices(get_target("a100-80g"), products=False)
+    assert [f.name for f in plain_only.functions([layer])] == ["decode", "decode2", "decode4", "decode8", "forward"]
+    assert plain_only.of(layer, ANY) is None
 
 
 def test_an_artifact_of_experts_of_different_formats(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

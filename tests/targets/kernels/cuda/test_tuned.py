@@ -49,8 +49,8 @@ def down(us: float, tokens: int = 1, warps: int = 16) -> Measurement:
     return measured("down", tokens, us, down_warps=warps, down_unroll=64)
 
 
-def many(us: float, t: int, size: int, error: float | None = None) -> Measurement:
-    return measured("prefill", t, us, error, tokens=size, tiles=1, stages=4, terms=1, exact=1, residency=1, depth=2)
+def many(us: float, t: int, size: int, error: float | None = None, exact: int = 1) -> Measurement:
+    return measured("prefill", t, us, error, tokens=size, tiles=1, stages=4, terms=1, exact=exact, residency=1, depth=2)
 
 
 def test_the_fastest_is_chosen_and_its_time_is_the_sum(tmp_path: Path) -> None:
@@ -90,10 +90,26 @@ def test_alike_layers_lend_and_others_do_not(tmp_path: Path) -> None:
     assert alike.options["splits"] == 8 and not alike.measured and alike.us is None
     assert alike.why == f"lent by {LAYER.name}, T = 1, measured on GPU"
     far = replace(LAYER, d=16384, f=16384, experts=8, top_k=1)
-    for other in (far, replace(LAYER, dtype="float32"), replace(LAYER, gated=False)):
+    for other in (far, replace(LAYER, gated=False)):
         found = choose(BOX, other, 1, folders)
         assert found.why == "default: nothing like it was measured on box"
         assert found.options == default("decode", other, 1)
+
+
+def test_other_activations_borrow_what_suits_them(tmp_path: Path) -> None:
+    wide = replace(LAYER, dtype="float32")
+    folders = store(tmp_path, up(9.0, splits=8), down(5.0), many(10.0, 64, 32, exact=0), many(20.0, 64, 24))
+    few, prefill = choose(BOX, wide, 1, folders), choose(BOX, wide, 64, folders)
+    assert few.options["splits"] == 8 and not few.measured
+    assert prefill.why == f"lent by {LAYER.name}, T = 64, measured on GPU"
+    assert (prefill.options["tokens"], prefill.options["terms"], prefill.options["exact"]) == (32, 2, 1)
+
+
+def test_blocks_that_stay_are_as_many_as_the_gpu_has_room_for() -> None:
+    found = candidates("prefill", LAYER, 1024, size=78)
+    assert {options["multiprocessors"] for options in found} == {0, 78}
+    small = replace(BOX, multiprocessors=78)
+    assert choose(small, LAYER, 1024, []).options["multiprocessors"] == 78
 
 
 def test_kernels_are_known_by_all_their_sources() -> None:
