@@ -23,6 +23,7 @@ from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait, read_words, term
 from moec.targets.kernels.cuda.layout import BLOCK, ROWS, ceil_div
 from moec.targets.kernels.cuda.routing import NONE, Routing
+from moec.targets.kernels.cuda.share import RaggedShare, Share
 from moec.targets.kernels.cuda.stream import PADDING, Columns, Weights, in_order, stage
 
 MOST_AHEAD = 16  # warps of a block, beyond which registers are too few for the activations of several blocks
@@ -116,7 +117,7 @@ def gate_up_func(spec: DecodeSpec) -> tirx.PrimFunc:
                 count(counts, TOKENS, const(spec.tokens, "int32"))
         with when(rank < routing.count):
             expert = T.Bind(routing.expert(rank))
-            with when(expert >= 0):
+            with when(expert >= 0), weights.tiles(expert, part * tiles_here) as f_tiles:
                 tile = T.Bind(part * tiles_here + warp // spec.splits)
                 share = T.Bind(warp % spec.splits)
                 columns = Columns(fragments)
@@ -134,15 +135,15 @@ def gate_up_func(spec: DecodeSpec) -> tirx.PrimFunc:
                         read_words(at(b, 4 * n), at(staged, column * stride + block * 64 + j * 16 + lane % 4 * 4))
 
                 start, stop = T.Bind(share * blocks // spec.splits), T.Bind((share + 1) * blocks // spec.splits)
-                weights.stream(expert, T.min(tile, layout.f_tiles - 1), start, stop, lane, load, columns, arrive)
+                weights.stream(expert, T.min(tile, f_tiles - 1), start, stop, lane, load, columns, arrive)
                 for i in range(4 * fragments):
                     store(partial, columns.sums[i], warp, i, lane)
                 if counts is not None:
                     with when(T.And(part == 0, thread == 0)):
                         count(counts, EXPERTS, sum(T.cast(routing.slot_of(rank, token) >= 0, "int32") for token in range(spec.tokens)))
                 sync()
-                with when(T.And(share == 0, tile < layout.f_tiles)):
-                    _finish(spec, partial, bias, hidden, routing, rank, expert, warp, lane, tile)
+                with when(T.And(share == 0, tile < f_tiles)):
+                    _finish(spec, partial, bias, hidden, routing, rank, expert, warp, lane, tile, f_tiles)
 
     def grid(_: object) -> list[Expr]:
         return [ceil_div(layout.f_tiles, tiles_here), spec.ranks]
@@ -152,7 +153,7 @@ def gate_up_func(spec: DecodeSpec) -> tirx.PrimFunc:
 
 def _finish(
     spec: DecodeSpec, partial: Buffer, bias: Buffer | None, hidden: Buffer, routing: Routing, rank: Expr, expert: Expr, warp: Expr,
-    lane: Expr, tile: Expr,
+    lane: Expr, tile: Expr, f_tiles: Expr,
 ) -> None:  # fmt: skip
     """Add up what the warps of a tile have, apply the activation function, and write hidden values."""
     layout = spec.layout
@@ -182,13 +183,15 @@ def _finish(
             else:
                 for half, value in enumerate(values):
                     _keep(spec, hidden, slot[0], tile * ROWS + half * 8 + row, plain(spec.activation, value))
-            with when(T.And(T.And(tile == layout.f_tiles - 1, row == 0), slot[0] >= 0)):
-                _clear_rest(spec, hidden, slot[0])
+            with when(T.And(T.And(tile == f_tiles - 1, row == 0), slot[0] >= 0)):
+                _clear_rest(spec, hidden, slot[0], f_tiles)
 
 
-def _clear_rest(spec: DecodeSpec, hidden: Buffer, slot: Expr) -> None:
+def _clear_rest(spec: DecodeSpec, hidden: Buffer, slot: Expr, f_tiles: Expr) -> None:
     """What is left of the last block is zero."""
-    for rest in range(spec.layout.f_tiles * spec.layout.tile_rows // 2, spec.layout.padded_f // 2):
+    pairs = f_tiles * spec.layout.tile_rows // 2
+    with T.serial((pairs + BLOCK // 2 - 1) // (BLOCK // 2) * (BLOCK // 2) - pairs) as i:
+        rest = T.Bind(pairs + i)
         for index in range(spec.terms):
             store(hidden, const(0, "uint32"), slot, index, _place(rest))
 
@@ -215,6 +218,7 @@ def down_func(spec: DecodeSpec) -> tirx.PrimFunc:
     fragments, warps = spec.fragments, spec.down_warps
     threads, blocks = warps * 32, stack.classes[0].blocks
     words = threads * 4 * fragments + Routing.words(spec.tokens, spec.top_k, layout.experts)
+    words += RaggedShare.words(spec.ranks) if stack.columns else 0
 
     def arguments() -> tuple[Buffer, Buffer, Buffer, Weights, Buffer | None, Buffer]:
         hidden = argument("hidden", spec.hidden_shape, "uint32")
@@ -233,13 +237,13 @@ def down_func(spec: DecodeSpec) -> tirx.PrimFunc:
         routing = Routing(ids, layout.experts, memory, thread, threads)
         factors = local(2 * fragments, "float32")
         columns = Columns(fragments, factors)
-        total = T.Bind(routing.count * blocks)
+        share = Share(routing, blocks) if not stack.columns else RaggedShare(routing, weights, memory, spec.ranks, thread, threads)
+        total = T.Bind(share.total)
         begin, end = T.Bind(warp * total // warps), T.Bind((warp + 1) * total // warps)
-        with T.serial((end + blocks - 1) // blocks - begin // blocks) as i:
-            rank = T.Bind(begin // blocks + i)
+        with share.each(begin, end) as rank:
             expert = T.Bind(routing.expert(rank))
             with when(expert >= 0):
-                start, stop = T.Bind(T.max(begin - rank * blocks, 0)), T.Bind(T.min(end - rank * blocks, blocks))
+                start, stop = share.part(rank, begin, end)
                 slots = local(fragments, "int32")
                 for n in range(fragments):
                     own = (n * 8 + lane // 4) // spec.terms

@@ -90,23 +90,26 @@ def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
         )
         weights.prepare(shape, lane)
 
-        def rows_of(part: Expr) -> list[Expr]:
-            return shape.row_tiles(shape.first_tile(part, group, warp), layout.f_tiles - 1)
+        def rows_of(part: Expr, f_tiles: Expr) -> list[Expr]:
+            return shape.row_tiles(shape.first_tile(part, group, warp), f_tiles - 1)
 
         def begin(_: bool) -> None:
             expert, first, count, part = tile.now()
-            weights.begin(expert, rows_of(part))
-            activations.locate(lambda token: order[first + token] // spec.top_k, count)
-            activations.begin(weights.blocks)
+            with weights.tiles(expert, part * (8 * shape.tiles)) as f_tiles:
+                weights.begin(expert, rows_of(part, f_tiles))
+                activations.locate(lambda token: order[first + token] // spec.top_k, count)
+                activations.begin(weights.blocks)
 
         def run() -> None:
             expert, _, _, part = tile.now()
-            weights.run(expert, rows_of(part), activations, sums)
+            with weights.tiles(expert, part * (8 * shape.tiles)) as f_tiles:
+                weights.run(expert, rows_of(part, f_tiles), activations, sums)
 
         def finish() -> None:
             expert, first, count, part = tile.kept()
-            base = T.Bind(shape.first_tile(part, group, warp))
-            _hidden(spec, sums, staged, hidden, bias, expert, first, count, part, base, thread)
+            with weights.tiles(expert, part * (8 * shape.tiles)) as f_tiles:
+                base = T.Bind(shape.first_tile(part, group, warp))
+                _hidden(spec, sums, staged, hidden, bias, expert, first, count, part, base, thread, f_tiles)
 
         total = T.Bind(tiles[tiles.shape[0] - 1, 0] * parts)
         each_tile(tile, total, block, spec.grid(rows, tokens)[0], begin, run, finish)
@@ -119,7 +122,7 @@ def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
 
 def _hidden(
     spec: PrefillSpec, sums: Buffer, memory: Buffer, hidden: Buffer, bias: Buffer | None, expert: Expr, first: Expr, count: Expr,
-    part: Expr, base: Expr, thread: Expr,
+    part: Expr, base: Expr, thread: Expr, f_tiles: Expr,
 ) -> None:  # fmt: skip
     """Apply the activation function and write hidden values, by way of shared memory, 16 bytes at a time."""
     layout, shape = spec.layout, spec.shape
@@ -137,7 +140,7 @@ def _hidden(
                     for half in range(2):
                         value = sums[m * shape.sums + 4 * n + 2 * half + c]
                         if bias is not None:
-                            value = value + bias[expert, T.min(tile, layout.f_tiles - 1) * ROWS + half * 8 + lane // 4]
+                            value = value + bias[expert, T.min(tile, f_tiles - 1) * ROWS + half * 8 + lane // 4]
                         values.append(T.Bind(value))
                     outs = [gated(spec.activation, values[0], values[1])] if layout.gated else [plain(spec.activation, v) for v in values]
                     for half, out in enumerate(outs):
@@ -151,7 +154,7 @@ def _hidden(
             with strided(thread % 128, shape.tokens * pieces, 128) as i:
                 token, piece = i // pieces, i % pieces
                 f = f0 + piece * 8
-                with when(T.And(token < count, f < layout.f)):
+                with when(T.And(token < count, f < (f_tiles * layout.tile_rows if layout.widths else layout.f))):
                     read_words(at(hidden, index, first + token, f), at(memory, staged + token * width + piece * 4))
             sync()
 
@@ -177,6 +180,8 @@ def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
         warp, lane, group = T.Bind(thread // 32 % 4), T.Bind(thread % 32), T.Bind(thread // 128)
         tile, sums = Tile(tiles, parts), local(shape.tiles * shape.sums, "float32")
         activations = Activations(shape, ring, hidden, ceil_div(layout.f, 8) * 8, thread)
+        if stack.columns:
+            activations.vary()
         weights.prepare(shape, lane)
 
         def rows_of(part: Expr) -> list[Expr]:
@@ -185,10 +190,10 @@ def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
         def begin(at_first: bool) -> None:
             expert, first, count, part = tile.now()  # written by the kernel before the last one
             weights.begin(expert, rows_of(part))
-            activations.locate(lambda token: first + token, count)
+            activations.locate(lambda token: first + token, count, weights.columns_of(expert))
             if at_first:
                 grid_wait()
-            activations.begin(weights.blocks)
+            activations.begin(weights.blocks_of(expert))
 
         def run() -> None:
             expert, _, _, part = tile.now()

@@ -65,7 +65,7 @@ class FragmentLayout:
             )
         if integer is not None and integer.step != 1:
             raise MoecError(f"no CUDA kernel for {self.format}: its codes have a step of {integer.step}; choose ternary_... or int2_...")
-        if integer is not None and self.groups > 1 and BLOCK % integer.group and integer.group % BLOCK:
+        if integer is not None and integer.group and BLOCK % integer.group and integer.group % BLOCK:
             raise MoecError(f"no CUDA kernel for groups of {integer.group}: expected a divisor or a multiple of {BLOCK}")
         if self.k % 8:
             raise MoecError(f"no CUDA kernel for rows of {self.k} weights: expected a multiple of 8")
@@ -108,14 +108,19 @@ class FragmentLayout:
         return self.coded.groups(self.k) if self.coded else 1
 
     @property
+    def per_row(self) -> bool:
+        """Whether the format has one scale a row, however long that is."""
+        return not (self.integer.group if self.integer else self.fp8.block if self.fp8 else 0)
+
+    @property
     def block_groups(self) -> int:
         """Groups that a block has."""
-        return 1 if self.integer is None or self.groups == 1 else max(1, BLOCK // self.integer.group)
+        return max(1, BLOCK // self.integer.group) if self.integer and self.integer.group else 1
 
     @property
     def scale_span(self) -> int:
         """Blocks that a block of scales serves."""
-        if self.groups == 1:
+        if self.per_row:
             return self.blocks
         return max(1, self.integer.group // BLOCK) if self.integer else 1
 

@@ -30,7 +30,7 @@ from moec.targets.kernels.cuda.matrix import (
     wgmma_fence,
     wgmma_wait,
 )  # fmt: skip
-from moec.targets.kernels.cuda.stored import Classes, Stored
+from moec.targets.kernels.cuda.stored import Classes, Place, Stored
 
 THREADS = 256  # two warpgroups
 STEPS = 8  # products of 16 columns in a block
@@ -97,19 +97,31 @@ class Activations:
 
     Args:
         source: uint16 [terms, rows, k].
-        k: columns that there are.
+        k: columns that there are, at most.
     """
 
     def __init__(self, shape: Shape, memory: Buffer, source: Buffer, k: int, thread: Expr) -> None:
-        self.shape, self._source, self._k, self._piece = shape, source, k, T.Bind(thread % PIECES)
+        self.shape, self._source, self._piece = shape, source, T.Bind(thread % PIECES)
+        self._columns: Expr = k
+        self._own: Buffer | None = None
         base = T.Bind(shared_address(at(memory, 0)))
         self.base = T.Bind((base + const(1023, "uint32")) // 1024 * 1024)
         self._first, self._per = T.Bind(thread // PIECES), THREADS // PIECES
         self._turns = -(-shape.tokens // self._per)
         self._rows, self._valid = local(self._turns, "int32"), local(self._turns, "int32")
 
-    def locate(self, row: Callable[[Expr], Expr], count: Expr) -> None:
-        """Of a tile: the row of the source for each token, and how many there are; other tokens are zero."""
+    def vary(self) -> None:
+        """Tiles differ in their columns, which `locate` is given."""
+        self._own = local(1, "int32")
+
+    @property
+    def _k(self) -> Expr:
+        return self._columns if self._own is None else self._own[0]
+
+    def locate(self, row: Callable[[Expr], Expr], count: Expr, columns: Expr | None = None) -> None:
+        """Of a tile: the row of the source for each token, and how many there are; other tokens are zero, and so are other columns."""
+        if self._own is not None:
+            store(self._own, columns, 0)
         for i in range(self._turns):
             token = T.Bind(self._first + i * self._per)
             store(self._rows, const(0, "int32"), i)
@@ -118,10 +130,10 @@ class Activations:
                 store(self._rows, row(token), i)
                 store(self._valid, const(16, "int32"), i)
 
-    def begin(self, blocks: int) -> None:
+    def begin(self, blocks: Expr) -> None:
         """Ask for the first stages."""
         for stage in range(self.shape.stages - 2):
-            if stage < blocks:
+            with when(const(stage, "int32") < blocks):
                 self.fetch(const(stage, "int32"), stage)
             copy_commit()
 
@@ -177,19 +189,20 @@ class _Product(Stored):
         self._words = [local(shape.tiles * layout.unit_words, "uint32") for _ in range(self._depth)]
         self._sides = [local(shape.tiles * layout.side_words, "uint32") for _ in range(self._turn)]
 
-    def begin(self, place: Expr, tiles: list[Expr]) -> None:
+    def begin(self, place: Place, tiles: list[Expr]) -> None:
         units = self.layout.units
         for unit in range(self._depth - 1):
-            if unit // units < self.layout.blocks:
-                self._fetch(unit, unit // units, place, tiles, const(unit // units, "int32"), unit % units)
+            block = const(unit // units, "int32")
+            with when(block < place.blocks):
+                self._fetch(unit, unit // units, place, tiles, block, unit % units)
 
-    def run(self, place: Expr, tiles: list[Expr], activations: Activations, sums: Buffer) -> None:
+    def run(self, place: Place, tiles: list[Expr], activations: Activations, sums: Buffer) -> None:
         layout, shape = self.layout, self._shape
-        units, blocks, ahead = layout.units, layout.blocks, shape.stages - 2
+        units, blocks, ahead = layout.units, place.blocks, shape.stages - 2
         parts = local(len(tiles) * shape.sums, "float32") if self._folds else sums
         for i in range(len(tiles) * shape.sums):
             store(sums, const(0.0, "float32"), i)
-        with T.serial(-(-blocks // self._turn)) as i:
+        with T.serial((blocks + self._turn - 1) // self._turn) as i:
             for j in range(self._turn):
                 block = T.Bind(i * self._turn + j)
                 with when(block < blocks):
@@ -215,7 +228,7 @@ class _Product(Stored):
         """Whether sums of a group are kept apart until they are scaled. What has one scale a row is scaled at the end."""
         return self._shape.exact and self.layout.coded is not None and self.layout.groups > 1
 
-    def _fetch(self, which: int, side: int, place: Expr, tiles: list[Expr], block: Expr, unit: int) -> None:
+    def _fetch(self, which: int, side: int, place: Place, tiles: list[Expr], block: Expr, unit: int) -> None:
         """Ask for the words of a unit, and with the first of a block for its scales."""
         layout, lane = self.layout, self._lane
         for m, tile in enumerate(tiles):
@@ -224,7 +237,7 @@ class _Product(Stored):
                 self.fetch_scales(self._sides[side % self._turn], m * layout.side_words, place, tile, block, lane)
 
     def _unit(
-        self, which: int, side: int, place: Expr, tiles: list[Expr], block: Expr, unit: int, activations: Activations, sums: Buffer,
+        self, which: int, side: int, place: Place, tiles: list[Expr], block: Expr, unit: int, activations: Activations, sums: Buffer,
         parts: Buffer,
     ) -> None:  # fmt: skip
         """Multiply with a unit of a block."""

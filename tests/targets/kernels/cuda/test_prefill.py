@@ -42,9 +42,10 @@ def run(spec: PrefillSpec, x: NDArray[np.float32], ids: NDArray[Any], routing: N
     most = most_tiles(slots, layout.experts, size)
     sort = CudaKernel(sort_func(layout.experts, top_k, spec.ids_dtype, size, tokens))
     order, places, tiles = sort(ids, outputs=[((slots,), "int32"), ((slots,), "int32"), ((most + 1, 4), "int32")])
-    shape = ((spec.shape.terms, slots, layout.padded_f), "uint16")
-    (hidden,) = CudaKernel(gate_up_func(spec))(split(x, spec.shape.terms), order, tiles, *up, outputs=[shape])
-    (y,) = CudaKernel(down_func(spec))(hidden, order, tiles, routing, *down, outputs=[((slots, layout.d), spec.dtype)])
+    hidden = np.full((spec.shape.terms, slots, layout.padded_f), 0x7FC0, np.uint16)  # NaN where nothing is written
+    y = np.full((slots, layout.d), np.nan, spec.dtype)
+    CudaKernel(gate_up_func(spec))(split(x, spec.shape.terms), order, tiles, *up, hidden)
+    CudaKernel(down_func(spec))(hidden, order, tiles, routing, *down, y)
     (out,) = CudaKernel(combine_func(layout.d, top_k, spec.dtype, tokens))(y, places, outputs=[((tokens, layout.d), spec.dtype)])
     return out
 
