@@ -122,7 +122,7 @@ def _rounded(tensors: tuple[Tensor, ...], fmt: IntFormat) -> Tensor:
     """Codes [G, N] of channels that are rounded one after the other.
 
     Args:
-        tensors: the channels [G, N] as they take up the error of those before them, R^-1 of them [G, G], and their scale and zero point [N].
+        tensors: the channels [G, N] as they take up the error of earlier ones, R^-1 of them [G, G], and their scale and zero point [N].
     """
     wanted, inverse, scale, zero = tensors
     left, found = wanted.clone(), torch.empty_like(wanted)

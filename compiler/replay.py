@@ -17,7 +17,7 @@ Loop = Callable[..., Tensor]
 
 
 def replayed(loop: Loop) -> Loop:
-    """The same function of a tuple of tensors and options; on a GPU it is recorded for each shape of the tensors and each of the options."""
+    """The same function of a tuple of tensors and options; a GPU records it for each shape of the tensors and each of the options."""
 
     @lru_cache(_GRAPHS)
     def record(kinds: tuple[Kind, ...], options: tuple[Hashable, ...]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]:

@@ -63,6 +63,7 @@ class Loop(Fetch):
     """The state of a warp: running maximum and sum of the rows that a lane has, and results of the columns that it has."""
 
     v: Buffer
+    values: Buffer
     sinks: Buffer | None
     weights: Buffer
     corrections: Buffer

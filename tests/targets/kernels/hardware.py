@@ -19,8 +19,9 @@ from moec.targets.kernels.cuda import norm as cuda_norm
 from moec.targets.kernels.cuda import rope as cuda_rope
 from moec.targets.kernels.cuda import router as cuda_router
 from moec.targets.kernels.cuda import skip as cuda_skip
+from moec.targets.kernels.cuda.arrival import SEMAPHORES
 from moec.targets.kernels.cuda.step import step_func
-from moec.targets.kernels.cuda.step_spec import SEMAPHORES, StepOptions, StepSpec
+from moec.targets.kernels.cuda.step_spec import StepOptions, StepSpec
 from moec.targets.kernels.specs import AttentionSpec, NormSpec, RouterSpec, SkipSpec
 from tests.targets.kernels import emulator
 from tests.targets.kernels.run import ISA, Kernel
