@@ -85,7 +85,7 @@ class CudaKernels:
         return self.functions.call("rope", (heads, d, tokens), lambda: rope_func(heads, d, tokens), [x, cos, sin], out)[0]
 
     def attention(self, spec: AttentionSpec, caches: Sequence[Expr], inputs: Sequence[Expr]) -> Expr:
-        return attention(self.bb, caches, inputs, spec)
+        return attention(self.bb, caches, inputs, spec, self.shared_memory)
 
     def attention_step(self, spec: StepSpec, caches: Sequence[Expr], inputs: Sequence[Expr]) -> Expr:
         """Attention of one token with what the spec says of q and k -> [1, H*dv]. Caches (K, V) change.

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from tvm import relax
 
 from moec.targets.kernels.cuda.attend import attend_func
+from moec.targets.kernels.cuda.attend_product import AttendProduct, attend_product_func
 from moec.targets.kernels.cuda.attention_parts import PAGE, append_func, page_shapes
 from moec.targets.kernels.cuda.step_spec import StepOptions, StepSpec
 from moec.targets.kernels.specs import AttentionSpec
@@ -22,19 +23,23 @@ __all__ = ["PAGE", "attention", "attention_step", "page_shapes"]
 
 
 def attention(
-    bb: relax.BlockBuilder, caches: Sequence[relax.Expr], inputs: Sequence[relax.Expr], spec: AttentionSpec, dtype: str = "float32"
-) -> relax.Var:
+    bb: relax.BlockBuilder, caches: Sequence[relax.Expr], inputs: Sequence[relax.Expr], spec: AttentionSpec, memory: int,
+    dtype: str = "float32",
+) -> relax.Var:  # fmt: skip
     """Emit attention of any number of tokens: caches (k_pool, v_pool), inputs (q, k, v, blocks, page_table[, sinks]) -> float32 [T, H*dv].
+
+    Thread blocks may take `memory` bytes of shared memory.
 
     The caches change in place.
     """
     q, k, v, blocks, table, *sinks = inputs
     count, kinds = q.ty.shape[0], [cache.ty for cache in caches]
+    make = attend_product_func if AttendProduct.fits(spec, dtype, memory) else attend_func
     append = bb.add_func(append_func(spec, dtype), "append")
     found = bb.emit(relax.op.call_tir_inplace(append, relax.Tuple([*caches, k, v, blocks, table]), [0, 1], kinds))
     pools = [bb.emit(relax.TupleGetItem(found, i)) for i in (0, 1)]
     out = relax.TensorType((count, spec.heads * spec.dv), "float32")
-    return bb.emit(relax.call_tir(bb.add_func(attend_func(spec, dtype), "attend"), [*pools, q, blocks, table, *sinks], out_ty=out))
+    return bb.emit(relax.call_tir(bb.add_func(make(spec, dtype), "attend"), [*pools, q, blocks, table, *sinks], out_ty=out))
 
 
 def attention_step(

@@ -85,7 +85,7 @@ class _Cuda:
         types += [relax.TensorType([count, width], "float32") for width in widths]
         types += [relax.TensorType([blocks, 4], "int32"), relax.TensorType([slots, most], "int32")]
         types += [relax.TensorType([spec.heads], "float32")] if spec.sinks else []
-        return CudaFunction(types, lambda bb, *args: cuda_attention.attention(bb, args[:2], args[2:], spec))
+        return CudaFunction(types, lambda bb, *args: cuda_attention.attention(bb, args[:2], args[2:], spec, 96 << 10))
 
 
 _HARDWARE: dict[str, Hardware] = {"cpu": _Cpu(), "cuda": _Cuda()}
