@@ -185,6 +185,7 @@ class ProjectionsKernel:
                 sync()
                 row.finish()
                 matrices.finish(partial, row.factor)
+                self.then(thread)
                 row.write(part)
 
             if len(self._matrices) == 1:
@@ -193,6 +194,9 @@ class ProjectionsKernel:
                 with when(T.And(part >= first, part < first + count)):
                     run()
             first += count
+
+    def then(self, thread: Expr) -> None:
+        """What is done once a block has written its results, in front of the row."""
 
     def build(self, name: str) -> tirx.PrimFunc:
         """The kernel."""

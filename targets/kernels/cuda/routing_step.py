@@ -3,20 +3,19 @@
     sum = x + residual,   row = norm(sum),   logits = row @ W^T (+ b),   weights, ids = skip(router(logits))
 
 The product is that of `projections`: a block has 16 of the experts, whose weights are all under way before the kernel waits, and normalises
-the row for itself. Blocks write their logits; one warp of the block that is the last to arrive reads them all, and chooses. So few blocks
-pay one arrival, about a microsecond, in place of two launches; up to 16 experts are one block, which pays none.
+the row for itself. A warp of each block adds the products up and writes its logits; that of the block which is the last to arrive reads all
+of them, and chooses, while the others write the row. So few blocks pay one arrival in place of two launches.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from moec.targets.kernels.cuda.arrival import SEMAPHORES, last_arrival
-from moec.targets.kernels.cuda.emit import WARP, Expr, Shared, argument, store, sync, when
+from moec.targets.kernels.cuda.arrival import SEMAPHORES, last_warp
+from moec.targets.kernels.cuda.emit import WARP, Expr, argument, store, when
 from moec.targets.kernels.cuda.layout import ceil_div
 from moec.targets.kernels.cuda.projections import Projection, ProjectionsKernel, ProjectionsSpec
 from moec.targets.kernels.cuda.router import Router
@@ -46,6 +45,7 @@ class RoutingSpec:
     ) -> RoutingSpec:  # fmt: skip
         """The kernel with options that suit the shapes: all of a block's weights are under way, if they are not too many."""
         product = ProjectionsSpec.of([gate], norm, written and norm is not None)
+        assert product.outputs <= WARP
         lane_bytes = ceil_div(gate.layout.blocks, product.splits) * gate.layout.block_words // 8
         return cls(replace(product, unroll=min(lane_bytes, MOST_BYTES)), router, skip)
 
@@ -62,15 +62,11 @@ class _RoutingStep(ProjectionsKernel):
         shape = (1, self._step.router.top_k)
         self._weights, self._ids = argument("weights", shape, "float32"), argument("ids", shape, "int64")
 
-    def body(self, _: Any, memory: Shared, part: Expr, thread: Expr) -> None:
-        super().body(_, memory, part, thread)
-        if self.grid == 1:
-            sync()
-            with when(thread < WARP):
-                self._choose(thread)
-        else:
-            last = last_arrival(self._semaphores, 0, self.grid)
-            with when(T.And(last != 0, thread < WARP)):
+    def then(self, thread: Expr) -> None:
+        """Choose, if the block is the last one: its first warp, which has written the logits as those of other blocks have."""
+        with when(thread < WARP):
+            last = last_warp(self._semaphores, 0, self.grid)
+            with when(last != 0):
                 self._choose(thread)
 
     def _choose(self, lane: Expr) -> None:
