@@ -115,8 +115,7 @@ def compile_model(
         assert output is not None
         with place:
             quality = _quality(compiled, context)
-        if not takes_mixed_experts(backend, hardware):
-            compiled = uniform_experts(compiled)
+        compiled = uniform_experts(compiled, factored_only=takes_mixed_experts(backend, hardware))
         with progress.step("lower"):
             lowered = make_backend(backend, compiled.graph, hardware, portable, activations)
         shards = plan_shards(lowered)
