@@ -103,7 +103,9 @@ def build(options: Namespace) -> int:
     cases = [entry.case for entry in entries]
     if options.sweep:
         named = [layer for _, layer in layers(options.shapes, options.formats)]
-        cases += [task.case for task in tasks(named, [int(t) for t in options.tokens.split(",")], target, read_records(target.name))]
+        cases += [
+            task.case for task in tasks(named, [int(t) for t in options.tokens.split(",")], target, read_records(target.name), every=True)
+        ]
     failed = _compile(compile_.build(options.folder, cases, target, options.jobs), len(set(cases)), Progress())
     built = Index.read(options.folder).files
     kept = {(e.shape, e.tokens, e.case.layer): e for e in (*_old_plan(options.folder), *entries) if e.case in built}

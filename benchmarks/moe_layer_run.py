@@ -229,7 +229,8 @@ def sweep(options: Namespace) -> int:
     counts = sorted({entry.tokens for entry in entries if entry.tokens})
     counts = counts if options.tokens is None else [int(t) for t in options.tokens.split(",")]
     results = Results(options.records, index.target, device, index.tvm, measure_ceilings())
-    wanted = [task for task in tasks(layers, counts, get_target(index.target), read_records(index.target)) if task.case in index.files]
+    target = get_target(index.target)
+    wanted = [task for task in tasks(layers, counts, target, read_records(index.target), every=True) if task.case in index.files]
     bench = Bench(options.folder, index, options.repetitions)
     print(f"{device}: {len(wanted)} timings, {sum(results.has(task) for task in wanted)} of them done", flush=True)
     for done, (task, us, problem) in enumerate(run_sweep(wanted, results, bench.measure, options.seconds), 1):
@@ -240,6 +241,6 @@ def sweep(options: Namespace) -> int:
     print_row(("layer", "kernel", "T", "us", "over the default", "of", "options"))
     print_row(["---"] * 7)
     for layer in layers:
-        for r in summary(results.record(layer)):
+        for r in summary(results.record(layer), target):
             print_row((r["layer"], r["kernel"], r["tokens"], r["us"], r["gain"], r["tried"], r["options"]))
     return 0

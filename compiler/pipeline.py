@@ -115,8 +115,7 @@ def compile_model(
         assert output is not None
         with place:
             quality = _quality(compiled, context)
-        if not takes_mixed_experts(backend, hardware):
-            compiled = uniform_experts(compiled)
+        compiled = uniform_experts(compiled, factored_only=takes_mixed_experts(backend, hardware))
         with progress.step("lower"):
             lowered = make_backend(backend, compiled.graph, hardware, portable, activations)
         shards = plan_shards(lowered)
@@ -203,6 +202,8 @@ def _write(
         with progress.step("code"):
             locations = {key: location for shard in shards for key, (_, location) in shard.arrays.items()}
             executor = lowered.build(writer.folder, locations)
+        for line in executor.get("notes", ()):  # such as which kernels were measured, and which are a guess
+            progress.note(line)
         writer.write_text("graph.txt", print_graph(model.graph))
         for name, content in tokenizer_files(checkpoint).items() if checkpoint else ():
             writer.write_bytes(name, content)

@@ -22,7 +22,6 @@ from moec.compiler.backends.tvm.fusion import Fusion
 from moec.compiler.backends.tvm.platform import Expr, Formats, Function, Functions, count_of, static
 from moec.compiler.backends.tvm.storage import experts_layout
 from moec.compiler.cuda_code import machine_code, need_cuda_compiler
-from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph
 from moec.targets import Target
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
@@ -33,13 +32,14 @@ from moec.targets.kernels.cuda.attention import PAGE, attention, attention_step,
 from moec.targets.kernels.cuda.calls import Gpu
 from moec.targets.kernels.cuda.embedding import embedding_func
 from moec.targets.kernels.cuda.experts import experts
-from moec.targets.kernels.cuda.experts_layout import ExpertsLayout, Stack
+from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.layout import FragmentLayout
 from moec.targets.kernels.cuda.linear import few_tokens, linear
 from moec.targets.kernels.cuda.norm import norm_func
 from moec.targets.kernels.cuda.rope import rope_func
 from moec.targets.kernels.cuda.router import router_func, topk_func
 from moec.targets.kernels.cuda.routing_step import RoutingSpec, routing_step_func
+from moec.targets.kernels.cuda.rows import layout_of
 from moec.targets.kernels.cuda.skip import skip_func
 from moec.targets.kernels.cuda.space import multiprocessors, shared_memory
 from moec.targets.kernels.cuda.step import step_func
@@ -72,8 +72,10 @@ class CudaKernels:
     def linear(self, x: Expr, weights: Mapping[str, Expr], layout: FragmentLayout, bias: Expr | None) -> Expr:
         stacked = {name: self.bb.emit(relax.op.reshape(array, [1, *array.ty.shape])) for name, array in weights.items()}
         gpu, most = self._platform.gpu, self._function.most
-        if self._platform.products or few_tokens(layout, bias is not None, static(x), None, gpu) is not None:
+        if layout.in_fragments and (self._platform.products or few_tokens(layout, bias is not None, static(x), None, gpu) is not None):
             return linear(self.functions, x, stacked, layout, bias, most, gpu)
+        if not layout.in_fragments:
+            self._platform.choices.only_plain(f"weights in {layout.format}")
         return plain.linear(self.functions, x, stacked, layout, bias)
 
     def norm(self, spec: NormSpec, inputs: Sequence[Expr]) -> list[Expr]:
@@ -123,12 +125,13 @@ class CudaKernels:
         self, routed: Sequence[Expr], weights: Sequence[Mapping[str, Expr]], layout: ExpertsLayout, activation: ExpertActivation,
         biases: Sequence[Expr], counts: Expr | None,
     ) -> Expr:  # fmt: skip
-        named = {
-            f"{part}_{name}": array for part, arrays in zip(("gate_up", "down"), weights, strict=True) for name, array in arrays.items()
-        }
+        parts = [*layout.stacks()]
+        named = {f"{part}_{name}": array for part, arrays in zip(parts, weights, strict=True) for name, array in arrays.items()}
         x, ids, routing = routed
         both = (biases[0], biases[1]) if biases else None
-        choice = self._platform.choices.of(layer_of(layout, int(ids.ty.shape[1])), self._function)
+        choice = self._platform.choices.of(layer_of(layout, int(ids.ty.shape[1])), self._function) if layout.in_fragments else None
+        if not layout.in_fragments:
+            self._platform.choices.only_plain(f"experts with {', '.join(sorted(_plain_parts(layout)))}")
         if choice is None:
             return plain.experts(self.functions, x, ids, routing, named, layout, activation, both, counts)
         return experts(self.functions, x, ids, routing, named, layout, activation, both, counts, choice)
@@ -139,6 +142,13 @@ def _one(x: Expr) -> int | None:
     return 1 if static(x) == 1 else None
 
 
+def _plain_parts(layout: ExpertsLayout) -> set[str]:
+    """What of a layer the kernels of the tensor cores do not read."""
+    stacks = layout.stacks()
+    formats = {f"weights in {c.format}" for stack in stacks.values() for c in stack.classes if not c.in_fragments and c.format != "zero"}
+    return {"low-rank factors"} if len(stacks) > 2 else formats
+
+
 class Layout(ExpertsLayout):
     """The experts of a layer."""
 
@@ -146,10 +156,6 @@ class Layout(ExpertsLayout):
     def bias_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Shapes of what `biases` returns."""
         return (self.experts, self.gate_up.n), (self.experts, self.d)
-
-    def stacks(self) -> dict[str, Stack]:
-        """The layouts of all that an expert has, by name."""
-        return {"gate_up": self.gate_up, "down": self.down}
 
 
 class CudaPlatform:
@@ -175,21 +181,21 @@ class CudaPlatform:
         for node in nodes:
             layout = experts_layout(graph, node, self)
             assert isinstance(layout, Layout)
-            layers.append(layer_of(layout, int(graph.type_of(node.inputs[1]).shape[-1])))
+            if layout.in_fragments:
+                layers.append(layer_of(layout, int(graph.type_of(node.inputs[1]).shape[-1])))
         return self.choices.functions(list(dict.fromkeys(layers)))
 
     def kernels(self, functions: Functions, function: Function) -> CudaKernels:
         return CudaKernels(functions, self, function)
 
     def matrix(self, n: int, k: int, format: str) -> FragmentLayout:  # the field's word
-        return FragmentLayout(n, k, format)
+        return layout_of(n, k, format)
 
     def experts(
         self, experts: int, d: int, f: int, formats: tuple[Formats, Formats], gated: bool, factors: tuple[Factors | None, Factors | None]
     ) -> Layout:
-        if factors != (None, None):
-            raise MoecError("experts with low-rank factors have no CUDA kernel: compile them for a processor, or leave the factors out")
-        return Layout(experts, d, f, *formats, gated)
+        up, down = (None if found is None else (found.rank, found.left, found.right) for found in factors)
+        return Layout(experts, d, f, *formats, gated, (), up, down)
 
     def page_shapes(self, spec: AttentionSpec) -> Sequence[tuple[int, ...]]:
         return page_shapes(spec)

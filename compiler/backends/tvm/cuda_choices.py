@@ -37,6 +37,7 @@ class Choices:
     def __init__(self, target: Target, products: bool) -> None:
         self._target, self._products = target, products
         self._tables: dict[Layer, list[tuple[int | None, tuned.Choice]]] = {}
+        self._plain: dict[str, None] = {}
         self._made: dict[tuple[Layer, str], tuple[Function, tuned.Choice | None]] = {}
 
     def functions(self, layers: Sequence[Layer]) -> list[Function]:
@@ -67,6 +68,10 @@ class Choices:
             self._tables[layer] = tuned.dispatch(self._target, layer)
         return self._tables[layer]
 
+    def only_plain(self, what: str) -> None:
+        """Keep in mind that something has plain kernels only."""
+        self._plain[what] = None
+
     def made(self) -> list[dict[str, Any]]:
         """What was chosen, and why, as JSON values."""
         found = list[dict[str, Any]]()
@@ -85,4 +90,6 @@ class Choices:
         for entry in self.made():
             tokens = f"{entry['tokens']}" if entry["tokens"] is not None else "more"
             groups.setdefault((entry["layer"], entry["kernel"], entry["why"]), []).append(tokens)
-        return [f"{layer}, T up to {', '.join(tokens)}: {kernel} kernels, {why}" for (layer, kernel, why), tokens in groups.items()]
+        rest = "plain kernels, which are slow for many tokens; in bf16, or quantised without factors, they have fast ones"
+        plain = [f"{what}: {rest}" for what in self._plain]
+        return plain + [f"{layer}, T up to {', '.join(tokens)}: {kernel} kernels, {why}" for (layer, kernel, why), tokens in groups.items()]

@@ -49,8 +49,8 @@ def experts(
         counts: int64 [8], to which tokens and experts that run are added.
         choice: which kernels run, and their options; those of a few tokens need a constant T.
     """
-    up = [weights[name] for name in layout.arrays() if name.startswith("gate_up_")] + ([biases[0]] if biases is not None else [])
-    down = [weights[name] for name in layout.arrays() if name.startswith("down_")] + ([biases[1]] if biases is not None else [])
+    up = [weights[name] for name in layout.names("gate_up")] + ([biases[0]] if biases is not None else [])
+    down = [weights[name] for name in layout.names("down")] + ([biases[1]] if biases is not None else [])
     emit = _few if choice.kernel == "decode" else _many
     return emit(functions, (x, ids, routing_weights), (up, down), layout, activation, biases is not None, choice.options, counts)
 

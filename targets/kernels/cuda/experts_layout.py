@@ -11,10 +11,14 @@ from numpy.typing import NDArray
 
 from moec.runtime.errors import MoecError
 from moec.targets.kernels.cuda.layout import BLOCK, ROWS, FragmentLayout, ceil_div
+from moec.targets.kernels.cuda.rows import layout_of
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 
 HALF = ROWS // 2
+
+Factors = tuple[int, str, str]
+"""Low-rank factors of a projection [N, K]: the rank, and the formats of left [N, rank] and right [rank, K]."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Stack:
     @property
     def classes(self) -> tuple[FragmentLayout, ...]:
         """The layout of each format that occurs, in order of first use."""
-        return tuple(FragmentLayout(self.n, self.k, name) for name in dict.fromkeys(self.formats))
+        return tuple(layout_of(self.n, self.k, name) for name in dict.fromkeys(self.formats))
 
     @property
     def ragged(self) -> bool:
@@ -54,7 +58,7 @@ class Stack:
     def layout(self, expert: int) -> FragmentLayout:
         """The layout of an expert by itself."""
         n, k = self.rows[expert] if self.rows else self.n, self.columns[expert] if self.columns else self.k
-        return FragmentLayout(n, k, self.formats[expert])
+        return layout_of(n, k, self.formats[expert])
 
     @property
     def mixed(self) -> bool:
@@ -117,7 +121,8 @@ class ExpertsLayout:
     """E experts of gate_up [2F, D] (gated, gate rows first) or up [F, D], and down [D, F].
 
     A tile of gate_up has 8 gate rows, then the 8 up rows that go with them, so that a lane holds both; `interleave` brings rows in that
-    order. Each format is a name for all experts, or a tuple with one each.
+    order. Each format is a name for all experts, or a tuple with one each. Where a projection has low-rank factors, left right is added to
+    it, and the rows of the left one of gate_up are interleaved likewise; if it is nothing but them, its format is `zero`.
 
     Args:
         widths: F of each expert, a multiple of 8, where they differ; f is the largest.
@@ -133,6 +138,8 @@ class ExpertsLayout:
     down_format: str | tuple[str, ...]
     gated: bool = True
     widths: tuple[int, ...] = ()
+    gate_up_factors: Factors | None = None
+    down_factors: Factors | None = None
 
     def __post_init__(self) -> None:
         if not self.widths:
@@ -201,14 +208,33 @@ class ExpertsLayout:
         """Biases [E, parts * F] and [E, D] -> [E, gate_up.n] and [E, D], as the kernels read them."""
         return self.interleave(gate_up[..., None])[..., 0].astype(np.float32), down.astype(np.float32)
 
+    def stacks(self) -> dict[str, Stack]:
+        """All that an expert has, by name."""
+        found = {"gate_up": self.gate_up, "down": self.down}
+        for name, factors in (("gate_up", self.gate_up_factors), ("down", self.down_factors)):
+            if factors is not None:
+                (rank, left, right), base = factors, found[name]
+                found[f"{name}_left"] = Stack(self.experts, base.n, rank, (left,) * self.experts)
+                found[f"{name}_right"] = Stack(self.experts, rank, base.k, (right,) * self.experts)
+        return found
+
+    @property
+    def in_fragments(self) -> bool:
+        """Whether the kernels of the tensor cores read all of it."""
+        stacks = self.stacks()
+        return len(stacks) == 2 and all(layout.in_fragments for stack in stacks.values() for layout in stack.classes)
+
+    def names(self, part: str) -> list[str]:
+        """The names of the arrays of one of the stacks."""
+        return [f"{part}_{name}" for name in self.stacks()[part].arrays()]
+
     def arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shape and dtype of every array: those of gate_up and down, names prefixed."""
-        found = {f"gate_up_{name}": spec for name, spec in self.gate_up.arrays().items()}
-        return {**found, **{f"down_{name}": spec for name, spec in self.down.arrays().items()}}
+        """Shape and dtype of every array: those of the stacks, names prefixed."""
+        return {f"{part}_{name}": spec for part, stack in self.stacks().items() for name, spec in stack.arrays().items()}
 
     def nbytes(self) -> int:
         """Bytes of all weights."""
-        return self.gate_up.nbytes() + self.down.nbytes()
+        return sum(stack.nbytes() for stack in self.stacks().values())
 
 
 def _names(formats: str | tuple[str, ...], experts: int) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,9 @@ class FragmentLayout:
     n: int
     k: int
     format: str
+
+    in_fragments: ClassVar[bool] = True
+    """Whether the kernels of the tensor cores read it."""
 
     def __post_init__(self) -> None:
         integer = self.integer

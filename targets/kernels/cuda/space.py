@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.targets import Target
+from moec.targets.kernels.cuda.expected import cost
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.layout import BLOCK, ROWS, FragmentLayout, ceil_div
 
@@ -36,6 +37,9 @@ PREFILL = (
 
 The last column says whether blocks of threads stay for many tiles: as an option it is how many multiprocessors the GPU has.
 """
+
+PREFILL_TERMS = ((64, 1, 4, 1, 1, 2, 1, 0), (64, 1, 4, 1, 1, 2, 1, 1), (96, 1, 3, 1, 1, 2, 1, 1))
+"""What else it tries where activations are two terms, whose stages take twice the memory."""
 
 MULTIPROCESSORS = 132
 """Of an H100, which a GPU is taken for unless its target says otherwise."""
@@ -146,14 +150,14 @@ def multiprocessors(target: Target) -> int:
 
 
 def default(kernel: str, layer: Layer, tokens: int, limit: int = MOST_SHARED, size: int = MULTIPROCESSORS) -> Options:
-    """Options that are right for want of measurements: as many tokens a tile as an expert gets, and not fewer warps than hide latency."""
+    """Options that are right for want of measurements: those that should cost least, and not fewer warps than hide latency."""
     if kernel == "prefill":
-        each = tokens * layer.top_k / layer.experts
-        wide = next((n for n in (8, 16, 32) if 1.5 * each <= n), 64)
-        found = {"tokens": wide, "tiles": 1, "stages": 6 if wide <= 16 else 4, "terms": layer.terms, "exact": 1,
-                 "residency": 2 if layer.terms == 1 else 1, "depth": 4 if wide <= 32 else 2, "batch": 1,
-                 "multiprocessors": 0 if wide <= 16 else size}  # fmt: skip
-        return found if fits("prefill", layer, tokens, found, limit) else {**found, "stages": 3, "residency": 1}
+        fitting = [options for options in _all(kernel, layer, size) if fits(kernel, layer, tokens, options, limit)]
+        fitting = [options for options in fitting if options["exact"] or layer.dtype == "bfloat16"]
+        if not fitting:
+            return {"tokens": 8, "tiles": 1, "stages": 3, "terms": layer.terms, "exact": 1, "residency": 1, "depth": 2, "batch": 1,
+                    "multiprocessors": 0}  # fmt: skip
+        return min(fitting, key=lambda options: cost(layer.experts, layer.top_k, tokens, options))
     splits = next(n for n in (4, 2, 1) if n <= ceil_div(layer.d, BLOCK))
     gate_up = {"warps": 8, "splits": splits, "unroll": 128, "residency": 0}
     down = {"down_warps": 16, "down_unroll": 64}
@@ -186,7 +190,8 @@ def _all(kernel: str, layer: Layer, size: int) -> list[Options]:
     if kernel == "down":
         return [{"down_warps": warps, "down_unroll": unroll} for warps, unroll in product((16, 32), (32, 64, 128))]
     rest = {"terms": layer.terms}
-    return [dict(zip(PREFILL_OPTIONS, (*shape, stays * size), strict=True)) | rest for *shape, stays in PREFILL]
+    shapes = PREFILL if layer.terms == 1 else (*PREFILL, *PREFILL_TERMS)
+    return [dict(zip(PREFILL_OPTIONS, (*shape, stays * size), strict=True)) | rest for *shape, stays in shapes]
 
 
 def fits(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int], limit: int = MOST_SHARED) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from moec.runtime.errors import MoecError
 from moec.targets import Target
+from moec.targets.kernels.cuda.expected import cost
 from moec.targets.kernels.cuda.space import (
     FAMILY,
     MOST_DECODE,
@@ -191,11 +192,14 @@ def _age(record: Record, kernel: str, tvm: str | None) -> str:
     return f" with {' and '.join(notes)}" if notes else ""
 
 
-def order(records: Iterable[Record], kernel: str, tokens: int, options: Sequence[Options]) -> list[Options]:
-    """Candidates, those first that did best for other layers: by the mean of time over the least time of its layer and T.
+def order(records: Iterable[Record], kernel: str, layer: Layer, tokens: int, options: Sequence[Options]) -> list[Options]:
+    """Candidates, the most promising first.
 
-    What was never measured counts as half again as slow as the best, and keeps its order.
+    Those of many tokens are ordered by what they should cost, others by what they gave for other layers: the mean of time over the least
+    time of its layer and T. What was never measured counts as half again as slow as the best, and keeps its order.
     """
+    if kernel == "prefill":
+        return sorted(options, key=lambda candidate: cost(layer.experts, layer.top_k, tokens, candidate))
     ratios: dict[tuple[tuple[str, int], ...], list[float]] = {}
     for record in records:
         groups: dict[int, list[Measurement]] = {}

@@ -18,6 +18,7 @@ from moec.compiler.backends.tvm.backend import TvmBackend
 from moec.compiler.backends.tvm.cuda_choices import Choices
 from moec.compiler.backends.tvm.platform import ANY
 from moec.compiler.ir import Graph
+from moec.compiler.model import Model
 from moec.compiler.pipeline import compile_model
 from moec.compiler.progress import Progress
 from moec.compiler.stored import pack
@@ -30,7 +31,7 @@ from moec.targets.kernels.cuda.space import Layer
 from moec.targets.kernels.cuda.tuned import dispatch
 from tests.compiler.backends.test_tvm import with_format
 from tests.compiler.backends.tvm_model import Compiled, assert_equal
-from tests.graphs import MOE, random_weights
+from tests.graphs import MOE, factored, random_weights
 from tests.targets.kernels import emulator
 
 needs_compiler = pytest.mark.skipif(cuda_code.cuda_compiler() is None, reason="neither nvcc nor NVRTC is installed")
@@ -43,10 +44,16 @@ def moe() -> Graph:
 
 
 @pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> Gpu:
-    """The emulated GPU: products of many tokens are plain kernels, since it has no `wgmma`."""
-    emulator.install()
+def emulated(whole: Gpu, monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    """The emulated GPU, where products of many tokens are plain kernels: those of the tensor cores take it long."""
     monkeypatch.setattr(cuda, "PRODUCTS", "none")
+    return whole
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    """The emulated GPU with all kernels."""
+    emulator.install()
     monkeypatch.setattr(cuda, "need_cuda_compiler", lambda: "none")
     monkeypatch.setattr(cuda, "machine_code", lambda source, arch, compiler: b"")
     return Gpu("", b"", None)
@@ -86,10 +93,28 @@ def mixed() -> Graph:
 
 
 @needs_emulator
-def test_experts_of_different_formats_are_one_node(emulated: Gpu, tmp_path: Path) -> None:
+def test_experts_of_different_formats_are_one_node(whole: Gpu, tmp_path: Path) -> None:
     graph = mixed()
-    model = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", emulated)
+    model = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", whole)
     ids = np.random.default_rng(0).integers(0, model.executor.vocab_size, 40)
+    expected = model.expected(ids)
+    np.testing.assert_allclose(model.logits(ids), expected, atol=1e-4)
+    np.testing.assert_allclose(model.logits(ids[:1]), expected[:1], atol=1e-4)
+
+
+@needs_emulator
+@pytest.mark.parametrize("kind", ["f32", "factors", "only factors"])
+def test_what_has_plain_kernels_only(kind: str, emulated: Gpu, tmp_path: Path) -> None:
+    graph = with_format(moe(), "f32" if kind == "f32" else "int4_g32")
+    subject = Model(graph, random_weights(graph))
+    if kind == "f32":
+        graph = graph.with_params([replace(graph.params[DOWN], format="f16")])
+        subject = replace(subject, graph=graph)
+    else:
+        subject = factored(subject, (3, 8), whole=kind == "factors", fmt="bf16")
+    model = Compiled(subject.graph, subject.weights, tmp_path, "h100-sxm", emulated)
+    assert "plain kernels" in model.section["notes"][0]
+    ids = np.random.default_rng(0).integers(0, model.executor.vocab_size, 11)
     expected = model.expected(ids)
     np.testing.assert_allclose(model.logits(ids), expected, atol=1e-4)
     np.testing.assert_allclose(model.logits(ids[:1]), expected[:1], atol=1e-4)
@@ -116,7 +141,7 @@ def test_few_tokens_are_filled_up(emulated: Gpu, tmp_path: Path, monkeypatch: py
     assert called == ["decode4", "decode8", "decode4", "forward", "decode2"]
     assert executor.counters is not None
     (count,) = executor.counters.read()
-    assert (count.tokens, count.experts, count.slots) == (18, 36, 36)  # what calls were filled up with is not counted
+    assert (count.tokens, count.experts, count.slots) == (23, 46, 46)  # what calls were filled up with is not counted
 
 
 def test_functions_and_choices_of_a_target() -> None:

@@ -23,7 +23,7 @@ from moec.targets.kernels.cuda.space import (
     sources,
 )
 from moec.targets.kernels.cuda.tuned import choose, dispatch, order
-from moec.targets.measured import Measurement, Record, read_records, write_record
+from moec.targets.measured import SHIPPED, Measurement, Record, read_records, write_record
 
 BOX = Target("box", "a GPU of ours", "cuda", cuda("sm_90a", 232_448))
 LAYER = Layer(64, 8, 2048, 1024, "int4_g128", "int4_g128")
@@ -133,6 +133,21 @@ def test_own_records_come_first(tmp_path: Path) -> None:
     assert choose(BOX, LAYER, 1, folders).options["splits"] == 8
 
 
+def test_what_should_cost_least_is_among_the_best_that_were_measured() -> None:
+    cells = 0
+    for record in read_records("h100-sxm", [SHIPPED]):
+        layer, times = Layer.from_json(record.layer), dict[int, dict[str, float]]()
+        for m in record.measurements:
+            if m.kernel == "prefill":
+                times.setdefault(m.tokens, {})[str(dict(m.options))] = m.us
+        for tokens, found in times.items():
+            measured = [dict(m.options) for m in record.measurements if (m.kernel, m.tokens) == ("prefill", tokens)]
+            first = order([], "prefill", layer, tokens, measured)[:8]
+            assert min(found[str(options)] for options in first) <= 1.05 * min(found.values()), (layer.name, tokens)
+            cells += 1
+    assert cells
+
+
 def test_dispatch_covers_every_t(tmp_path: Path) -> None:
     folders = store(tmp_path, up(9.0), down(5.0), many(10.0, 16, 8), many(12.0, 256, 32), many(50.0, 4096, 64))
     ranges = dispatch(BOX, LAYER, folders=folders)
@@ -154,7 +169,7 @@ def test_dispatch_ends_where_there_are_no_kernels(tmp_path: Path) -> None:
 def test_what_did_well_elsewhere_is_tried_first(tmp_path: Path) -> None:
     store(tmp_path, down(5.0, warps=8), down(9.0, warps=16), down(7.0, warps=32))
     options = [{"down_warps": w, "down_unroll": u} for u in (64, 128) for w in (16, 32, 8)]
-    found = order(read_records("box", [tmp_path]), "down", 2, options)
+    found = order(read_records("box", [tmp_path]), "down", LAYER, 2, options)
     assert [o["down_warps"] for o in found if o["down_unroll"] == 64] == [8, 32, 16]
     assert found[0] == {"down_warps": 8, "down_unroll": 64}
     assert found[-1] == {"down_warps": 16, "down_unroll": 64}, "worse than half again counts less than what is not known"
