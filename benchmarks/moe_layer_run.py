@@ -75,8 +75,10 @@ class Timing:
         """What a time means."""
         layer = weights.layer
         nbytes = sum(weights.nbytes(tokens.ids) for tokens in inputs) / len(inputs)
-        slots = sum(int(((t.ids >= 0) & (t.ids < layer.experts)).sum()) for t in inputs) / len(inputs)
-        flop = 2 * slots * (3 if layer.gated else 2) * layer.d * layer.f
+        widths = torch.tensor(layer.widths or [layer.f] * layer.experts)
+        used = (tokens.ids[(tokens.ids >= 0) & (tokens.ids < layer.experts)].cpu().long() for tokens in inputs)
+        neurons = sum(int(widths[ids].sum()) for ids in used) / len(inputs)  # of all slots
+        flop = 2 * neurons * (3 if layer.gated else 2) * layer.d
         floor = max(nbytes / self.ceilings.bandwidth / 1e3, flop / self.ceilings.bf16_tflop_s / 1e6)
         return {"us": us, "floor_us": floor, "share": floor / us, "gb_s": nbytes / us / 1e3, "tflop_s": flop / us / 1e6}
 
@@ -217,7 +219,8 @@ def _peer(timing: Timing, peer: Peer, weights: Sequence[PeerWeights], tokens: in
 
 def _bits(layer: Layer) -> float:
     """Bits of a weight, scales counted."""
-    return 8 * layer.layout.nbytes() / (layer.experts * (3 if layer.gated else 2) * layer.d * layer.f)
+    neurons = sum(layer.widths) or layer.experts * layer.f
+    return 8 * layer.layout.nbytes() / (neurons * (3 if layer.gated else 2) * layer.d)
 
 
 def sweep(options: Namespace) -> int:

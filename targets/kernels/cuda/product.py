@@ -16,7 +16,8 @@ from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, sync, when
 from moec.targets.kernels.cuda.experts_layout import Stack
-from moec.targets.kernels.cuda.intrinsics import dequantize, scale
+from moec.targets.kernels.cuda.factors import scale
+from moec.targets.kernels.cuda.intrinsics import dequantize
 from moec.targets.kernels.cuda.layout import BLOCK
 from moec.targets.kernels.cuda.matrix import (
     copy16,

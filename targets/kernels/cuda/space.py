@@ -89,6 +89,7 @@ class Layer:
         gate_up, down: the format of all experts, or of each.
         dtype: of activations, `bfloat16`, or `float32` as two terms of it.
         gated: whether there is a gate projection.
+        widths: F of each expert where they differ; f is the largest.
     """
 
     experts: int
@@ -99,11 +100,12 @@ class Layer:
     down: str | tuple[str, ...]
     dtype: str = "bfloat16"
     gated: bool = True
+    widths: tuple[int, ...] = ()
 
     @property
     def layout(self) -> ExpertsLayout:
         """How its weights lie in memory."""
-        return ExpertsLayout(self.experts, self.d, self.f, self.gate_up, self.down, self.gated)
+        return ExpertsLayout(self.experts, self.d, self.f, self.gate_up, self.down, self.gated, self.widths)
 
     @property
     def terms(self) -> int:
@@ -121,11 +123,13 @@ class Layer:
         """A file name."""
         formats = self.formats.replace("/", "-")
         rest = ("" if self.gated else "-plain") + ("" if self.dtype == "bfloat16" else f"-{self.dtype}")
+        rest += f"-of{sum(self.widths)}" if self.widths else ""
         return f"experts-{self.experts}x{self.d}x{self.f}-top{self.top_k}-{formats}{rest}"
 
     def to_json(self) -> dict[str, Any]:
-        """Its fields as JSON values."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        """Its fields as JSON values; `widths` only where there are."""
+        fields = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return fields if self.widths else {name: value for name, value in fields.items() if name != "widths"}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Layer:
@@ -219,6 +223,8 @@ def needs(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int]) ->
     routing = 0 if tokens == 1 else sum(ceil_div(n, 4) * 4 for n in (layer.experts * layer.top_k, slots, slots * tokens, 1))
     threads = 32 * options["warps" if kernel == "gate_up" else "down_warps"]
     words = threads * 4 * fragments + routing
+    if kernel == "down" and layer.widths:  # where each rank's blocks begin
+        words += 4 * (ceil_div(slots, 4) + ceil_div(slots + 1, 4))
     return threads, 4 * (words + (columns * (ceil_div(layer.d, BLOCK) * BLOCK // 2 + 16) if kernel == "gate_up" else 0))
 
 

@@ -11,7 +11,8 @@ from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.emit import Buffer, Expr, argument, at, const, store, when
 from moec.targets.kernels.cuda.experts_layout import Stack
-from moec.targets.kernels.cuda.intrinsics import bf16_factors, load_words, term, widen
+from moec.targets.kernels.cuda.factors import bf16_factors
+from moec.targets.kernels.cuda.intrinsics import load_words, term, widen
 from moec.targets.kernels.cuda.layout import BLOCK, FragmentLayout
 from moec.targets.kernels.cuda.packing import vectors
 

@@ -22,6 +22,7 @@ from moec.targets.kernels.cuda.space import Layer, candidates, default, needs
 UP = ("int2_g64", "int3_g32_asym", "int8_g128", "bf16")
 DOWN = ("int4_g64", "int8_channel_asym", "bf16", "int6_g128")
 FP8 = Layer(4, 2, 264, 200, ("fp8_block128", "fp8_channel", "int4_g128", "bf16"), "fp8_block128")
+RAGGED = Layer(4, 2, 264, 200, ("int4_g64", "fp8_block128", "bf16", "int4_g64"), "int3_g32_asym", widths=(40, 200, 8, 136))
 MIXED = Layer(4, 2, 264, 200, UP, DOWN)
 WIDE = Layer(4, 2, 264, 200, "int3_g32", "int4_g64", "float32")
 PLAIN = Layer(3, 1, 128, 72, "int4_g128", "int4_g128", gated=False)
@@ -43,6 +44,8 @@ FOR_HOPPER = [
     case("prefill", PLAIN, 96, "quick_gelu"),
     case("decode", FP8, 2),
     case("prefill", FP8, 32),
+    case("decode", RAGGED, 3, biases=True),
+    case("prefill", RAGGED, 24, biases=True),
 ]
 
 
@@ -104,7 +107,7 @@ def shape_of(function: Any) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8])
-@pytest.mark.parametrize("layer", [MIXED, WIDE, PLAIN, Layer(64, 8, 2048, 1024, "int4_g128", "int4_g128")])
+@pytest.mark.parametrize("layer", [MIXED, WIDE, PLAIN, RAGGED, Layer(64, 8, 2048, 1024, "int4_g128", "int4_g128")])
 @pytest.mark.parametrize("kernel", ["gate_up", "down"])
 def test_needs_are_what_the_kernels_take(kernel: str, layer: Layer, tokens: int) -> None:
     for options in candidates(kernel, layer, tokens)[::5]:
