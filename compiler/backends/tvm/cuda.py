@@ -71,7 +71,7 @@ class CudaKernels:
         return self.functions.call("embedding", (layout, tokens, kind), lambda: embedding_func(layout, tokens, kind), args, out)[0]
 
     def linear(self, x: Expr, weights: Mapping[str, Expr], layout: FragmentLayout, bias: Expr | None) -> Expr:
-        if static(x) == 1:
+        if static(x) == 1 and layout.in_fragments:
             one = ProjectionsSpec.of([Projection(layout, bias is not None)])
             return self.projections(one, [x, *weights.values(), *([] if bias is None else [bias])])[0]
         stacked = {name: self.bb.emit(relax.op.reshape(array, [1, *array.ty.shape])) for name, array in weights.items()}

@@ -60,16 +60,19 @@ def match(graph: Graph, storage: Mapping[str, Any]) -> list[Projections]:
     """The linear layers of each value, together with as much as can be; where others have taken a part, what is left."""
     groups: dict[str, list[Node]] = {}
     for node in graph.nodes:
-        if node.op == "linear" and _fits(graph, node):
+        if node.op == "linear" and _fits(graph, storage, node):
             groups.setdefault(node.inputs[0], []).append(node)
     return [found for name, linears in groups.items() for found in _choices(graph, storage, name, tuple(linears))]
 
 
-def _fits(graph: Graph, node: Node) -> bool:
-    """Whether a linear layer has one row for each token, and its parameters are parameters of the model."""
+def _fits(graph: Graph, storage: Mapping[str, Any], node: Node) -> bool:
+    """Whether a linear layer has one row for each token, its parameters are those of the model, and the kernel reads their format."""
     kind = graph.type_of(node.inputs[0])
     rows = len(kind.shape) == 3 and kind.shape[:2] in (("B", "T"), ("B", "R")) and kind.dtype == "f32"
-    return rows and node.inputs[0] not in graph.params and all(name in graph.params for name in node.inputs[1:] if name)
+    if not rows or node.inputs[0] in graph.params or not all(name in graph.params for name in node.inputs[1:] if name):
+        return False
+    layout = matrix_layout(storage[node.inputs[1]])
+    return isinstance(layout, FragmentLayout) and layout.in_fragments
 
 
 def _choices(graph: Graph, storage: Mapping[str, Any], name: str, linears: tuple[Node, ...]) -> Iterator[Projections]:
