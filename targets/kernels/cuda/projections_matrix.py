@@ -18,7 +18,7 @@ from moec.targets.kernels.cuda.stored import FIRST, Stored
 if TYPE_CHECKING:
     from moec.targets.kernels.cuda.projections import ProjectionsSpec
 
-AT_ONCE = 4  # tiles whose products take turns
+MOST_TOGETHER = 4  # blocks of tiles whose products take turns
 MOST_HELD = 2  # blocks of activations that stay in registers
 
 
@@ -69,6 +69,7 @@ class Matrices:
         self._wide = max(1, min(depth // share, spec.tiles))
         self._rounds = ceil_div(spec.tiles, self._wide) * self._turns
         self._exact = spec.blocks % spec.splits == 0 and share == self._deep * self._turns
+        self._together = min(len(self._slots), spec.together or (MOST_TOGETHER if self._rounds == 1 else 1))
         self._held = self._turns == 1 and self._deep <= MOST_HELD
 
     @property
@@ -154,8 +155,8 @@ class Matrices:
         else:
             with when(turn % self._turns == 0):
                 clear(sums, 2 * self._wide)
-        for first in range(0, len(self._slots), AT_ONCE):
-            some = range(first, min(first + AT_ONCE, len(self._slots)))
+        for first in range(0, len(self._slots), self._together):
+            some = range(first, min(first + self._together, len(self._slots)))
             blocks = dict.fromkeys(self._slots[slot][1] for slot in some)
             activations = held if held is not None else {block: self._activations(block, turn) for block in blocks}
             parts = [Part(at(self._codes, slot * self._words), slot * self._layout.side_words, *self._slots[slot]) for slot in some]

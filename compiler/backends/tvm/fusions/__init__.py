@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moec.compiler.backends.tvm.fusion import Fusion, disjoint
-from moec.compiler.backends.tvm.fusions import attention, routing
+from moec.compiler.backends.tvm.fusions import attention, projections, routing
 from moec.compiler.backends.tvm.storage import matrix_layout
 from moec.compiler.ir import Graph, Node
 from moec.targets.kernels.cuda.layout import FragmentLayout
 
-MATCHERS: tuple[Callable[[Graph, Mapping[str, Any]], Sequence[Fusion]], ...] = (attention.match, routing.match)
+MATCHERS: tuple[Callable[[Graph, Mapping[str, Any]], Sequence[Fusion]], ...] = (attention.match, routing.match, projections.match)
 """In the order in which they choose: attention, routing, then the projections that are left."""
 
 
