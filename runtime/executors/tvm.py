@@ -147,7 +147,8 @@ class TvmExecutor:
         self.counters = self._counters(layers, counts, counted) if layers else None
         self._inputs = list(section["inputs"])
         self._functions, self._chunk = Functions(section["functions"]), int(section.get("chunk", CHUNK))
-        self._pages = Pages(section["page_shapes"], int(section["page_tokens"]), max_sequences, context_length, self.device)
+        cached, page = str(section.get("cache_dtype", "float32")), int(section["page_tokens"])
+        self._pages = Pages(section["page_shapes"], page, max_sequences, context_length, self.device, cached)
         # One token is the common case: its inputs are allocated once, and only their numbers change.
         self._one = {"ids": aligned(1, np.int64), "positions": aligned(1, np.int64), "rows": aligned(1, np.int32)}
         self._one_block = aligned((1, 4), np.int32)

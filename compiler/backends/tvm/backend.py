@@ -67,6 +67,7 @@ class TvmBackend:
             "chunk": self.platform.chunk,
             "inputs": self.roles,
             "page_tokens": self.platform.page_tokens,
+            "cache_dtype": self.platform.cache_dtype,
             "page_shapes": [list(shape) for shape in pages],
             "experts": [self._counted(node) for node in self.graph.nodes if node.op == "experts"] if self.platform.counted else [],
             "semaphores": self.platform.semaphores,

@@ -63,6 +63,7 @@ class CudaKernels:
     def __init__(self, functions: Functions, platform: CudaPlatform, function: Function) -> None:
         self.bb, self.functions = functions.bb, functions
         self._platform, self._function = platform, function
+        self.cached = {"float32": "float32", "uint16": "bfloat16"}[platform.cache_dtype]
         self.shared_memory = HOPPER_MEMORY if platform.products else LEAST_MEMORY
 
     def embedding(self, ids: Expr, weights: Mapping[str, Expr], layout: FragmentLayout) -> Expr:
@@ -98,7 +99,7 @@ class CudaKernels:
         return self.functions.call("rope", (heads, d, tokens), lambda: rope_func(heads, d, tokens), [x, cos, sin], out)[0]
 
     def attention(self, spec: AttentionSpec, caches: Sequence[Expr], inputs: Sequence[Expr]) -> Expr:
-        return attention(self.bb, caches, inputs, spec, self.shared_memory)
+        return attention(self.bb, self.functions.get, caches, inputs, spec, self.shared_memory, self.cached)
 
     def attention_step(self, spec: StepSpec, caches: Sequence[Expr], inputs: Sequence[Expr]) -> Expr:
         """Attention of one token with what the spec says of q and k -> [1, H*dv]. Caches (K, V) change.
@@ -106,8 +107,8 @@ class CudaKernels:
         Args:
             inputs: q, k, v, blocks, page_table, semaphores[, weights of the norms][, cos, sin][, sinks].
         """
-        options = StepOptions.of(spec, "float32", self.shared_memory)
-        step = self.functions.get("attend_step", spec, lambda: step_func(spec, options))
+        options = StepOptions.of(spec, self.cached, self.shared_memory)
+        step = self.functions.get("attend_step", spec, lambda: step_func(spec, options, self.cached))
         return attention_step(self.bb, step, caches, inputs, spec, options)
 
     def router(self, spec: RouterSpec, inputs: Sequence[Expr]) -> list[Expr]:

@@ -180,7 +180,7 @@ class Platform(Protocol):
     page_tokens: int
     """Tokens of a page of the attention caches."""
     cache_dtype: str
-    """Element type of the caches' arrays."""
+    """Element type of the caches' arrays: float32, or uint16 for the bits of bfloat16."""
     counted: bool
     """Whether the experts' kernels count what they run."""
     semaphores: int

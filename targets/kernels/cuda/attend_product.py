@@ -3,7 +3,7 @@
 The softmax is computed online (https://arxiv.org/abs/2307.08691), a page of positions at a time, with logits and weights in the registers
 in which `mma.m16n8k16` leaves them: its D has a row's neighbours where its A wants them. Numbers of float32 are two terms of bfloat16, and
 products leave out that of the two small ones. Blocks of tokens of one sequence that follow each other share a thread block, so that keys
-and values are read once for all of them; one of a single token takes the other kernel's way, without tensor cores.
+and values are read once for all of them. Those of a single token are left to another kernel, which needs less of a multiprocessor.
 """
 
 from __future__ import annotations
@@ -51,10 +51,15 @@ __device__ __forceinline__ float moec_quad_sum(float x) {
 
 
 class AttendProduct(Attend):
-    """Emits what `Attend` does, for head sizes that are multiples of 16 (q and k) and of 8 (v)."""
+    """Emits what `Attend` does, for head sizes that are multiples of 16 (q and k) and of 8 (v).
 
-    def __init__(self, spec: AttentionSpec, dtype: str) -> None:
+    Args:
+        many: attend for the blocks of tokens that have, or join, several; otherwise for the others, without tensor cores.
+    """
+
+    def __init__(self, spec: AttentionSpec, dtype: str, many: bool) -> None:
         super().__init__(spec, dtype)
+        self.many = many
         self.rows = self.cases[0]
         rows = BLOCK_TOKENS * self.group  # of a block of tokens
         self.together = max(1, ROWS // rows)
@@ -63,12 +68,12 @@ class AttendProduct(Attend):
         self.q_stride = self.k_stride = spec.d // 2 + 4  # words; the lanes of a fragment are in different banks
         self.v_stride = spec.dv + (8 if spec.dv % 16 == 0 else 0)
         self.sizes = [2 * ROWS * self.q_stride, self.terms * PAGE * self.k_stride, self.terms * PAGE // 2 * self.v_stride]
-        self.words = max(self.words_of(self.rows), sum(self.sizes))
+        self.words = sum(self.sizes) if many else self.words_of(self.rows)
 
     @staticmethod
     def fits(spec: AttentionSpec, dtype: str, memory: int) -> bool:
         """Whether it has the shape, and a thread block so many bytes of memory."""
-        return spec.d % 16 == 0 and spec.dv % 8 == 0 and 4 * AttendProduct(spec, dtype).words <= memory
+        return spec.d % 16 == 0 and spec.dv % 8 == 0 and 4 * AttendProduct(spec, dtype, many=True).words <= memory
 
     def body(self, blocks: Any, memory: Shared, x: Expr, block: Expr, thread: Expr) -> None:
         grid_launch()
@@ -85,14 +90,14 @@ class AttendProduct(Attend):
         with when(first == block):
             self.slot, self.first_token = T.Bind(self.blocks[first, 0]), T.Bind(self.blocks[first, 1])
             self.first_position = T.Bind(self.blocks[first, 3])
-            with T.If(T.And(count == 1, self.blocks[first, 2] == 1)):
-                with T.Then():
-                    self.count = T.Bind(T.int32(self.group))
-                    with when(self.tile < ceil_div(self.group, self.rows)):
-                        self._attend(memory, self.rows)
-                with T.Else():
-                    memory.again()
+            tokens = T.Bind(self.blocks[first, 2])
+            if self.many:
+                with when(T.Or(count > 1, tokens > 1)):
                     self._many(memory, first, count)
+            else:
+                self.count = T.Bind(T.int32(self.group))
+                with when(T.And(T.And(count == 1, tokens == 1), self.tile < ceil_div(self.group, self.rows))):
+                    self._attend(memory, self.rows)
 
     def _joined(self, base: Expr, blocks: Expr) -> Expr:
         """How many blocks of tokens from `base` on are attended for together: 1 unless all that could be go on with one sequence."""
@@ -271,7 +276,7 @@ class AttendProduct(Attend):
                 store(self.result, self.result[4 * n + 2 * half + i] * factor, 4 * n + 2 * half + i)
 
 
-def attend_product_func(spec: AttentionSpec, dtype: str = "float32") -> tirx.PrimFunc:
-    """The kernel for any number of tokens, where `AttendProduct.fits`."""
-    attend = AttendProduct(spec, dtype)
+def attend_product_func(spec: AttentionSpec, dtype: str = "float32", *, many: bool) -> tirx.PrimFunc:
+    """One of the two kernels for any number of tokens, where `AttendProduct.fits`."""
+    attend = AttendProduct(spec, dtype, many)
     return kernel("attend", THREADS, attend.arguments, attend.grid, attend.body, words=attend.words)

@@ -43,10 +43,6 @@ class Shared:
         self._words, self._next = words, 0
         self._memory = T.alloc_buffer((max(words, 4),), "uint32", scope="shared.dyn", layout=None, align=16)
 
-    def again(self) -> None:
-        """Take the parts from the start, in another branch of the kernel."""
-        self._next = 0
-
     def take(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """The next part, at a multiple of 16 bytes."""
         first, size = self._next, prod(shape)

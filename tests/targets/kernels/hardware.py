@@ -52,6 +52,10 @@ class _Cpu:
     page_shapes = staticmethod(cpu_attention.page_shapes)
 
 
+def _getter(bb: relax.BlockBuilder) -> cuda_attention.Get:
+    return lambda name, key, make: bb.add_func(make(), name)
+
+
 class CudaStep:
     """Attention of one token, called as the CPU's kernel is."""
 
@@ -85,7 +89,7 @@ class _Cuda:
         types += [relax.TensorType([count, width], "float32") for width in widths]
         types += [relax.TensorType([blocks, 4], "int32"), relax.TensorType([slots, most], "int32")]
         types += [relax.TensorType([spec.heads], "float32")] if spec.sinks else []
-        return CudaFunction(types, lambda bb, *args: cuda_attention.attention(bb, args[:2], args[2:], spec, 96 << 10))
+        return CudaFunction(types, lambda bb, *args: cuda_attention.attention(bb, _getter(bb), args[:2], args[2:], spec, 96 << 10))
 
 
 _HARDWARE: dict[str, Hardware] = {"cpu": _Cpu(), "cuda": _Cuda()}
