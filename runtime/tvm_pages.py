@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from moec.runtime.errors import MoecError
-from moec.runtime.tvm_device import Device, aligned
+from moec.runtime.tvm_arrays import aligned
+from moec.runtime.tvm_device import Device
 
 FIRST = 16
 """Pages that are allocated at the start; afterwards their number doubles."""

@@ -19,7 +19,7 @@ from moec.compiler.backends.tvm import fusions
 from moec.compiler.backends.tvm.cpu import RUNTIME, link, runtime_library
 from moec.compiler.backends.tvm.cuda_choices import CHUNK, Choices, layer_of
 from moec.compiler.backends.tvm.fusion import Fusion
-from moec.compiler.backends.tvm.platform import Expr, Formats, Function, Functions, count_of, static
+from moec.compiler.backends.tvm.platform import BEST, Expr, Formats, Function, Functions, count_of, static
 from moec.compiler.backends.tvm.storage import experts_layout
 from moec.compiler.cuda_code import machine_code, need_cuda_compiler
 from moec.compiler.ir import Graph
@@ -29,6 +29,7 @@ from moec.targets.kernels.cpu.experts_layout import Factors
 from moec.targets.kernels.cuda import pipeline, plain
 from moec.targets.kernels.cuda.arrival import SEMAPHORES
 from moec.targets.kernels.cuda.attention import PAGE, attention, attention_step, page_shapes
+from moec.targets.kernels.cuda.best import best_func
 from moec.targets.kernels.cuda.calls import Gpu
 from moec.targets.kernels.cuda.embedding import embedding_func
 from moec.targets.kernels.cuda.experts import experts
@@ -214,6 +215,15 @@ class CudaPlatform:
 
     def fusions(self, graph: Graph, storage: Mapping[str, Any], tokens: int | None) -> Sequence[Fusion]:
         return fusions.match(graph, storage) if tokens == 1 else ()
+
+    def add_best(self, functions: Functions, vocabulary: int) -> None:
+        rows, bb = tirx.Var("R", "int64"), functions.bb
+        logits = relax.Var("logits", relax.TensorType([rows, vocabulary], "float32"))
+        with bb.function(BEST, [logits]):
+            with bb.dataflow():
+                found = functions.call("best_rows", vocabulary, lambda: best_func(vocabulary, None), [logits], ([rows, 3], "float32"))
+                result = bb.emit_output(found[0])
+            bb.emit_func_output(result)
 
     def schedules(self) -> list[tvm.transform.Pass]:
         gpu = dlight.gpu

@@ -23,6 +23,9 @@ from moec.targets.kernels.specs import AttentionSpec, NormSpec, RouterSpec, Skip
 
 Expr = Any
 
+BEST = "best"
+"""The function that finds the likeliest tokens."""
+
 COUNTS = 8
 """int64 that a layer of experts counts in, a cache line: tokens, experts that ran, and none other yet."""
 
@@ -212,6 +215,10 @@ class Platform(Protocol):
 
     def fusions(self, graph: Graph, storage: Mapping[str, Any], tokens: int | None) -> Sequence[Fusion]:
         """Nodes that its kernels compute together, in a function of so many tokens (None: any number). No two share a node."""
+        ...
+
+    def add_best(self, functions: Functions, vocabulary: int) -> None:
+        """Add a function `BEST`, from logits [R, V] to what `moec.runtime.sampler.Best.found` takes [R, 3], unless the host is as fast."""
         ...
 
     def schedules(self) -> list[tvm.transform.Pass]:

@@ -25,6 +25,7 @@ from moec.compiler.stored import pack
 from moec.compiler.text import parse_graph, print_graph
 from moec.runtime.cuda import Driver, runs_on
 from moec.runtime.errors import MoecError
+from moec.runtime.sampler import Best
 from moec.runtime.tvm_device import Gpu
 from moec.targets import get_target
 from moec.targets.kernels.cuda.space import Layer
@@ -188,6 +189,19 @@ def test_an_artifact_of_experts_of_different_formats(monkeypatch: pytest.MonkeyP
                 np.testing.assert_array_equal(stored.load(name, expert), weights.load(name, expert).bfloat16().float())
             else:
                 assert_equal(found, expected)
+
+
+@needs_emulator
+def test_the_likeliest_tokens_are_found_there(emulated: Gpu, tmp_path: Path) -> None:
+    graph = with_format(moe(), "bf16")
+    model = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", emulated)
+    ids = np.random.default_rng(0).integers(0, model.executor.vocab_size, 8)
+    expected = Best.of(model.expected(ids))
+    first, second = model.executor.add(), model.executor.add()
+    for steps, rows in (([(first, ids[:5]), (second, ids[:3])], [4, 2]), ([(first, ids[5:6])], [5])):
+        found = model.executor.best(steps)
+        np.testing.assert_array_equal(found.ids, expected.ids[rows])
+        np.testing.assert_allclose(found.logprobs, expected.logprobs[rows], atol=1e-4)
 
 
 @needs_compiler
