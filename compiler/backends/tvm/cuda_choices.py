@@ -42,13 +42,15 @@ class Choices:
 
     def functions(self, layers: Sequence[Layer]) -> list[Function]:
         """The functions of a library for these layers, by how many tokens they are for."""
-        bounds = set[int]()
-        for layer in layers if self._products else ():
-            bounds |= {bound for bound, _ in self._table(layer) if bound is not None and MOST_DECODE < bound < CHUNK}
-        if self._products and not bounds:
-            bounds = {MANY}  # of linear layers
         few = [Function(f"decode{t}", t, t, t) for t in FEW]
-        return [ONE, *few, *(Function(f"forward{bound}", most=bound) for bound in sorted(bounds)), ANY]
+        return [ONE, *few, *(Function(f"forward{bound}", most=bound) for bound in self._bounds(layers)), ANY]
+
+    def _bounds(self, layers: Sequence[Layer]) -> list[int]:
+        """Where ranges of many tokens end."""
+        if not self._products:
+            return []
+        ends = {end for layer in layers for end, _ in self._table(layer) if end is not None and MOST_DECODE < end < CHUNK}
+        return sorted(ends) or [MANY]  # of linear layers
 
     def of(self, layer: Layer, function: Function) -> tuned.Choice | None:
         """What a layer runs in a function; None: plain kernels."""

@@ -157,11 +157,15 @@ def default(kernel: str, layer: Layer, tokens: int, limit: int = MOST_SHARED, si
     """Options that are right for want of measurements: those that should cost least, and not fewer warps than hide latency."""
     if kernel == "prefill":
         fitting = [options for options in _all(kernel, layer, size) if fits(kernel, layer, tokens, options, limit)]
-        fitting = [options for options in fitting if options["exact"] or layer.dtype == "bfloat16"]
         if not fitting:
             return {"tokens": 8, "tiles": 1, "stages": 3, "terms": layer.terms, "exact": 1, "residency": 1, "depth": 2, "batch": 1,
                     "multiprocessors": 0}  # fmt: skip
-        return min(fitting, key=lambda options: cost(layer.experts, layer.top_k, tokens, options))
+
+        def rank(options: Options) -> tuple[float, bool]:
+            stays = options["multiprocessors"] > 0
+            return cost(layer.experts, layer.top_k, tokens, options), stays != (options["tokens"] > 16)
+
+        return min(fitting, key=rank)
     splits = next(n for n in (4, 2, 1) if n <= ceil_div(layer.d, BLOCK))
     gate_up = {"warps": 8, "splits": splits, "unroll": 128, "residency": 0}
     down = {"down_warps": 16, "down_unroll": 64}
@@ -199,13 +203,18 @@ def _all(kernel: str, layer: Layer, size: int) -> list[Options]:
 
 
 def fits(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int], limit: int = MOST_SHARED) -> bool:
-    """Whether a block has the threads and the shared memory (`limit` bytes) that the options ask for, and a use for them."""
+    """Whether a block has the threads and the shared memory (`limit` bytes) that the options ask for, and a use for them.
+
+    Weights are not rounded, which `exact` says, where activations are more than bfloat16.
+    """
     threads, shared = needs(kernel, layer, tokens, options)
     if threads > 1024 or shared > limit:
         return False
     if kernel == "prefill":
         each = tokens * layer.top_k / layer.experts  # tiles of which next to nothing would be used
-        return options["residency"] * shared <= limit and (options["tokens"] <= 8 or options["tokens"] <= 8 * each)
+        useful = options["tokens"] <= 8 or options["tokens"] <= 8 * each
+        precise = bool(options["exact"]) or layer.terms == 1  # two terms would be for nothing
+        return options["residency"] * shared <= limit and useful and precise
     return kernel == "down" or options["splits"] <= ceil_div(layer.d, BLOCK)
 
 

@@ -33,6 +33,9 @@ from moec.targets.measured import Measurement, Record, read_records
 MOST_ERROR = 5e-3
 """Of the result, relative to float64."""
 
+FAR = 2.0
+"""Octaves in T beyond which the kernels of many tokens are not chosen by a measurement."""
+
 ALIKE = 4.0
 """Octaves in all the sizes of two layers together, within which options are lent."""
 
@@ -145,7 +148,8 @@ class _Chooser:
                     return Choice(kernel, options, best.us, f"measured on {record.device}{age}", measured=True)
                 return Choice(kernel, options, None, f"measured on {record.device} for T = {best.tokens}{age}", measured=True)
         for distance, other, record in sorted(((_distance(self.layer, o), o, r) for o, r in self.records), key=lambda entry: entry[0]):
-            if distance <= ALIKE and (best := self.best(record.measurements, kernel, tokens)) is not None:
+            best = self.best(record.measurements, kernel, tokens) if distance <= ALIKE else None
+            if best is not None and (other.dtype == self.layer.dtype or best == _fastest(record.measurements, best)):
                 why = f"lent by {other.name}, T = {best.tokens}, measured on {record.device}{_age(record, kernel, self.tvm)}"
                 return Choice(kernel, self.suited(best), None, why, measured=False)
         options = default(kernel, self.layer, tokens, self.limit, self.size)
@@ -160,20 +164,24 @@ class _Chooser:
         if not usable:
             return None
         nearest = min({m.tokens for m in usable}, key=lambda t: (abs(log2(t / max(tokens, 1))), t))
+        if kernel == "prefill" and abs(log2(nearest / max(tokens, 1))) > FAR:  # tiles for quite another number of tokens
+            return None
         return min((m for m in usable if m.tokens == nearest), key=lambda m: m.us)
 
     def suited(self, measurement: Measurement) -> Options:
-        """Options with what follows from this layer's activations: of float32 the products stay exact."""
-        options = dict(measurement.options)
-        if measurement.kernel == "prefill":
-            options["terms"] = self.layer.terms
-            if self.layer.dtype == "float32":
-                options["exact"] = 1
-        return options
+        """Options with what follows from this layer's activations."""
+        rest = {"terms": self.layer.terms} if measurement.kernel == "prefill" else {}
+        return dict(measurement.options) | rest
 
     def fits(self, kernel: str, tokens: int, options: Options) -> bool:
         """Whether the target can run them."""
         return fits(kernel, self.layer, tokens, options, self.limit)
+
+
+def _fastest(measurements: Iterable[Measurement], like: Measurement) -> Measurement:
+    """The fastest of a kernel and T, whether it could run here or not: what it gave is worth little where others were far better."""
+    same = (m for m in measurements if (m.kernel, m.tokens) == (like.kernel, like.tokens) and (m.error is None or m.error < MOST_ERROR))
+    return min(same, key=lambda m: m.us)
 
 
 def _distance(a: Layer, b: Layer) -> float:
