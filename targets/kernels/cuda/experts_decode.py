@@ -198,8 +198,7 @@ def _clear_rest(spec: DecodeSpec, hidden: Buffer, slot: Expr, f_tiles: Expr) -> 
 
 def _place(pair: Expr) -> Expr:
     """Where a pair of hidden values is kept."""
-    inner = pair % 16
-    return in_order(pair, inner)
+    return in_order(pair, pair % 16)
 
 
 def _keep(spec: DecodeSpec, hidden: Buffer, slot: Expr, f: Expr, value: Expr) -> None:

@@ -3,7 +3,7 @@
 A block of threads has two warpgroups, each with `tiles` times 64 rows. Weights go from memory into registers, become bfloat16 there and
 are operand A; activations are copied into a ring of stages in shared memory and are operand B. Where `exact`, the codes are multiplied
 as they are and the sums of each group get its scale in float32; otherwise weights are multiplied by their scales before, in bfloat16,
-which takes half of the registers and so allows twice the tokens.
+which takes half of the registers and so allows twice the tokens. What has one scale a row is scaled at the end either way.
 """
 
 from __future__ import annotations
@@ -221,13 +221,18 @@ class _Product(Stored):
                         self._unit(now, j, place, tiles, block, unit, activations, sums, parts)
         wgmma_wait(0)
         pin(at(sums, 0), len(tiles) * shape.sums)
-        if layout.coded is not None and shape.exact and not self._folds:
+        if self._late:
             self._scale(sums, len(tiles), shape.sums)
 
     @property
+    def _late(self) -> bool:
+        """Whether there is one scale a row, which sums are multiplied with at the end."""
+        return self.layout.coded is not None and self.layout.groups == 1
+
+    @property
     def _folds(self) -> bool:
-        """Whether sums of a group are kept apart until they are scaled. What has one scale a row is scaled at the end."""
-        return self._shape.exact and self.layout.coded is not None and self.layout.groups > 1
+        """Whether sums of a group are kept apart until they are scaled."""
+        return self._shape.exact and self.layout.coded is not None and not self._late
 
     def _fetch(self, which: int, side: int, place: Place, tiles: list[Expr], block: Expr, unit: int) -> None:
         """Ask for the words of a unit, and with the first of a block for its scales."""
@@ -256,7 +261,7 @@ class _Product(Stored):
                     target = at(own, 4 * (inner * count + m))
                     words = at(self._words[which % self._depth], m * layout.unit_words)
                     dequantize(layout, target, words, first + inner, self.zeros(place, tiles[m], block, self._lane, group), layout.units)
-                    if layout.coded is not None and not shape.exact:
+                    if layout.coded is not None and not exact and not self._late:
                         factors = local(2, "uint32")
                         self.factors(factors, sides, m * layout.side_words, group)
                         scale(target, (factors[0], factors[1]))
