@@ -229,10 +229,9 @@ class TvmExecutor:
         return self.device.run(functions, inputs, [self._pages.table(), *self._pages.pools, self._weights])
 
     def _run(self, steps: Sequence[Step], before: Mapping[int, int], all_logits: bool, then: tuple[str, ...]) -> NDArray[np.float32]:
-        rows = sum(len(tokens) for _, tokens in steps) if all_logits else len(steps)
-        out = np.empty((rows, 3 if then else self.vocab_size), np.float32)  # three numbers of `best`
+        shape = sum(len(tokens) for _, tokens in steps) if all_logits else len(steps), 3 if then else self.vocab_size  # 3: of `best`
+        out, done = np.empty(shape, np.float32), 0
         most = min(self._chunk, max(BLOCK, LOGITS_BYTES // (4 * self.vocab_size))) if all_logits else self._chunk
-        done = 0
         for pieces in _chunks(steps, most):
             arrays, wanted = self._stream(steps, before, pieces, all_logits)
             function, arrays = self._filled(arrays)
