@@ -73,7 +73,7 @@ class ProjectionsSpec:
     tiles: int = 1
     unroll: int = LANE_BYTES
     together: int = 0
-    early: bool = True
+    early: bool = False
     residency: int = 0
 
     def __post_init__(self) -> None:
