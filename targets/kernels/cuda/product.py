@@ -16,6 +16,7 @@ from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, sync, when
 from moec.targets.kernels.cuda.experts_layout import Stack
+from moec.targets.kernels.cuda.image import Images
 from moec.targets.kernels.cuda.intrinsics import dequantize, scale
 from moec.targets.kernels.cuda.layout import BLOCK
 from moec.targets.kernels.cuda.matrix import (
@@ -51,6 +52,7 @@ class Shape:
         depth: sets of registers for weights: all but one are on their way.
         batch: steps whose weights are made ready before their products start, so that few tokens wait less often.
         multiprocessors: of the GPU, for blocks of threads that stay for many tiles; 0 for one block a tile.
+        cluster: blocks that share activations, 1 or 2, which are in images then; 0 for activations as they are.
     """
 
     tokens: int = 64
@@ -62,6 +64,7 @@ class Shape:
     depth: int = 2
     batch: int = 1
     multiprocessors: int = 132
+    cluster: int = 0
 
     @property
     def rows(self) -> int:
@@ -139,6 +142,22 @@ class Activations:
                     source = at(self._source, index, self._rows[i], T.Select(column < self._k, column, 0))
                     copy16(self.base + T.cast(offset, "uint32"), source, bytes_here)
 
+    def step(self, block: Expr, blocks: int) -> Expr:
+        """Wait for a block's stage, and ask for a later one's: the stage."""
+        ahead = self.shape.stages - 2
+        copy_wait(ahead - 1)
+        sync()
+        with when(block + ahead < blocks):
+            self.fetch(block + ahead, (block + ahead) % self.shape.stages)
+        copy_commit()
+        return T.Bind(block % self.shape.stages)
+
+    def release(self, block: Expr) -> None:
+        """Nothing: all threads meet at each step."""
+
+    def finish(self, blocks: int) -> None:
+        """Nothing."""
+
     def operand(self, stage: Expr, step: int, index: int) -> Expr:
         """The descriptor of 16 columns of a stage."""
         half = step // 4 * self.shape.tokens * 128 + step % 4 * 32
@@ -161,7 +180,7 @@ class Weights(Classes["_Product"]):
         """Ask for the first weights of rows `tiles` (of 16 a warp, a tile for each 64 of a warpgroup) of an expert."""
         self.each(expert, lambda found, place: found.begin(place, tiles))
 
-    def run(self, expert: Expr, tiles: list[Expr], activations: Activations, sums: Buffer) -> None:
+    def run(self, expert: Expr, tiles: list[Expr], activations: Activations | Images, sums: Buffer) -> None:
         """sums [tiles, tokens / 2] = W[expert, tiles] @ B, after `begin` of both."""
         self.each(expert, lambda found, place: found.run(place, tiles, activations, sums))
 
@@ -183,9 +202,9 @@ class _Product(Stored):
             if unit // units < self.layout.blocks:
                 self._fetch(unit, unit // units, place, tiles, const(unit // units, "int32"), unit % units)
 
-    def run(self, place: Expr, tiles: list[Expr], activations: Activations, sums: Buffer) -> None:
+    def run(self, place: Expr, tiles: list[Expr], activations: Activations | Images, sums: Buffer) -> None:
         layout, shape = self.layout, self._shape
-        units, blocks, ahead = layout.units, layout.blocks, shape.stages - 2
+        units, blocks = layout.units, layout.blocks
         parts = local(len(tiles) * shape.sums, "float32") if self._folds else sums
         for i in range(len(tiles) * shape.sums):
             store(sums, const(0.0, "float32"), i)
@@ -193,20 +212,17 @@ class _Product(Stored):
             for j in range(self._turn):
                 block = T.Bind(i * self._turn + j)
                 with when(block < blocks):
-                    copy_wait(ahead - 1)
-                    sync()
-                    with when(block + ahead < blocks):
-                        activations.fetch(block + ahead, (block + ahead) % shape.stages)
-                    copy_commit()
+                    stage = activations.step(block, blocks)
                     for unit in range(units):
                         now = j * units + unit
                         following = now + self._depth - 1
                         later = following // units
                         with when(block + (later - j) < blocks):
                             self._fetch(following, later, place, tiles, block + (later - j), following % units)
-                        self._unit(now, j, place, tiles, block, unit, activations, sums, parts)
+                        self._unit(now, j, place, tiles, block, unit, activations, stage, sums, parts)
         wgmma_wait(0)
         pin(at(sums, 0), len(tiles) * shape.sums)
+        activations.finish(blocks)
         if layout.coded is not None and shape.exact and not self._folds:
             self._scale(sums, len(tiles), shape.sums)
 
@@ -224,14 +240,13 @@ class _Product(Stored):
                 self.fetch_scales(self._sides[side % self._turn], m * layout.side_words, place, tile, block, lane)
 
     def _unit(
-        self, which: int, side: int, place: Expr, tiles: list[Expr], block: Expr, unit: int, activations: Activations, sums: Buffer,
-        parts: Buffer,
+        self, which: int, side: int, place: Expr, tiles: list[Expr], block: Expr, unit: int, activations: Activations | Images,
+        stage: Expr, sums: Buffer, parts: Buffer,
     ) -> None:  # fmt: skip
         """Multiply with a unit of a block."""
         layout, shape, count = self.layout, self._shape, len(tiles)
         sides, groups, steps = self._sides[side], layout.block_groups, STEPS // layout.units
         exact = self._folds
-        stage = T.Bind(block % shape.stages)
         batch = min(shape.batch, steps, STEPS // groups if exact else steps)
         a = [local(4 * count * batch, "uint32") for _ in range(2)]
         for first in range(0, steps, batch):
@@ -261,6 +276,9 @@ class _Product(Stored):
                 self._fold(sums, parts, sides, (step + batch - 1) * groups // STEPS, count, shape.sums)
             else:  # what the next batch but one overwrites is free
                 wgmma_wait(0 if first + batch == steps and layout.units > 1 else 1)
+            if unit == 0 and first == 0:  # all products of the block before are done
+                with when(block > 0):
+                    activations.release(block - 1)
 
     def _scale(self, sums: Buffer, count: int, width: int) -> None:
         """sums *= the scales of rows."""

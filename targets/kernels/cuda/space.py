@@ -169,7 +169,7 @@ def _all(kernel: str, layer: Layer) -> list[Options]:
     if kernel == "gate_up":
         return [
             {"warps": warps, "splits": splits, "unroll": unroll, "residency": 0}
-            for (warps, splits), unroll in product(((4, 2), (4, 4), (8, 2), (8, 4), (8, 8), (16, 4)), (64, 128))
+            for (warps, splits), unroll in product(((4, 4), (8, 4), (8, 8)), (64, 128))
         ]
     if kernel == "down":
         return [{"down_warps": warps, "down_unroll": unroll} for warps, unroll in product((16, 32), (32, 64, 128))]
