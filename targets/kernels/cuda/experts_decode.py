@@ -22,7 +22,10 @@ from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, at, c
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait, read_words, term
 from moec.targets.kernels.cuda.layout import BLOCK, ROWS, ceil_div
+from moec.targets.kernels.cuda.ring import Ring
 from moec.targets.kernels.cuda.routing import NONE, Routing
+from moec.targets.kernels.cuda.share import each_share
+from moec.targets.kernels.cuda.share import words as share_words
 from moec.targets.kernels.cuda.stream import PADDING, Columns, Weights, in_order, stage
 
 
@@ -211,8 +214,9 @@ def down_func(spec: DecodeSpec) -> tirx.PrimFunc:
     """PrimFunc (hidden, ids [T, k], routing weights f32 [T, k], arrays..., [bias], out [T, D])."""
     layout, stack = spec.layout, spec.layout.down
     fragments, warps = spec.fragments, spec.down_warps
-    threads, blocks = warps * 32, stack.classes[0].blocks
-    words = threads * 4 * fragments + Routing.words(spec.tokens, spec.top_k, layout.experts)
+    threads = warps * 32
+    words = threads * 4 * fragments + Routing.words(spec.tokens, spec.top_k, layout.experts) + Ring.words(spec.columns, warps)
+    words += share_words(spec.ranks, stack.mixed)
 
     def arguments() -> tuple[Buffer, Buffer, Buffer, Weights, Buffer | None, Buffer]:
         hidden = argument("hidden", spec.hidden_shape, "uint32")
@@ -227,38 +231,28 @@ def down_func(spec: DecodeSpec) -> tirx.PrimFunc:
         warp, lane = T.Bind(thread // 32), T.Bind(thread % 32)
         partial = memory.take((warps, 4 * fragments, 32), "float32")
         routing = Routing(ids, layout.experts, memory, thread, threads)  # written by the kernel before the last one
+        ring = Ring(lambda row, word: at(hidden, row // spec.terms, row % spec.terms, word), spec.columns, memory, warp, warps, lane)
         factors = local(2 * fragments, "float32")
         columns = Columns(fragments, factors)
-        total = T.Bind(routing.count * blocks)
-        begin, end = T.Bind(warp * total // warps), T.Bind((warp + 1) * total // warps)
-        with T.serial((end + blocks - 1) // blocks - begin // blocks) as i:
-            rank = T.Bind(begin // blocks + i)
-            expert = T.Bind(routing.expert(rank))
-            with when(expert >= 0):
-                start, stop = T.Bind(T.max(begin - rank * blocks, 0)), T.Bind(T.min(end - rank * blocks, blocks))
-                slots = local(fragments, "int32")
-                for n in range(fragments):
-                    own = (n * 8 + lane // 4) // spec.terms
-                    store(slots, const(NONE, "int32"), n)
-                    with when(own < spec.tokens):
-                        store(slots, routing.slot_of(rank, own), n)
-                    for c in range(2):
-                        token = (n * 8 + lane % 4 * 2 + c) // spec.terms
-                        store(factors, const(0.0, "float32"), 2 * n + c)
-                        with when(token < spec.tokens):
-                            slot = T.Bind(routing.slot_of(rank, token))
-                            with when(slot >= 0):
-                                store(factors, routing_weights[slot // spec.top_k, slot % spec.top_k], 2 * n + c)
 
-                def load(b: Buffer, block: Expr, j: int) -> None:
-                    for n in range(fragments):
-                        for i in range(4):
-                            store(b, const(0, "uint32"), 4 * n + i)
-                        with when(slots[n] >= 0):
-                            index = (n * 8 + lane // 4) % spec.terms
-                            read_words(at(b, 4 * n), at(hidden, slots[n], index, block * 64 + j * 16 + lane % 4 * 4))
+        def row_of(rank: Expr, column: Expr) -> Expr:
+            slot = T.Bind(routing.slot_of(rank, column // spec.terms))
+            return T.Select(slot >= 0, slot * spec.terms + column % spec.terms, const(NONE, "int32"))
 
-                weights.stream(expert, tile, start, stop, lane, load, columns, grid_wait)
+        def add(rank: Expr, expert: Expr, start: Expr, stop: Expr) -> None:
+            for n in range(fragments):
+                for c in range(2):
+                    token = (n * 8 + lane % 4 * 2 + c) // spec.terms
+                    store(factors, const(0.0, "float32"), 2 * n + c)
+                    with when(token < spec.tokens):
+                        slot = T.Bind(routing.slot_of(rank, token))
+                        with when(slot >= 0):
+                            store(factors, routing_weights[slot // spec.top_k, slot % spec.top_k], 2 * n + c)
+
+            ring.locate(lambda column: row_of(rank, column))
+            weights.stream(expert, tile, start, stop, lane, ring, columns, grid_wait)
+
+        each_share(weights, routing, spec.ranks, memory, warp, warps, thread, add)
         for i in range(4 * fragments):
             store(partial, columns.sums[i], warp, i, lane)
         grid_wait()

@@ -106,8 +106,13 @@ def copy_commit() -> None:
 
 def copy_wait(groups: int) -> None:
     """Wait until at most so many groups of a thread are under way, and let the tensor cores see the others."""
-    call(f"moec_copy_wait<{groups}>", _COPY)
+    copy_wait_own(groups)
     call("moec_proxy_fence", _COPY)
+
+
+def copy_wait_own(groups: int) -> None:
+    """Wait until at most so many groups of a thread are under way."""
+    call(f"moec_copy_wait<{groups}>", _COPY)
 
 
 def descriptor(address: Expr) -> Expr:

@@ -18,7 +18,7 @@ from typing import Any
 
 from moec.targets import Target
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
-from moec.targets.kernels.cuda.layout import BLOCK, ROWS, FragmentLayout, ceil_div
+from moec.targets.kernels.cuda.layout import BLOCK, RING_WORDS, ROWS, FragmentLayout, blocks_ahead, ceil_div
 
 Options = dict[str, int]
 
@@ -191,7 +191,7 @@ def needs(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int]) ->
     """Threads and bytes of shared memory of a block.
 
     >>> needs("down", Layer(64, 8, 2048, 1024, "int4_g128", "int4_g128"), 1, {"down_warps": 16, "down_unroll": 64})
-    (512, 8192)
+    (512, 28672)
     """
     if kernel == "prefill":
         stages = options["stages"] * options["terms"] * options["tokens"] * BLOCK * 2 + 1024
@@ -201,7 +201,10 @@ def needs(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int]) ->
     routing = 0 if tokens == 1 else sum(ceil_div(n, 4) * 4 for n in (layer.experts * layer.top_k, slots, slots * tokens, 1))
     threads = 32 * options["warps" if kernel == "gate_up" else "down_warps"]
     words = threads * 4 * fragments + routing
-    return threads, 4 * (words + (columns * (ceil_div(layer.d, BLOCK) * BLOCK // 2 + 16) if kernel == "gate_up" else 0))
+    if kernel == "gate_up":
+        return threads, 4 * (words + columns * (ceil_div(layer.d, BLOCK) * BLOCK // 2 + 16))
+    shares = ceil_div(slots + 1, 4) * 4 if layer.layout.down.mixed else 0
+    return threads, 4 * (words + shares + threads // 32 * blocks_ahead(columns) * columns * RING_WORDS)
 
 
 def bits(layer: Layer) -> float:

@@ -92,6 +92,16 @@ class Classes(Generic[Kind]):
         self.kinds = [kind(stack, index, prefix) for index in range(len(stack.classes))]
         self._table = argument(f"{prefix}table", (stack.experts, 2), "int32") if stack.mixed else None
 
+    def cost(self, expert: Expr) -> Expr:
+        """How much work a block of an expert's rows is: its bits, and one for what any block takes."""
+        costs = [found.layout.block_words // 64 + 1 for found in self.kinds]
+        if self._table is None:
+            return const(costs[0], "int32")
+        kind, found = T.Bind(self._table[expert, 0]), const(costs[-1], "int32")
+        for index, cost in enumerate(costs[:-1]):
+            found = T.Select(kind == index, const(cost, "int32"), found)
+        return found
+
     def each(self, expert: Expr, act: Callable[[Kind, Expr], None]) -> None:
         """Act with the arrays of an expert, and its place in them: a branch for each format."""
         if self._table is None:

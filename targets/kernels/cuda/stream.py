@@ -10,6 +10,7 @@ from tvm.tirx.script import builder as T
 from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, strided, when
 from moec.targets.kernels.cuda.experts_layout import Stack
 from moec.targets.kernels.cuda.intrinsics import dequantize, load_pair, mma, term
+from moec.targets.kernels.cuda.ring import Ring
 from moec.targets.kernels.cuda.stored import Classes, Stored
 
 STEPS = 8  # products of 16 columns in a block
@@ -84,12 +85,13 @@ class Weights(Classes["_Stream"]):
         self._bytes = unroll
 
     def stream(
-        self, expert: Expr, tile: Expr, start: Expr, stop: Expr, lane: Expr, load: LoadB, columns: Columns,
+        self, expert: Expr, tile: Expr, start: Expr, stop: Expr, lane: Expr, load: LoadB | Ring, columns: Columns,
         loaded: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         """columns += W[expert, tile, start:stop blocks] @ B.
 
         Args:
+            load: how B is read, or the ring that it comes by.
             loaded: called once the first loads of weights are under way, before B is read.
         """
         self.each(expert, lambda found, place: found.stream(place, tile, start, stop, lane, load, columns, loaded, self._bytes))
@@ -104,10 +106,14 @@ class _Stream(Stored):
         return self.layout.block_words // 32
 
     def stream(
-        self, place: Expr, tile: Expr, start: Expr, stop: Expr, lane: Expr, load: LoadB, columns: Columns,
+        self, place: Expr, tile: Expr, start: Expr, stop: Expr, lane: Expr, load: LoadB | Ring, columns: Columns,
         loaded: Callable[[], None] | None, size: int,
     ) -> None:  # fmt: skip
         depth = max(1, min(size // (4 * self.lane_words), self.layout.blocks))
+        ahead = 0
+        if isinstance(load, Ring):
+            ahead = load.depth(depth)
+            depth -= depth % ahead
         words = local(depth * self.lane_words, "uint32")
         sides = local(depth * self.layout.side_words, "uint32")
         for u in range(depth):
@@ -115,11 +121,21 @@ class _Stream(Stored):
                 self._fetch(words, sides, u, place, tile, start + u, lane)
         if loaded is not None:
             loaded()
+        if isinstance(load, Ring):
+            for u in range(ahead):
+                load.ask(start + u, stop, u)
         with T.serial((stop - start + depth - 1) // depth) as turn:
             for u in range(depth):
                 block = T.Bind(start + turn * depth + u)
                 with when(block < stop):
-                    self._multiply(words, sides, u, place, tile, block, lane, load, columns)
+                    if isinstance(load, Ring):
+                        load.arrive(ahead)
+                        ring = load
+                        self._multiply(words, sides, u, place, tile, block, lane, lambda b, _, j: ring.read(b, columns.count, u % ahead, j), columns)
+                        load.leave()
+                        load.ask(block + ahead, stop, u % ahead)
+                    else:
+                        self._multiply(words, sides, u, place, tile, block, lane, load, columns)
                     with when(block + depth < stop):
                         self._fetch(words, sides, u, place, tile, block + depth, lane)
 
