@@ -12,7 +12,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.layout import ceil_div
-from moec.targets.kernels.cuda.pipeline import OVERLAP
+from moec.targets.kernels.cuda.pipeline import FITTING, OVERLAP
 
 Expr = Any
 Buffer = Any
@@ -106,7 +106,7 @@ def kernel(name: str, threads: int, arguments: Callable[[], Any], grid: Callable
         launch = [*tags, *together, "threadIdx.x", OVERLAP, _SHARED]
         attributes: dict[str, Any] = {"tirx.noalias": True, "op_pattern": 8, "tirx.kernel_launch_params": launch}
         if blocks_per_multiprocessor:
-            attributes["tirx.launch_bounds_min_blocks_per_sm"] = blocks_per_multiprocessor
+            attributes[FITTING] = blocks_per_multiprocessor
         T.func_attr(attributes)
         blocks = [stack.enter_context(T.launch_thread(tag, extent)) for tag, extent in zip(tags, extents, strict=True)]
         for tag in together:
