@@ -1,4 +1,4 @@
-"""Activations in memory as the tensor cores read them in shared memory: one instruction copies a stage, into the blocks of a cluster at once.
+"""Activations in memory as the tensor cores read them: one instruction copies a stage, into the blocks of a cluster at once.
 
 An image [tiles, blocks of 128 columns, tokens * 128] bfloat16 has, for each tile of tokens, the stages of `matrix` one after the other: of
 two halves of 64 columns, rows of 128 bytes whose 16-byte pieces are exchanged. `arrange` makes it of x, and `gate_up` writes it for `down`.

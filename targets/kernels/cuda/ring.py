@@ -62,7 +62,11 @@ class Ring:
                 with when(index < self._columns * PIECES):
                     target = self._place(slot, index // PIECES) + index % PIECES * 4
                     source = self._source(T.max(self._rows[i], 0), block * (BLOCK // 2) + index % PIECES * 4)
-                    copy16(shared_address(at(self._memory, target)), source, T.Select(self._rows[i] >= 0, const(16, "int32"), const(0, "int32")))
+                    copy16(
+                        shared_address(at(self._memory, target)),
+                        source,
+                        T.Select(self._rows[i] >= 0, const(16, "int32"), const(0, "int32")),
+                    )
         copy_commit()
 
     def arrive(self, depth: int) -> None:

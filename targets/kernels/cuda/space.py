@@ -22,7 +22,7 @@ from moec.targets.kernels.cuda.layout import BLOCK, RING_WORDS, ROWS, FragmentLa
 
 Options = dict[str, int]
 
-PREFILL_OPTIONS = ("tokens", "tiles", "stages", "exact", "residency", "depth", "batch", "multiprocessors")
+PREFILL_OPTIONS = ("tokens", "tiles", "stages", "exact", "residency", "depth", "batch", "multiprocessors", "cluster")
 PREFILL = (
     (8, 1, 6, 1, 2, 2, 1, 0), (8, 1, 6, 1, 2, 4, 1, 0), (8, 1, 6, 1, 2, 8, 1, 0), (8, 1, 6, 1, 2, 8, 1, 132), (8, 1, 6, 1, 3, 4, 1, 132),
     (16, 1, 6, 1, 2, 2, 1, 0), (16, 1, 6, 1, 2, 4, 1, 0), (16, 1, 6, 1, 2, 4, 1, 132), (16, 1, 6, 1, 2, 4, 4, 132),
@@ -30,9 +30,11 @@ PREFILL = (
     (40, 1, 4, 1, 2, 3, 1, 0), (40, 1, 4, 1, 2, 3, 2, 132), (48, 1, 4, 1, 2, 3, 1, 0), (48, 1, 4, 1, 2, 3, 1, 132),
     (64, 1, 4, 1, 2, 2, 1, 0), (64, 1, 4, 0, 2, 2, 1, 0), (64, 2, 4, 0, 1, 3, 1, 132), (72, 2, 4, 0, 1, 2, 2, 132),
     (80, 2, 4, 0, 1, 2, 1, 132), (96, 2, 4, 0, 1, 2, 1, 132), (128, 2, 4, 0, 1, 2, 1, 0), (128, 2, 4, 0, 1, 2, 1, 132),
+    (96, 2, 4, 0, 1, 2, 1, 132, 2), (128, 2, 4, 0, 1, 2, 1, 132, 2),
     (144, 1, 4, 1, 1, 2, 2, 132),
 )  # fmt: skip
-"""What a sweep tries of the kernels of many tokens, by columns: the product is too large, and most of it does not fit in registers."""
+"""What a sweep tries of the kernels of many tokens, by columns (the last may be left out): the product is too large, and most of it does not
+fit in registers."""
 
 MOST_SHARED = 232_448
 """Bytes of shared memory of a block of compute capability 9.0."""
@@ -173,7 +175,7 @@ def _all(kernel: str, layer: Layer) -> list[Options]:
         ]
     if kernel == "down":
         return [{"down_warps": warps, "down_unroll": unroll} for warps, unroll in product((16, 32), (32, 64, 128))]
-    return [dict(zip(PREFILL_OPTIONS, shape, strict=True)) | {"terms": layer.terms} for shape in PREFILL]
+    return [dict(zip(PREFILL_OPTIONS, shape, strict=False)) | {"terms": layer.terms} for shape in PREFILL]
 
 
 def fits(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int], limit: int = MOST_SHARED) -> bool:
@@ -182,6 +184,8 @@ def fits(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int], lim
     if threads > 1024 or shared > limit:
         return False
     if kernel == "prefill":
+        if options.get("cluster") and (options["terms"] > 1 or options["tiles"] != 2):
+            return False
         each = tokens * layer.top_k / layer.experts  # tiles of which next to nothing would be used
         return options["residency"] * shared <= limit and (options["tokens"] <= 8 or options["tokens"] <= 8 * each)
     return kernel == "down" or options["splits"] <= ceil_div(layer.d, BLOCK)
@@ -194,7 +198,7 @@ def needs(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int]) ->
     (512, 28672)
     """
     if kernel == "prefill":
-        stages = options["stages"] * options["terms"] * options["tokens"] * BLOCK * 2 + 1024
+        stages = options["stages"] * (options["terms"] * options["tokens"] * BLOCK * 2 + (16 if options.get("cluster") else 0)) + 1024
         return 256, stages + 8 * options["tokens"] * ((32 if layer.dtype == "bfloat16" else 64) + 4)
     columns = tokens * layer.terms
     fragments, slots = ceil_div(columns, 8), tokens * layer.top_k

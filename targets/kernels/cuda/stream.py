@@ -128,14 +128,11 @@ class _Stream(Stored):
             for u in range(depth):
                 block = T.Bind(start + turn * depth + u)
                 with when(block < stop):
-                    if isinstance(load, Ring):
-                        load.arrive(ahead)
-                        ring = load
-                        self._multiply(words, sides, u, place, tile, block, lane, lambda b, _, j: ring.read(b, columns.count, u % ahead, j), columns)
+                    b = self._b(load, block, u % max(ahead, 1), ahead, columns.count)
+                    self._multiply(words, sides, u, place, tile, block, lane, b, columns)
+                    if isinstance(load, Ring):  # not before: the compiler reads B late, so that it takes few registers
                         load.leave()
                         load.ask(block + ahead, stop, u % ahead)
-                    else:
-                        self._multiply(words, sides, u, place, tile, block, lane, load, columns)
                     with when(block + depth < stop):
                         self._fetch(words, sides, u, place, tile, block + depth, lane)
 
@@ -144,15 +141,25 @@ class _Stream(Stored):
         self.fetch(words, u * self.lane_words, place, tile, block, lane)
         self.fetch_scales(sides, u * self.layout.side_words, place, tile, block, lane)
 
+    @staticmethod
+    def _b(load: LoadB | Ring, block: Expr, slot: int, ahead: int, fragments: int) -> list[Buffer]:
+        """The B fragments of a block, all asked for before the first product, which waits for one of them only."""
+        b = [local(4 * fragments, "uint32") for _ in range(4)]
+        if isinstance(load, Ring):
+            load.arrive(ahead)
+        for j in range(4):
+            if isinstance(load, Ring):
+                load.read(b[j], fragments, slot, j)
+            else:
+                load(b[j], block, j)
+        return b
+
     def _multiply(
-        self, words: Buffer, sides: Buffer, u: int, place: Expr, tile: Expr, block: Expr, lane: Expr, load: LoadB, columns: Columns
+        self, words: Buffer, sides: Buffer, u: int, place: Expr, tile: Expr, block: Expr, lane: Expr, b: list[Buffer], columns: Columns
     ) -> None:
         """Add the product with one block."""
         layout, groups = self.layout, self.layout.block_groups
         parts, a, scales = local(4 * columns.count, "float32"), local(4, "uint32"), local(2, "float32")
-        b = [local(4 * columns.count, "uint32") for _ in range(4)]
-        for j in range(4):  # all before the first product, which waits for one of them only
-            load(b[j], block, j)
         for group in range(groups):
             zeros = self.zeros(place, tile, block, lane, group)
             begin = group * STEPS // groups

@@ -68,6 +68,22 @@ inline void mma(int& d0, int& d1, int& d2, int& d3, uint32_t a0, uint32_t a1, ui
   });
 }
 
+// An mbarrier of a cluster of one block. Copies are done at once, so that bytes are not waited for.
+struct MBarrier { uint16_t phase; int16_t count, pending; };
+inline MBarrier& mbarrier(uint32_t b) { return *(MBarrier*)(emulator::shared + b); }
+inline void barrier_init(uint32_t b, int count) { mbarrier(b) = {0, int16_t(count), int16_t(count)}; }
+inline void barrier_arrive(uint32_t b, int) {
+  MBarrier& barrier = mbarrier(b);
+  if (--barrier.pending == 0) barrier.pending = barrier.count, ++barrier.phase;
+  ++emulator::progress;
+}
+inline void barrier_expect(uint32_t b, int) { barrier_arrive(b, 0); }
+inline void barrier_wait(uint32_t b, int parity) {
+  while ((mbarrier(b).phase & 1) == parity) emulator::yield();
+}
+inline void bulk_copy(uint32_t d, const void* p, int bytes, uint32_t) { memcpy(emulator::shared + d, p, bytes); }
+inline void cluster_wait() { __syncthreads(); }
+
 // The address of shared memory as 32 bits is the place in it.
 inline void copy16(uint32_t d, const void* p, int bytes) {
   memset(emulator::shared + d, 0, 16);
