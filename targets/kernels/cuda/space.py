@@ -33,8 +33,8 @@ PREFILL = (
     (96, 2, 4, 0, 1, 2, 1, 132, 2), (128, 2, 4, 0, 1, 2, 1, 132, 2),
     (144, 1, 4, 1, 1, 2, 2, 132),
 )  # fmt: skip
-"""What a sweep tries of the kernels of many tokens, by columns (the last may be left out): the product is too large, and most of it does not
-fit in registers."""
+"""What a sweep tries of the kernels of many tokens, by columns, of which the last may be left out: the product is too large, and most of it
+does not fit in registers."""
 
 MOST_SHARED = 232_448
 """Bytes of shared memory of a block of compute capability 9.0."""
