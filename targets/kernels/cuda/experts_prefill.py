@@ -8,7 +8,9 @@ combine   the sum of each token's slots
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from tvm import tirx
@@ -21,9 +23,13 @@ from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.image import Images, clear, cluster_ready, place
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait, read_words, term
 from moec.targets.kernels.cuda.layout import BLOCK, ROWS, ceil_div
+from moec.targets.kernels.cuda.matrix import shared_address, store_matrix
 from moec.targets.kernels.cuda.product import THREADS, Activations, Shape, Weights
 from moec.targets.kernels.cuda.sort import most_tiles
 from moec.targets.kernels.cuda.tiles import Tile, each_tile
+
+TOGETHER = 8
+"""Tiles of tokens that run with the same rows of weights at about the same time, where there are many."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
         barriers, rank = memory.take((barrier_words(shape),), "uint32"), T.Bind(block % spec.cluster)
         grid_wait()
         grid_launch()
-        tile, sums = Tile(tiles, parts, spec.cluster, rank), local(shape.tiles * shape.sums, "float32")
+        tile, sums = Tile(tiles, parts, spec.cluster, rank, TOGETHER if shape.tiles > 1 else 1), local(shape.tiles * shape.sums, "float32")
         if shape.cluster:
             activations: Activations | Images = Images(shape, ring, barriers, x, thread, rank)
         else:
@@ -166,20 +172,16 @@ def _hidden(
     for m in range(shape.tiles):
         tile = T.Bind(base + 4 * m)
         for index in range(shape.terms):
-            for n in range(shape.tokens // 8):
-                for c in range(2):
-                    values = []
-                    for half in range(2):
-                        value = sums[m * shape.sums + 4 * n + 2 * half + c]
-                        if bias is not None:
-                            value = value + bias[expert, T.min(tile, layout.f_tiles - 1) * ROWS + half * 8 + lane // 4]
-                        values.append(T.Bind(value))
-                    outs = [gated(spec.activation, values[0], values[1])] if layout.gated else [plain(spec.activation, v) for v in values]
-                    for half, out in enumerate(outs):
-                        out = T.Bind(out)
-                        other = T.Bind(T.tvm_warp_shuffle_down(tirx.const(0xFFFFFFFF, "uint32"), out, 4, 32, 32))
-                        with when(lane // 4 % 2 == 0):
-                            store(memory, term(out, other, index), own + ((n * 8 + c) * width + half * 4))
+            if shape.terms == 1:
+                hidden_of = partial(_hidden_values, spec, sums, m, tile, bias, expert, lane)
+                _store(shape.tokens // 8, 1 if layout.gated else 2, hidden_of, memory, staged + warp * (layout.tile_rows // 2), width, lane)
+            else:
+                for n in range(shape.tokens // 8):
+                    for c in range(2):
+                        for half, out in enumerate(_hidden_values(spec, sums, m, tile, bias, expert, lane, n, c)):
+                            other = T.Bind(T.tvm_warp_shuffle_down(tirx.const(0xFFFFFFFF, "uint32"), out, 4, 32, 32))
+                            with when(lane // 4 % 2 == 0):
+                                store(memory, term(out, other, index), own + ((n * 8 + c) * width + half * 4))
             sync()
             pieces = per // 8
             f0 = T.Bind((part * 8 * shape.tiles + group * 4 * shape.tiles + 4 * m) * layout.tile_rows)
@@ -198,6 +200,44 @@ def _hidden(
                     with when(T.And(token < count, f < layout.f)):
                         read_words(at(hidden, index, first + token, f), at(memory, staged + token * width + piece * 4))
             sync()
+
+
+def _hidden_values(
+    spec: PrefillSpec, sums: Buffer, m: int, tile: Expr, bias: Buffer | None, expert: Expr, lane: Expr, n: int, c: int
+) -> list[Expr]:
+    """The hidden values of a lane for one token: one where there is a gate, else of both rows."""
+    layout = spec.layout
+    values = []
+    for half in range(2):
+        value = sums[m * spec.shape.sums + 4 * n + 2 * half + c]
+        if bias is not None:
+            value = value + bias[expert, T.min(tile, layout.f_tiles - 1) * ROWS + half * 8 + lane // 4]
+        values.append(T.Bind(value))
+    outs = [gated(spec.activation, values[0], values[1])] if layout.gated else [plain(spec.activation, v) for v in values]
+    return [T.Bind(out) for out in outs]
+
+
+def _store(
+    count: int, halves: int, values: Callable[[int, int], Sequence[Expr]], memory: Buffer, first: Expr, width: int, lane: Expr
+) -> None:
+    """Write a warp's numbers as bfloat16, a row of `width` words a token: 8 by 8 of them as a tile.
+
+    Args:
+        count: times 8 tokens.
+        halves: of 8 numbers of a token; `values(n, c)` are those of token 8 n + 2 t + c, one of each half.
+        first: the word at which the first token's begin.
+    """
+    n = 0
+    while n < count:
+        size = next(s for s in (4, 2, 1) if s <= count - n)
+        packed = [local(size, "uint32") for _ in range(halves)]
+        for i in range(size):
+            for half, (low, high) in enumerate(zip(values(n + i, 0), values(n + i, 1), strict=True)):
+                store(packed[half], term(low, high, 0), i)
+        token = (n + lane // 8 % size) * 8 + lane % 8
+        for half in range(halves):
+            store_matrix(shared_address(at(memory, first + token * width + half * 4)), at(packed[half], 0), size)
+        n += size
 
 
 def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
@@ -220,7 +260,7 @@ def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
         ring, staged = memory.take((shape.words,), "uint32"), memory.take((staged_words,), "uint32")
         warp, lane, group = T.Bind(thread // 32 % 4), T.Bind(thread % 32), T.Bind(thread // 128)
         barriers, rank = memory.take((barrier_words(shape),), "uint32"), T.Bind(block % spec.cluster)
-        tile, sums = Tile(tiles, parts, spec.cluster, rank), local(shape.tiles * shape.sums, "float32")
+        tile, sums = Tile(tiles, parts, spec.cluster, rank, TOGETHER if shape.tiles > 1 else 1), local(shape.tiles * shape.sums, "float32")
         if shape.cluster:
             activations: Activations | Images = Images(shape, ring, barriers, hidden, thread, rank)
         else:
@@ -274,7 +314,7 @@ def _outputs(
     words = 64 if wide else 32  # of a token in a warpgroup's 64 rows
     width = words + 4
     staged = T.Bind(group * shape.tokens * width)
-    own = T.Bind(staged + lane % 4 * 2 * width + (warp * 16 + lane // 4) // (1 if wide else 2))
+    own = T.Bind(staged + lane % 4 * 2 * width + warp * 16 + lane // 4)
     factors = local(shape.tokens // 4, "float32")
     for n in range(shape.tokens // 8):
         for c in range(2):
@@ -284,20 +324,23 @@ def _outputs(
                 slot = T.Bind(order[first + token])
                 store(factors, routing_weights[slot // spec.top_k, slot % spec.top_k], 2 * n + c)
     for m in range(shape.tiles):
-        for n in range(shape.tokens // 8):
-            for c in range(2):
-                for half in range(2):
-                    value = sums[m * shape.sums + 4 * n + 2 * half + c]
-                    place = own + ((n * 8 + c) * width + half * (8 if wide else 4))
-                    if bias is not None:
-                        value = value + bias[expert, T.min((base + 4 * m) * ROWS + half * 8 + lane // 4, layout.d - 1)]
-                    value = T.Bind(value * factors[2 * n + c])
-                    if wide:
-                        store(memory, T.reinterpret("uint32", value), place)
-                    else:
-                        other = T.Bind(T.tvm_warp_shuffle_down(tirx.const(0xFFFFFFFF, "uint32"), value, 4, 32, 32))
-                        with when(lane // 4 % 2 == 0):
-                            store(memory, term(value, other, 0), place)
+
+        def outputs(n: int, c: int, m: int = m) -> list[Expr]:
+            found = []
+            for half in range(2):
+                value = sums[m * shape.sums + 4 * n + 2 * half + c]
+                if bias is not None:
+                    value = value + bias[expert, T.min((base + 4 * m) * ROWS + half * 8 + lane // 4, layout.d - 1)]
+                found.append(T.Bind(value * factors[2 * n + c]))
+            return found
+
+        if wide:
+            for n in range(shape.tokens // 8):
+                for c in range(2):
+                    for half, value in enumerate(outputs(n, c)):
+                        store(memory, T.reinterpret("uint32", value), own + ((n * 8 + c) * width + half * 8))
+        else:
+            _store(shape.tokens // 8, 2, outputs, memory, staged + warp * (ROWS // 2), width, lane)
         sync()
         pieces, elements = words // 4, 4 if wide else 8
         row0 = T.Bind((base - warp + 4 * m) * ROWS)

@@ -90,6 +90,21 @@ inline void copy16(uint32_t d, const void* p, int bytes) {
   memcpy(emulator::shared + d, p, bytes);
 }
 
+// stmatrix, transposed: lane 8 i + j says where column j of tile i goes, whose element of row g is in lane 4 g + j / 2.
+inline void store_tiles(uint32_t d, const Fragments& own, int count) {
+  const int me = emulator::current, lane = me % 32, tile = lane / 8, column = lane % 8;
+  const Fragments* warp = share(own);
+  if (tile < count)
+    for (int g = 0; g < 8; ++g) {
+      const uint32_t pair = warp[4 * g + column / 2].a[tile];
+      const uint16_t bits = column % 2 ? pair >> 16 : pair & 0xffff;
+      memcpy(emulator::shared + d + 2 * g, &bits, 2);
+    }
+}
+inline void store_matrix(uint32_t d, uint32_t a) { store_tiles(d, {{a, 0, 0, 0}, {}}, 1); }
+inline void store_matrix(uint32_t d, uint32_t a, uint32_t b) { store_tiles(d, {{a, b, 0, 0}, {}}, 2); }
+inline void store_matrix(uint32_t d, uint32_t a, uint32_t b, uint32_t c, uint32_t e) { store_tiles(d, {{a, b, c, e}, {}}, 4); }
+
 // wgmma.m64nNk16 of bfloat16: a warp has 16 of the rows, A like that of mma; B is rows of 128 bytes in shared memory, their 16-byte pieces
 // exchanged (piece i of row r is at i ^ (r mod 8)).
 inline void wgmma(float** d, int count, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t descriptor, int add) {
