@@ -215,11 +215,15 @@ class _Product(Stored):
                     stage = activations.step(block, blocks)
                     for unit in range(units):
                         now = j * units + unit
-                        following = now + self._depth - 1
-                        later = following // units
-                        with when(block + (later - j) < blocks):
-                            self._fetch(following, later, place, tiles, block + (later - j), following % units)
-                        self._unit(now, j, place, tiles, block, unit, activations, stage, sums, parts)
+
+                        def ask(following: int = now + self._depth - 1, j: int = j, block: Expr = block) -> None:
+                            later = following // units
+                            with when(block + (later - j) < blocks):
+                                self._fetch(following, later, place, tiles, block + (later - j), following % units)
+
+                        if units == 1:
+                            ask()
+                        self._unit(now, j, place, tiles, block, unit, activations, stage, sums, parts, ask if units > 1 else None)
         wgmma_wait(0)
         pin(at(sums, 0), len(tiles) * shape.sums)
         activations.finish(blocks)
@@ -241,9 +245,13 @@ class _Product(Stored):
 
     def _unit(
         self, which: int, side: int, place: Expr, tiles: list[Expr], block: Expr, unit: int, activations: Activations | Images,
-        stage: Expr, sums: Buffer, parts: Buffer,
+        stage: Expr, sums: Buffer, parts: Buffer, ask: Callable[[], None] | None,
     ) -> None:  # fmt: skip
-        """Multiply with a unit of a block."""
+        """Multiply with a unit of a block.
+
+        Args:
+            ask: for later weights, called when no product reads registers of the unit before any more: those may be operands themselves.
+        """
         layout, shape, count = self.layout, self._shape, len(tiles)
         sides, groups, steps = self._sides[side], layout.block_groups, STEPS // layout.units
         exact = self._folds
@@ -275,7 +283,9 @@ class _Product(Stored):
                 pin(at(parts, 0), count * shape.sums)
                 self._fold(sums, parts, sides, (step + batch - 1) * groups // STEPS, count, shape.sums)
             else:  # what the next batch but one overwrites is free
-                wgmma_wait(0 if first + batch == steps and layout.units > 1 else 1)
+                wgmma_wait(1)
+            if first == 0 and ask is not None:
+                ask()
             if unit == 0 and first == 0:  # all products of the block before are done
                 with when(block > 0):
                     activations.release(block - 1)
