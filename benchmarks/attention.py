@@ -25,7 +25,7 @@ from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache, RopeMode, TIRPagedK
 from tvm.runtime import ShapeTuple
 from tvm.target import Target
 
-from moec.runtime.tvm_device import aligned
+from moec.runtime.tvm_arrays import aligned
 from moec.targets import get_target
 from moec.targets.kernels.cpu.attention import PAGE, attention_func, page_shapes
 from moec.targets.kernels.cpu.isa import Isa

@@ -60,19 +60,21 @@ def layers(shapes: str, formats: str) -> list[tuple[str, Layer]]:
     """The layers that a command line names."""
     found = []
     for shape in shapes.split(","):
-        size = SHAPES.get(shape) or _size(shape)
+        size, widths = (SHAPES[shape], []) if shape in SHAPES else _size(shape)
         for text in formats.split(","):
             dtype, _, names = text.rpartition(":")
-            found.append((shape, make_layer((*size, True), names, dtype or "bfloat16")))
+            found.append((shape, make_layer((*size, True), names, dtype or "bfloat16", widths)))
     return found
 
 
-def _size(shape: str) -> tuple[int, int, int, int]:
+def _size(shape: str) -> tuple[tuple[int, int, int, int], list[int]]:
+    """E, K, D, F, and F of experts in turn."""
     parts = shape.split("x")
-    if len(parts) != 4 or not all(part.isdecimal() for part in parts):
+    widths = parts[-1].split("+")
+    if len(parts) != 4 or not all(part.isdecimal() for part in (*parts[:3], *widths)):
         raise unknown("shape", shape, SHAPES)
-    experts, top_k, d, f = map(int, parts)
-    return experts, top_k, d, f
+    experts, top_k, d = map(int, parts[:3])
+    return (experts, top_k, d, max(map(int, widths))), [int(width) for width in widths]
 
 
 def entries_for(options: Namespace, target: Target, tvm: str) -> list[Entry]:
@@ -103,7 +105,9 @@ def build(options: Namespace) -> int:
     cases = [entry.case for entry in entries]
     if options.sweep:
         named = [layer for _, layer in layers(options.shapes, options.formats)]
-        cases += [task.case for task in tasks(named, [int(t) for t in options.tokens.split(",")], target, read_records(target.name))]
+        cases += [
+            task.case for task in tasks(named, [int(t) for t in options.tokens.split(",")], target, read_records(target.name), every=True)
+        ]
     failed = _compile(compile_.build(options.folder, cases, target, options.jobs), len(set(cases)), Progress())
     built = Index.read(options.folder).files
     kept = {(e.shape, e.tokens, e.case.layer): e for e in (*_old_plan(options.folder), *entries) if e.case in built}

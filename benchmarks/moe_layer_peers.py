@@ -54,7 +54,13 @@ class PeerWeights:
         return self._cache[name]
 
     def values(self, part: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """[E, 2 F, D] of `gate_up` or [E, D, F] of `down`, dequantised."""
+        """[E, 2 F, D] of `gate_up` or [E, D, F] of `down`, dequantised.
+
+        Raises:
+            MoecError: experts differ in size.
+        """
+        if self.layer.widths:
+            raise MoecError(f"{part}: experts differ in size")
         stack, arrays = self._side(part)
         return torch.stack([self._plain(part, reference.matrix(stack, arrays, e, dtype)) for e in range(self.layer.experts)])
 
@@ -65,8 +71,8 @@ class PeerWeights:
             MoecError: experts differ in format, or it has no codes.
         """
         stack, arrays = self._side(part)
-        if stack.mixed:
-            raise MoecError(f"{part}: experts differ in format")
+        if stack.tabled:
+            raise MoecError(f"{part}: experts differ in format or in size")
         found = [reference.matrix_codes(stack, arrays, e) for e in range(self.layer.experts)]
         zero = None
         if found[0].zero is not None:

@@ -75,8 +75,10 @@ class Timing:
         """What a time means."""
         layer = weights.layer
         nbytes = sum(weights.nbytes(tokens.ids) for tokens in inputs) / len(inputs)
-        slots = sum(int(((t.ids >= 0) & (t.ids < layer.experts)).sum()) for t in inputs) / len(inputs)
-        flop = 2 * slots * (3 if layer.gated else 2) * layer.d * layer.f
+        widths = torch.tensor(layer.widths or [layer.f] * layer.experts)
+        used = (tokens.ids[(tokens.ids >= 0) & (tokens.ids < layer.experts)].cpu().long() for tokens in inputs)
+        neurons = sum(int(widths[ids].sum()) for ids in used) / len(inputs)  # of all slots
+        flop = 2 * neurons * (3 if layer.gated else 2) * layer.d
         floor = max(nbytes / self.ceilings.bandwidth / 1e3, flop / self.ceilings.bf16_tflop_s / 1e6)
         return {"us": us, "floor_us": floor, "share": floor / us, "gb_s": nbytes / us / 1e3, "tflop_s": flop / us / 1e6}
 
@@ -217,7 +219,8 @@ def _peer(timing: Timing, peer: Peer, weights: Sequence[PeerWeights], tokens: in
 
 def _bits(layer: Layer) -> float:
     """Bits of a weight, scales counted."""
-    return 8 * layer.layout.nbytes() / (layer.experts * (3 if layer.gated else 2) * layer.d * layer.f)
+    neurons = sum(layer.widths) or layer.experts * layer.f
+    return 8 * layer.layout.nbytes() / (neurons * (3 if layer.gated else 2) * layer.d)
 
 
 def sweep(options: Namespace) -> int:
@@ -229,7 +232,8 @@ def sweep(options: Namespace) -> int:
     counts = sorted({entry.tokens for entry in entries if entry.tokens})
     counts = counts if options.tokens is None else [int(t) for t in options.tokens.split(",")]
     results = Results(options.records, index.target, device, index.tvm, measure_ceilings())
-    wanted = [task for task in tasks(layers, counts, get_target(index.target), read_records(index.target)) if task.case in index.files]
+    target = get_target(index.target)
+    wanted = [task for task in tasks(layers, counts, target, read_records(index.target), every=True) if task.case in index.files]
     bench = Bench(options.folder, index, options.repetitions)
     print(f"{device}: {len(wanted)} timings, {sum(results.has(task) for task in wanted)} of them done", flush=True)
     for done, (task, us, problem) in enumerate(run_sweep(wanted, results, bench.measure, options.seconds), 1):
@@ -240,6 +244,6 @@ def sweep(options: Namespace) -> int:
     print_row(("layer", "kernel", "T", "us", "over the default", "of", "options"))
     print_row(["---"] * 7)
     for layer in layers:
-        for r in summary(results.record(layer)):
+        for r in summary(results.record(layer), target):
             print_row((r["layer"], r["kernel"], r["tokens"], r["us"], r["gain"], r["tried"], r["options"]))
     return 0

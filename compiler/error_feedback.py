@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moec.compiler.grid import fit, half, nearest, round_to_nearest, snap
+from moec.compiler.grid import fit, half, round_to_nearest, snap
 from moec.compiler.packed import Quantized
+from moec.compiler.replay import replayed
 from moec.runtime.formats.int import IntFormat
 
 
@@ -109,16 +110,26 @@ def round_with_feedback(
                 else:
                     scale[group], zero[group] = grid[0][group], grid[1][group]
             part = _corrected(w[start:stop], error[:done], r, r32, done)
-            inverse = _inverse(r[done:end, done:end], w.dtype)
             s, z = scale[group], zero[group]
-            diagonal = inverse.diagonal().tolist()
-            for i, (value, row) in enumerate(zip(part.unbind(), inverse.unbind(), strict=True)):
-                codes[start + i] = q = nearest(value, s, z, fmt)
-                lost = torch.addcmul(value, q, s, value=-1).div_(diagonal[i])
-                part[i + 1 :].addr_(row[i + 1 :], lost, alpha=-1)
+            codes[start:stop] = _rounded((part, _inverse(r[done:end, done:end], w.dtype), s, z), fmt)
             error[done:end] = w[start:stop] - codes[start:stop] * s
             done = end
     return Rounded(codes, scale, zero)
+
+
+@replayed
+def _rounded(tensors: tuple[Tensor, ...], fmt: IntFormat) -> Tensor:
+    """Codes [G, N] of channels that are rounded one after the other.
+
+    Args:
+        tensors: the channels [G, N] as they take up the error of earlier ones, R^-1 of them [G, G], and their scale and zero point [N].
+    """
+    wanted, inverse, scale, zero = tensors
+    left, found = wanted.clone(), torch.empty_like(wanted)
+    for i, (value, share) in enumerate(zip(left.unbind(), (inverse / inverse.diagonal()[:, None]).unbind(), strict=True)):
+        code = snap(torch.div(value, scale, out=found[i]), zero, fmt)
+        left[i + 1 :].addr_(share[i + 1 :], torch.addcmul(value, code, scale, value=-1), alpha=-1)
+    return found
 
 
 def _corrected(w: Tensor, error: Tensor, r: Tensor, r32: Tensor, done: int) -> Tensor:
@@ -166,16 +177,27 @@ def descend(w: Tensor, h: Tensor, fmt: IntFormat, start: Rounded, sweeps: int, s
                 step = torch.where(gain > 0, step, s) - s
                 pull -= response * step
                 s = scale[group] = s + step
-            steps, inverse = (1 / inside.diagonal()).tolist(), 1 / s
-            for i, (code, wish, column) in enumerate(zip(q.unbind(), pull.unbind(), inside.unbind(), strict=True)):
-                best = snap(torch.addcmul(code, wish, inverse, value=steps[i]), zero[group], fmt)
-                pull[i + 1 :].addr_(column[i + 1 :], (best - code).mul_(s), alpha=-1)  # those before are made anew in the next sweep
-                code.copy_(best)
+            q.copy_(_moved((q, pull, inside, s, zero[group]), fmt))
             error[first:last] = w[first:last] - q * s
             moved = moved or not torch.equal(before, error[first:last])
         if not moved:
             break
     return Rounded(codes, scale, zero)
+
+
+@replayed
+def _moved(tensors: tuple[Tensor, ...], fmt: IntFormat) -> Tensor:
+    """Codes [G, N], each set to what is best while all others stay, one after the other.
+
+    Args:
+        tensors: codes [G, N], the pull on them [G, N], H of their channels [G, G], their scale and zero point [N].
+    """
+    codes, pull, inside, scale, zero = tensors
+    pull, found, steps = pull.clone(), torch.empty_like(codes), 1 / (inside.diagonal()[:, None] * scale)
+    for i, (code, wish, step, column) in enumerate(zip(codes.unbind(), pull.unbind(), steps.unbind(), inside.unbind(), strict=True)):
+        best = snap(torch.addcmul(code, wish, step, out=found[i]), zero, fmt)
+        pull[i + 1 :].addr_(column[i + 1 :], (best - code).mul_(scale), alpha=-1)  # those before are made anew in the next sweep
+    return found
 
 
 def best_of(w: Tensor, moment: Tensor, found: Sequence[Rounded], size: int) -> Rounded:

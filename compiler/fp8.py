@@ -1,7 +1,8 @@
 """Weights as 8-bit floating point: scales from the largest weight of a row or block, and a search of scales that fit better.
 
 A floating-point grid is about as fine everywhere, so that clipping gains nothing: the largest weight is always reached. But between two
-powers of two it matters where on the grid the weights lie, and that a scale moves.
+powers of two it matters where on the grid the weights lie, and that a scale moves. Weights that are numbers of E4M3 times a scale already,
+as those of a checkpoint in fp8, keep their values.
 """
 
 from __future__ import annotations
@@ -16,14 +17,23 @@ from moec.runtime.formats.fp8 import LARGEST, Fp8Format
 STEPS = 8
 """Scales that the search tries, within a factor of two."""
 
+SAMPLE = 32
+"""Weights of a block that are looked at first."""
+
+LARGEST_CODES = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0)
+"""Numbers of E4M3 that the largest weight may be, up to powers of two."""
+
 _LEAST = 2.0**-126
 """The least scale: a normal float32, whose inverse is one too."""
 
 
 def round_to_fp8(weight: Tensor, fmt: Fp8Format) -> Quantized:
-    """Codes and scales of a weight [N, K], any float type, finite: the largest weight of each row or block is the largest code."""
+    """Codes and scales of a weight [N, K], any float type, finite: the largest weight of each row or block is the largest code.
+
+    Where all of a row's or block's weights are numbers of E4M3 for another scale, they get that.
+    """
     w = weight.float()
-    return _quantized(w, _spread(_scales(_peaks(w, fmt)), fmt, *w.shape), fmt)
+    return _quantized(w, _spread(_kept(w, _peaks(w, fmt), fmt), fmt, *w.shape), fmt)
 
 
 def search_fp8(weight: Tensor, fmt: Fp8Format, importance: Tensor | None = None) -> Quantized:
@@ -60,6 +70,29 @@ def _quantized(w: Tensor, scale: Tensor, fmt: Fp8Format) -> Quantized:
 
 def _scales(peaks: Tensor) -> Tensor:
     return torch.where(peaks > 0, peaks / LARGEST, 1.0).clamp_min(_LEAST)
+
+
+def _kept(w: Tensor, peaks: Tensor, fmt: Fp8Format) -> Tensor:
+    """Scales from the peaks, or of a block whose weights are all on the grid of one that makes its peak another code, that one."""
+    scales, blocks = _scales(peaks), _blocks(w, fmt)
+    few = blocks[:, :1, :, :SAMPLE]  # most weights are on no grid, which a few of them show
+    missing = _missed(few, scales) > 0
+    for largest in LARGEST_CODES if bool(missing.any()) else ():
+        for step in (0.0, -torch.inf, torch.inf):  # the quotient may be rounded to a neighbour
+            tried = (peaks / largest).clamp_min(_LEAST)
+            tried = tried if step == 0 else tried.nextafter(torch.full_like(tried, step))
+            rows = (missing & (_missed(few, tried) == 0)).any(1).nonzero()[:, 0]
+            if len(rows):
+                better = missing[rows] & (_missed(blocks[rows], tried[rows]) == 0)
+                scales[rows] = torch.where(better, tried[rows], scales[rows])
+                missing[rows] &= ~better
+    return scales
+
+
+def _missed(blocks: Tensor, scales: Tensor) -> Tensor:
+    """How many weights of blocks [R, rows, groups, columns] are not kept by scales [R, groups]: [R, groups]."""
+    wide = scales[:, None, :, None]
+    return (e4m3(blocks / wide).float() * wide != blocks).sum((1, 3))
 
 
 def _blocks(x: Tensor, fmt: Fp8Format) -> Tensor:

@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def compile_model(
         statistics: a file that keeps what was measured on them; read if it is there, written if not.
         seed: of everything that is random.
         device: what passes compute on, `cpu`, `cuda` or `cuda:N`; torch's default device unless given. The artifact is for `target`.
-        resume: keep the finished weight files of an interrupted run of the same work.
+        resume: keep what an interrupted run of the same work finished: weight files in `OUT.part`, and in `OUT.work` what passes keep.
         dry_run: stop after planning; works from `config.json` alone.
         portable: the ONNX backend writes standard operators only.
         activations: what the ONNX backend multiplies packed weights with: `float`, or `int8` (faster, about 1 % off a product).
@@ -105,24 +105,41 @@ def compile_model(
         reference=source, target=hardware, max_kl=max_kl, seed=seed,
         statistics_file=Path(statistics) if statistics is not None else None, progress=progress,
     )  # fmt: skip
-    with place:
-        compiled = run_passes(source, chosen.passes, context)
-    if CHECK:
-        verify(compiled.graph)
-    if dry_run:
-        return _within(make_plan(compiled.graph, chosen, hardware, None), memory)
-    assert output is not None
-    with place:
-        quality = _quality(compiled, context)
-    if not takes_mixed_experts(backend, hardware):
-        compiled = uniform_experts(compiled)
-    with progress.step("lower"):
-        lowered = make_backend(backend, compiled.graph, hardware, portable, activations)
-    shards = plan_shards(lowered)
-    plan = _within(make_plan(compiled.graph, chosen, hardware, shards), memory)
-    history = {"recipe": list(chosen.steps), "journal": context.journal, "quality": quality, "calibration": _record(context)}
-    _write(Path(output), checkpoint, compiled, lowered, shards, history, hardware, backend, resume, plan, progress, place)
+    with _work_folder(None if dry_run or output is None else Path(output), resume) as context.work:
+        with place:
+            compiled = run_passes(source, chosen.passes, context)
+        if CHECK:
+            verify(compiled.graph)
+        if dry_run:
+            return _within(make_plan(compiled.graph, chosen, hardware, None), memory)
+        assert output is not None
+        with place:
+            quality = _quality(compiled, context)
+        compiled = uniform_experts(compiled, factored_only=takes_mixed_experts(backend, hardware))
+        with progress.step("lower"):
+            lowered = make_backend(backend, compiled.graph, hardware, portable, activations)
+        shards = plan_shards(lowered)
+        plan = _within(make_plan(compiled.graph, chosen, hardware, shards), memory)
+        history = {"recipe": list(chosen.steps), "journal": context.journal, "quality": quality, "calibration": _record(context)}
+        _write(Path(output), checkpoint, compiled, lowered, shards, history, hardware, backend, resume, plan, progress, place)
     return plan
+
+
+@contextmanager
+def _work_folder(output: Path | None, resume: bool) -> Iterator[Path | None]:
+    """The folder `OUT.work`, which passes make to keep in it what memory need not hold; it stays only where a run was killed."""
+    if output is None:
+        yield None
+        return
+    folder = output.with_name(output.name + ".work")
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    except Exception:  # what failed once would fail again
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _quality(model: Model, context: Context) -> dict[str, Any] | None:
@@ -185,6 +202,8 @@ def _write(
         with progress.step("code"):
             locations = {key: location for shard in shards for key, (_, location) in shard.arrays.items()}
             executor = lowered.build(writer.folder, locations)
+        for line in executor.get("notes", ()):  # such as which kernels were measured, and which are a guess
+            progress.note(line)
         writer.write_text("graph.txt", print_graph(model.graph))
         for name, content in tokenizer_files(checkpoint).items() if checkpoint else ():
             writer.write_bytes(name, content)

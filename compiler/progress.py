@@ -80,6 +80,10 @@ class Progress:
             yield count
         self._print(f"{name}: {time.monotonic() - start:.1f} s")
 
+    def note(self, text: str) -> None:
+        """A line that is worth knowing."""
+        self._print(text)
+
     def _print(self, text: str, end: str = "\n") -> None:
         if not self._quiet:
             print(text, end=end, file=self._stream, flush=True)

@@ -48,9 +48,15 @@ class Parts:
         return packed_of(self.base, old, None if expert is None else members[expert])
 
 
-def uniform_experts(model: Model) -> Model:
-    """The model with every `experts` node of mixed formats split into one node a combination of formats."""
+def uniform_experts(model: Model, factored_only: bool = False) -> Model:
+    """The model with every `experts` node of mixed formats split into one node a combination of formats.
+
+    Args:
+        factored_only: split only nodes with low-rank factors.
+    """
     for node in [n for n in model.graph.nodes if n.op == "experts"]:
+        if factored_only and not any(node.inputs[7:]):
+            continue
         named = [node.inputs[at] for at in EXPERT_MATRICES if at < len(node.inputs)]
         stacks = [model.graph.params[name] for name in named if name in model.graph.params]
         if all(isinstance(p.format, str) for p in stacks):

@@ -181,7 +181,9 @@ class Eep:
         learned = hashlib.sha256(measure.pool.cpu().numpy().tobytes()).hexdigest()
         facts = (model.digest(), ours, measure.words, learned, context.seed, context.need_text(WHAT).fingerprint())
         identity = hashlib.sha256(repr(facts).encode()).hexdigest()
-        return Path(context.work) / f"eep-{identity[:16]}{kind}", identity
+        folder = Path(context.work)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"eep-{identity[:16]}{kind}", identity
 
     def _refine(self) -> Refine:
         whole = {"steps", "tokens"}

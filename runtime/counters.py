@@ -38,7 +38,8 @@ class ExpertCounters:
     """The counters of a model, in memory that kernels write to.
 
     Args:
-        layers: for each layer with experts its `name`, `experts_per_token` and `expert_bytes`.
+        layers: for each layer with experts its `name`, `experts_per_token` and `expert_bytes`; `chosen_run` where every expert that is
+            chosen runs, `rows` where it computes only tokens whose logits were asked for.
         numbers: int64 [layers, at least 2]: tokens, and experts that ran.
         fetch, send: bring the numbers up to date with those of a device, and the other way round; None where they are the same.
     """
@@ -48,20 +49,33 @@ class ExpertCounters:
         send: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         self._layers, self._numbers, self._fetch, self._send = layers, numbers, fetch, send
+        self._filled = [0, 0]
+
+    @property
+    def can_leave_out(self) -> bool:
+        """Whether every token runs as many experts as it chose, so that what calls were filled up with can be left out."""
+        return all(layer.get("chosen_run", False) for layer in self._layers)
+
+    def leave_out(self, tokens: int, rows: int) -> None:
+        """Do not count so many tokens, and so many of those rows whose logits were asked for: calls were filled up with them."""
+        self._filled = [self._filled[0] + tokens, self._filled[1] + rows]
 
     def read(self) -> list[ExpertCount]:
         """The counts of each layer. Not while the model runs."""
         if self._fetch is not None:
             self._fetch()
         found = []
-        for layer, (tokens, experts) in zip(self._layers, self._numbers[:, :2].tolist(), strict=True):
-            slots = tokens * int(layer["experts_per_token"])
+        for layer, (counted, ran) in zip(self._layers, self._numbers[:, :2].tolist(), strict=True):
+            filled, top_k = self._filled[bool(layer.get("rows", False))], int(layer["experts_per_token"])
+            tokens, experts = counted - filled, ran - filled * top_k
+            slots = tokens * top_k
             found.append(ExpertCount(str(layer["name"]), tokens, experts, slots, int(layer["expert_bytes"])))
         return found
 
     def reset(self) -> None:
         """Start again from zero."""
         self._numbers[:] = 0
+        self._filled = [0, 0]
         if self._send is not None:
             self._send()
 

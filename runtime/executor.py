@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.runtime.counters import ExpertCounters
+from moec.runtime.sampler import Best
 
 Step = tuple[int, NDArray[np.int64]]
 """A sequence's handle and the tokens that come next in it."""
@@ -46,5 +47,13 @@ class Executor(Protocol):
 
         Raises:
             MoecError: a sequence would grow past the context.
+        """
+        ...
+
+    def best(self, steps: Sequence[Step]) -> Best:
+        """Append tokens like `forward`, and return the likeliest token after each step, for which a device need not hand out its logits.
+
+        Raises:
+            MoecError: as `forward`, or the logits are no numbers.
         """
         ...

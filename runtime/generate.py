@@ -70,12 +70,12 @@ def generate(
                 request = waiting.popleft()
                 request.handle = executor.add()
                 active.append(request)
-            logits = executor.forward([(r.handle, _next_input(r)) for r in active])
+            chosen = _choose(executor, active, sampling)
             going: list[Request] = []
             ended: list[Request] = []
             tokens: list[Token] = []
-            for request, row in zip(active, logits, strict=True):
-                token = _advance(request, row, executor, sampling, max_new_tokens, eos)
+            for request, choice in zip(active, chosen, strict=True):
+                token = _advance(request, *choice, executor, max_new_tokens, eos)
                 tokens.append(token)
                 (going if token.finish_reason is None else ended).append(request)
             for request in ended:
@@ -92,11 +92,23 @@ def _next_input(request: Request) -> NDArray[np.int64]:
     return np.asarray(request.generated[-1:] or request.prompt, np.int64)
 
 
+def _choose(executor: SharedExecutor, active: Sequence[Request], sampling: Sampling) -> list[tuple[int, float]]:
+    """The next token of each request, and the logarithm of its probability under the model."""
+    steps = [(request.handle, _next_input(request)) for request in active]
+    if sampling.greedy:
+        best = executor.best(steps)
+        return list(zip(best.ids.tolist(), best.logprobs.tolist(), strict=True))
+    found = []
+    for request, logits in zip(active, executor.forward(steps), strict=True):
+        token = sampling.choose(logits, request.generator, request.prompt, request.generated)
+        found.append((token, logprob(logits, token)))
+    return found
+
+
 def _advance(
-    request: Request, logits: NDArray[np.float32], executor: SharedExecutor, sampling: Sampling, max_new_tokens: int, eos: frozenset[int]
-) -> Token:
-    """Choose a request's next token, and see whether that was the last."""
-    chosen = sampling.choose(logits, request.generator, request.prompt, request.generated)
+    request: Request, chosen: int, probability: float, executor: SharedExecutor, max_new_tokens: int, eos: frozenset[int]
+) -> Token:  # fmt: skip
+    """Take a request's next token, and see whether that was the last."""
     request.generated.append(chosen)
     text = "" if chosen in eos else request.stops.push(request.detokenizer.push(chosen))
     reason = None
@@ -111,4 +123,4 @@ def _advance(
         if request.stops.found:
             reason = "stop"
         text += request.stops.flush()
-    return Token(chosen, text, logprob(logits, chosen), request.index, reason)
+    return Token(chosen, text, probability, request.index, reason)

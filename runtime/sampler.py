@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moec.runtime.errors import MoecError
+
+BAD_LOGITS = "the model computed logits that are NaN or infinite: the artifact's weights do not suit it; see `moec verify`"
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,41 @@ def check(logits: NDArray[np.float32]) -> NDArray[np.float32]:
         MoecError: it is not.
     """
     if not np.isfinite(logits.max()):  # the maximum of anything with a NaN is NaN
-        raise MoecError("the model computed logits that are NaN or infinite: the artifact's weights do not suit it; see `moec verify`")
+        raise MoecError(BAD_LOGITS)
     return logits
+
+
+class Best(NamedTuple):
+    """The likeliest token after each of some steps, the lowest of several, and the logarithm of its probability.
+
+    Args:
+        ids: int64 [N].
+        logprobs: float64 [N].
+    """
+
+    ids: NDArray[np.int64]
+    logprobs: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, logits: NDArray[np.float32]) -> Best:
+        """Of rows of logits [N, V].
+
+        Raises:
+            MoecError: a logit is NaN or infinite.
+        """
+        ids = check(logits).argmax(-1) if logits.size else np.zeros(0, np.int64)
+        return cls(ids, np.array([logprob(row, int(token)) for row, token in zip(logits, ids, strict=True)], np.float64))
+
+    @classmethod
+    def found(cls, rows: NDArray[np.float32]) -> Best:
+        """Of what a device has found [N, 3]: token, its logit, and the logarithm of the sum of exponentials of the row's logits.
+
+        Raises:
+            MoecError: a logit was NaN or infinite.
+        """
+        if not np.isfinite(rows).all():
+            raise MoecError(BAD_LOGITS)
+        return cls(rows[:, 0].astype(np.int64), rows[:, 1].astype(np.float64) - rows[:, 2])
 
 
 def softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:

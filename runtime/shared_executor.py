@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from moec.runtime.counters import ExpertCount
 from moec.runtime.errors import MoecError
 from moec.runtime.executor import Executor, Step
+from moec.runtime.sampler import Best
 
 
 class SharedExecutor:
@@ -65,6 +66,11 @@ class SharedExecutor:
         """Append tokens to sequences and return logits, as `Executor.forward`."""
         with self._lock:
             return self._inner().forward(steps, all_logits)
+
+    def best(self, steps: Sequence[Step]) -> Best:
+        """Append tokens to sequences and return the likeliest next ones, as `Executor.best`."""
+        with self._lock:
+            return self._inner().best(steps)
 
     def counts(self, reset: bool = False) -> list[ExpertCount] | None:
         """What the experts of each layer did since the last reset, between two forwards; None if the executor does not count."""

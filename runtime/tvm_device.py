@@ -3,50 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moec.runtime.cuda import Driver, Graph
+from moec.runtime.cuda import Driver
 from moec.runtime.errors import MoecError
 from moec.runtime.ffi import tvm_ffi
+from moec.runtime.tvm_arrays import Array, aligned, as_tensor
+from moec.runtime.tvm_call import Call
+from moec.runtime.tvm_functions import latest
 
 _CPU, _CUDA, _POOLED = 1, 2, 2  # DLPack's kinds of device, and TVM's kind of allocator
 _COMPILE = "tvm_callback_cuda_compile"
-WARM = 2
-"""Calls of one shape that run before a third is recorded: they load code and fill the allocator's pool."""
 
 MOST_RECORDED = 64
 """Tokens of a call that is worth recording: of longer ones the kernels take longer than their launches."""
-
-Array = NDArray[Any]
-
-
-def aligned(shape: int | tuple[int, ...], dtype: Any) -> Array:
-    """Zeros that start at a multiple of 64 bytes, as TVM's code takes for granted."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.zeros(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    array: Array = raw[start : start + size].view(dtype).reshape(shape)
-    return array
-
-
-def as_tensor(array: Array) -> Any:
-    """An array as TVM's tensor, without a copy where it is aligned."""
-    if array.ctypes.data % 64 or not array.flags.c_contiguous:
-        copy = aligned(array.shape, array.dtype)
-        copy[...] = array
-        array = copy
-    if not array.flags.writeable:  # numpy would refuse to export it
-        memory = (ctypes.c_uint8 * array.nbytes).from_address(array.ctypes.data)
-        array = np.frombuffer(memoryview(memory), array.dtype).reshape(array.shape)
-    return tvm_ffi.from_dlpack(array)
 
 
 class Device(Protocol):
@@ -84,8 +60,8 @@ class Device(Protocol):
         """A tensor that begins with the rows of another one; the rest is zero."""
         ...
 
-    def run(self, function: str, inputs: Sequence[Array], others: Sequence[Any]) -> NDArray[np.float32]:
-        """Call a function of the library with aligned arrays and tensors, and return its result."""
+    def run(self, functions: Sequence[str], inputs: Sequence[Array], others: Sequence[Any]) -> NDArray[np.float32]:
+        """Call a function of the library with aligned arrays and tensors, then others with what the one before returned."""
         ...
 
 
@@ -123,8 +99,12 @@ class Host:
             array[: first.shape[0]] = np.from_dlpack(first)
         return tvm_ffi.from_dlpack(array)
 
-    def run(self, function: str, inputs: Sequence[Array], others: Sequence[Any]) -> NDArray[np.float32]:
-        return np.array(np.from_dlpack(self._vm[function](*map(as_tensor, inputs), *others)))
+    def run(self, functions: Sequence[str], inputs: Sequence[Array], others: Sequence[Any]) -> NDArray[np.float32]:
+        first, *rest = functions
+        found = self._vm[first](*map(as_tensor, inputs), *others)
+        for function in rest:
+            found = self._vm[function](found)
+        return np.array(np.from_dlpack(found))
 
 
 class Gpu:
@@ -146,7 +126,7 @@ class Gpu:
         self._stream = tvm_ffi.get_global_func("runtime.Device_StreamCreate")(self._device)
         self.stream = int(getattr(self._stream, "value", self._stream) or 0)
         self._vm: Any = None
-        self._calls: dict[tuple[Any, ...], _Call] = {}
+        self._calls: dict[tuple[Any, ...], Call] = {}
         self._pinned: dict[int, Array] = {}
 
     def start(self, library: Path) -> None:
@@ -219,13 +199,11 @@ class Gpu:
         self._move(as_tensor(aligned((shape[0] - done, *shape[1:]), dtype)), rest)
         return tensor
 
-    def run(self, function: str, inputs: Sequence[Array], others: Sequence[Any]) -> NDArray[np.float32]:
-        key = (function, *(array.shape for array in inputs))
+    def run(self, functions: Sequence[str], inputs: Sequence[Array], others: Sequence[Any]) -> NDArray[np.float32]:
+        key = (*functions, *(array.shape for array in inputs))
         if inputs[0].shape[0] > MOST_RECORDED:
-            return _Call(self, function, inputs, others, few=False)(inputs)
-        if key not in self._calls:
-            self._calls[key] = _Call(self, function, inputs, others, few=True)
-        return self._calls[key](inputs)
+            return Call(self, functions, inputs, others, few=False)(inputs)
+        return latest(self._calls, key, lambda: Call(self, functions, inputs, others, few=True))(inputs)
 
     def call(self, function: str, *tensors: Any) -> Any:
         """Call a function of the library."""
@@ -246,56 +224,3 @@ class Gpu:
         found: NDArray[np.float32] = np.empty(tuple(int(n) for n in tensor.shape), np.float32)
         self._move(tensor, tvm_ffi.from_dlpack(found))
         return found
-
-
-class _Call:
-    """A function with memory of its own for inputs of certain shapes.
-
-    A recorded call has its copies in it, to and from memory of the host that the GPU reaches: to run it again is one launch.
-    """
-
-    def __init__(self, gpu: Gpu, function: str, inputs: Sequence[Array], others: Sequence[Any], few: bool) -> None:
-        self._gpu, self._function, self._others = gpu, function, others
-        self._driver = gpu.driver if few else None
-        ends = list(accumulate(-(-array.nbytes // 64) * 64 for array in inputs))
-        staging = aligned(ends[-1], np.uint8) if self._driver is None else self._driver.host_array(ends[-1])
-        starts = [0, *ends[:-1]]
-        self._staged = [staging[at : at + x.nbytes].view(x.dtype).reshape(x.shape) for at, x in zip(starts, inputs, strict=True)]
-        self._tensors = [gpu.empty(x.shape, x.dtype) for x in inputs]
-        self._count = 0
-        self._graph: Graph | None = None
-        self._result: Any = None
-        self._found: NDArray[np.float32] | None = None
-
-    def __call__(self, inputs: Sequence[Array]) -> NDArray[np.float32]:
-        for staged, array in zip(self._staged, inputs, strict=True):
-            staged[...] = array
-        if self._driver is None:
-            for tensor, staged in zip(self._tensors, self._staged, strict=True):
-                self._gpu.refresh(tensor, staged)
-            return self._gpu.fetch(self._launch())
-        self._count += 1
-        if self._graph is None and self._count > WARM:
-            self._result = None  # its memory is used again
-            self._graph, self._found = self._driver.record(self._enqueue, self._gpu.stream)
-        if self._graph is not None:
-            self._graph.launch()
-        else:
-            self._found = self._enqueue()
-        self._driver.wait(self._gpu.stream)
-        assert self._found is not None
-        return self._found.copy()
-
-    def _enqueue(self) -> NDArray[np.float32]:
-        """Copy, call and copy back on the stream, without waiting."""
-        assert self._driver is not None
-        for tensor, staged in zip(self._tensors, self._staged, strict=True):
-            self._driver.copy_in(tensor.data_ptr(), staged, self._gpu.stream)
-        self._result = self._launch()
-        shape = tuple(int(n) for n in self._result.shape)
-        found = self._gpu.pinned(4 * int(np.prod(shape)), self._driver).view(np.float32).reshape(shape)
-        self._driver.copy_out(found, self._result.data_ptr(), self._gpu.stream)
-        return found
-
-    def _launch(self) -> Any:
-        return self._gpu.call(self._function, *self._tensors, *self._others)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from moec.runtime.errors import MoecError
-from moec.runtime.tvm_device import Device, aligned
+from moec.runtime.tvm_arrays import aligned
+from moec.runtime.tvm_device import Device
 
 FIRST = 16
 """Pages that are allocated at the start; afterwards their number doubles."""
@@ -23,7 +24,7 @@ class _Sequence:
 
 
 class Pages:
-    """The caches of a model: for each entry of `page_shapes` (K and V of each layer) an array [pages, *shape] of float32.
+    """The caches of a model: for each entry of `page_shapes` (K and V of each layer) an array [pages, *shape].
 
     Args:
         page_shapes: shapes of a page.
@@ -31,13 +32,15 @@ class Pages:
         max_sequences: rows of the page table.
         context_length: the most tokens of a sequence.
         device: whose memory has the arrays.
+        dtype: of their elements.
     """
 
     def __init__(
-        self, page_shapes: Sequence[Sequence[int]], page_tokens: int, max_sequences: int, context_length: int, device: Device
-    ) -> None:
+        self, page_shapes: Sequence[Sequence[int]], page_tokens: int, max_sequences: int, context_length: int, device: Device,
+        dtype: str = "float32",
+    ) -> None:  # fmt: skip
         self._shapes = [tuple(int(n) for n in shape) for shape in page_shapes]
-        self._tokens = page_tokens
+        self._tokens, self._dtype = page_tokens, dtype
         self._table = aligned((max_sequences, -(-context_length // page_tokens)), np.int32)
         self._device, self._mirror, self._changed = device, device.mirror(self._table), False
         self._sequences: dict[int, _Sequence] = {}
@@ -102,6 +105,6 @@ class Pages:
 
     def _grow(self, pages: int) -> None:
         old: Sequence[Any] = self.pools or [None] * len(self._shapes)
-        grown = [self._device.zeros((pages, *shape), "float32", first) for shape, first in zip(self._shapes, old, strict=True)]
+        grown = [self._device.zeros((pages, *shape), self._dtype, first) for shape, first in zip(self._shapes, old, strict=True)]
         self._free += range(pages - 1, self._count - 1, -1)
         self.pools, self._count = grown, pages

@@ -21,7 +21,7 @@ from moec.runtime.strict_json import Fields, loads
 
 __all__ = ["Target", "cuda", "get_target", "known_targets", "llvm", "read_target"]
 
-_FIGURES = ("memory_bytes", "mem_bw_gb_s", "peak_f32_tflops", "peak_bf16_tflops", "peak_int8_tops")
+_FIGURES = ("memory_bytes", "multiprocessors", "mem_bw_gb_s", "peak_f32_tflops", "peak_bf16_tflops", "peak_int8_tops")
 _SUFFIXES = (".json", ".yaml", ".yml")
 
 
@@ -34,6 +34,7 @@ class Target:
         description: what it is, in words.
         kind: `cpu` or `cuda`.
         tvm: TVM's target as JSON text.
+        multiprocessors: of a GPU.
         memory_bytes: memory that holds weights and caches.
         mem_bw_gb_s: memory bandwidth, 10^9 bytes a second.
         peak_f32_tflops, peak_bf16_tflops, peak_int8_tops: dense arithmetic peaks, 10^12 a second.
@@ -50,6 +51,7 @@ class Target:
     peak_f32_tflops: float | None = None
     peak_bf16_tflops: float | None = None
     peak_int8_tops: float | None = None
+    multiprocessors: int | None = None
     features: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
 
@@ -135,8 +137,9 @@ def _field(key: str, value: Any, path: Path) -> Any:
         suits = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
         expected = "a list of strings"
     elif key in _FIGURES:
-        suits = isinstance(value, (int,) if key == "memory_bytes" else (int, float)) and not isinstance(value, bool)
-        expected = "a number" if key != "memory_bytes" else "an integer"
+        whole = key in ("memory_bytes", "multiprocessors")
+        suits = isinstance(value, (int,) if whole else (int, float)) and not isinstance(value, bool)
+        expected = "an integer" if whole else "a number"
     else:
         suits, expected = isinstance(value, str), "a string"
     if not suits:

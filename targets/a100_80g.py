@@ -7,6 +7,7 @@ TARGET = Target(
     description="NVIDIA A100 SXM, 80 GB",
     kind="cuda",
     tvm=cuda("sm_80", 166_912),
+    multiprocessors=108,
     memory_bytes=80 * 10**9,
     mem_bw_gb_s=2039.0,
     peak_f32_tflops=19.5,

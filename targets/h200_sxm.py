@@ -7,6 +7,7 @@ TARGET = Target(
     description="NVIDIA H200 SXM, 141 GB",
     kind="cuda",
     tvm=cuda("sm_90a", 232_448),
+    multiprocessors=132,
     memory_bytes=141 * 10**9,
     mem_bw_gb_s=4800.0,
     peak_f32_tflops=67.0,

@@ -7,6 +7,7 @@ TARGET = Target(
     description="NVIDIA L4, 24 GB",
     kind="cuda",
     tvm=cuda("sm_89", 101_376),
+    multiprocessors=58,
     memory_bytes=24 * 10**9,
     mem_bw_gb_s=300.0,
     peak_f32_tflops=30.3,

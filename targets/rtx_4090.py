@@ -7,6 +7,7 @@ TARGET = Target(
     description="NVIDIA GeForce RTX 4090, 24 GB",
     kind="cuda",
     tvm=cuda("sm_89", 101_376),
+    multiprocessors=128,
     memory_bytes=24 * 10**9,
     mem_bw_gb_s=1008.0,
     peak_f32_tflops=82.6,

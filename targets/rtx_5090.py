@@ -7,6 +7,7 @@ TARGET = Target(
     description="NVIDIA GeForce RTX 5090, 32 GB",
     kind="cuda",
     tvm=cuda("sm_120a", 101_376),
+    multiprocessors=170,
     memory_bytes=32 * 10**9,
     mem_bw_gb_s=1792.0,
     peak_f32_tflops=104.8,

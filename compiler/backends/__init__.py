@@ -16,7 +16,7 @@ def known_backends() -> list[str]:
 
 
 def takes_mixed_experts(name: str, target: Target) -> bool:
-    """Whether a backend runs a layer whose experts differ in format as one node; others get one a combination of formats."""
+    """Whether a backend runs a layer whose experts differ in format as one node, unless it has low-rank factors; others get several."""
     return name == "tvm" and target.kind == "cuda"
 
 

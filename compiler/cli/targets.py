@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Annotated
 
 import typer
@@ -61,9 +62,12 @@ def measure(
     formats: Annotated[str, typer.Option(metavar="NAME,...", help="Weight formats; `a/b`: of gate_up and of down.")] = "int4_g128",
     tokens: Annotated[str, typer.Option(metavar="T,...", help="Numbers of tokens.")] = "1,2,4,8,16,64,256,1024,4096",
     target: Annotated[str | None, typer.Option(metavar="NAME|FILE", help="What the GPU is; found by its name unless given.")] = None,
-    activations: Annotated[str, typer.Option(metavar="bfloat16|float32", help="Of the kernels.")] = "bfloat16",
+    activations: Annotated[
+        str, typer.Option(metavar="bfloat16|float32", help="Of the kernels; compiled models have float32, as two terms of bfloat16.")
+    ] = "float32",
     seconds: Annotated[float, typer.Option(metavar="S", min=1, help="After so long no new timing begins.")] = 600,
     jobs: Annotated[int | None, typer.Option(metavar="N", min=1, help="Processes that compile; all cores unless given.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Try all candidates, and not the most promising ones only.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="Where the records go.")] = None,
     json: JsonOption = False,
 ) -> None:
@@ -77,16 +81,21 @@ def measure(
     layers = import_extra("moec.compiler.measure.layers", "compile").layers_of(model, layer or [], formats.split(","), activations)
     known = None if target is None else get_target(target)
     counts = parse_list(tokens, "--tokens")
-    records, failed, left = here.measure_here(layers, known, counts, output, seconds, jobs or available_cores(), Progress())
-    rows = [row for record in records for row in sweep.summary(record)]
+    wanted = here.Sweep(layers, counts, known, output, seconds, jobs or available_cores(), every)
+    found = here.measure_here(wanted, Progress())
+    failed, left, rows = found.failed, found.left, [row for record in found.records for row in sweep.summary(record, found.target)]
     if json:
         problems = [{"layer": task.case.layer.name, "kernel": task.kernel, "tokens": task.tokens, "problem": why} for task, why in failed]
-        print_json({"best": rows, "failed": problems, "left": left})
+        spent = {"compiled": found.compiled, "compile_seconds": found.seconds[0], "timing_seconds": found.seconds[1]}
+        print_json({"best": rows, "failed": problems, "left": left, **spent})
         return
     print("| layer | kernel | T | us | over the default | of | options |\n|---|---|---|---|---|---|---|")
     for row in rows:
         gain = "" if row["gain"] is None else f"{row['gain']:.2f}"
         print(f"| {row['layer']} | {row['kernel']} | {row['tokens']} | {row['us']:.2f} | {gain} | {row['tried']} | {row['options']} |")
+    if gains := [row["gain"] for row in rows if row["gain"] is not None and row["kernel"] in ("decode", "prefill")]:
+        worth = f"{geometric_mean(gains):.2f} times as fast as with defaults on average, {max(gains):.2f} at most"
+        print(f"layers are {worth}; {found.compiled} kernels compiled in {found.seconds[0]:.0f} s, timed in {found.seconds[1]:.0f} s")
     if failed:
         print(f"{len(failed)} candidates failed, the first ({failed[0][0].kernel}, T = {failed[0][0].tokens}): {failed[0][1]}")
     if left:

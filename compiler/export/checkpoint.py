@@ -163,6 +163,7 @@ class CheckpointWriter:
     def _write_config(self, part: Path, folder: Path) -> None:
         """config.json as it was, with the changed keys."""
         data = read_json(folder / "config.json")
+        data.pop("quantization_config", None)  # values are written
         for key, value in self.made.changes.items():
             owner, config = data, self.made.config
             for name in key[:-1]:

@@ -13,6 +13,7 @@ import torch
 
 from moec.compiler.errors import MoecError
 from moec.compiler.frontend.checkpoint import Checkpoint
+from moec.compiler.frontend.fp8 import block_of
 from moec.compiler.frontend.model import finish
 from moec.compiler.frontend.source import NoWeights, Stored
 from moec.compiler.frontend.tensors import Tensors, read_json
@@ -63,9 +64,7 @@ def config_of(folder: Path) -> Any:
 
     path = folder / "config.json"
     data = read_json(path)
-    if data.get("quantization_config"):
-        method = data["quantization_config"].get("quant_method", "?") if isinstance(data["quantization_config"], dict) else "?"
-        raise MoecError(f"{path}: the checkpoint is already quantised ({method}); start from the one in bf16, f16 or f32")
+    block_of(data, path)
     model_type = data.get("model_type")
     if not isinstance(model_type, str):
         raise MoecError(f"{path}: expected a model_type, found {model_type!r}; the file is not a model's configuration")
@@ -123,7 +122,7 @@ def _load(folder: Path) -> tuple[Graph, WeightSource]:
     model = model_of(config, str(folder))
     stored: Stored
     if any(folder.glob("*.safetensors*")) or any(folder.glob("*.bin")):
-        stored = Checkpoint(Tensors(folder), model)
+        stored = Checkpoint(Tensors(folder, block_of(read_json(folder / "config.json"), folder / "config.json")), model)
     else:
         stored = NoWeights(str(folder), dtype)
     graph, weights = finish(model, stored)

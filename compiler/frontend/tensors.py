@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moec.compiler.errors import MoecError
+from moec.compiler.frontend import fp8
 
 _DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F64": "f64", "I64": "i64", "I32": "i32", "U8": "u8", "BOOL": "bool"}
 
@@ -43,13 +44,14 @@ class Tensors:
 
     Args:
         folder: the checkpoint.
+        block: of fp8 weights, which are read as the values they stand for; None if there are none.
 
     Raises:
         MoecError: a file is missing, damaged, or named outside the folder.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, block: fp8.Block | None = None) -> None:
+        self.folder, self._block = folder, block
         self._file: dict[str, Path] = {}
         self._kind: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._open: dict[Path, Any] = {}
@@ -103,18 +105,22 @@ class Tensors:
         return name in self._file
 
     def names(self) -> list[str]:
-        """Every tensor's name."""
-        return list(self._file)
+        """Every tensor's name, those of scales left out."""
+        return [n for n in self._file if not (self._block and n.endswith(fp8.SCALE) and n.removesuffix(fp8.SCALE) in self._file)]
 
     def kind(self, name: str) -> tuple[str, tuple[int, ...]]:
         """(element type, shape) of a tensor, from the header.
 
         Raises:
-            MoecError: the element type is one that only quantised checkpoints have.
+            MoecError: the element type is one that only quantised checkpoints have, or an fp8 weight has no scales.
         """
         if name not in self._kind:
             view = self._handle(self._file[name]).get_slice(name)
             stored = str(view.get_dtype())
+            if stored == fp8.STORED and self._block is not None:
+                self._check_scales(name, tuple(view.get_shape()), self._block)
+                self._kind[name] = "f32", tuple(view.get_shape())
+                return self._kind[name]
             if stored not in _DTYPES:
                 raise MoecError(
                     f"{self._file[name]}: the tensor {name} has the element type {stored}; expected one of {', '.join(_DTYPES)}:"
@@ -122,6 +128,16 @@ class Tensors:
                 )
             self._kind[name] = _DTYPES[stored], tuple(view.get_shape())
         return self._kind[name]
+
+    def _check_scales(self, name: str, shape: tuple[int, ...], block: fp8.Block) -> None:
+        scales = name + fp8.SCALE
+        found = self.kind(scales)[1] if scales in self._file else None
+        if len(shape) < 2 or found != fp8.scale_shape(shape, block):
+            expected = list(fp8.scale_shape(shape, block)) if len(shape) > 1 else "a matrix"
+            raise MoecError(
+                f"{self._file[name]}: the fp8 tensor {name} {list(shape)} has the scales {found and list(found)}, expected {expected}: "
+                f"a tensor {scales} with a number for each block of {block[0]} by {block[1]}; download the checkpoint again"
+            )
 
     def read(self, name: str, row: int | None = None) -> Tensor:
         """A tensor's values, or those of one index of its first axis (which stays, with size one).
@@ -131,6 +147,10 @@ class Tensors:
         """
         view = self._handle(self._file[name]).get_slice(name)
         value: Tensor = view[...] if row is None else view[row : row + 1]
+        if value.dtype == torch.float8_e4m3fn and self._block is not None:
+            scale = self.read(name + fp8.SCALE, row if value.ndim > 2 else None)
+            scale = fp8.rows_of(scale, row, self._block) if row is not None and value.ndim == 2 else scale
+            value = fp8.values(value, scale, self._block)
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             where = (~torch.isfinite(value)).nonzero()[0].tolist()
             if row is not None:

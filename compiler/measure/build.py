@@ -47,7 +47,7 @@ def kernel_functions(case: Case) -> dict[str, Any]:
     """The PrimFuncs of a case by name."""
     from moec.targets.kernels.cpu.activation_functions import ExpertActivation
     from moec.targets.kernels.cuda import experts_decode, experts_prefill, image, sort
-    from moec.targets.kernels.cuda.product import Shape
+    from moec.targets.kernels.cuda.gathered import Shape
 
     layer, options = case.layer, dict(case.options)
     activation = ExpertActivation(case.activation)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from moec.compiler.errors import MoecError
 from moec.compiler.measure.build import build, tvm_version
-from moec.compiler.measure.cases import Index
+from moec.compiler.measure.cases import Case, Index
 from moec.compiler.measure.device import check_gpu, measure_ceilings
 from moec.compiler.measure.sweep import Bench, Results, Task, run_sweep, tasks
 from moec.compiler.progress import Progress
@@ -41,63 +42,94 @@ def target_of(device: str) -> Target:
     return fitting[0]
 
 
-def measure_here(
-    layers: Sequence[Layer],
-    target: Target | None,
-    tokens: Sequence[int],
-    folder: Path | None,
-    seconds: float,
-    jobs: int,
-    progress: Progress,
-) -> tuple[list[Record], list[tuple[Task, str]], int]:  # fmt: skip
-    """Sweep the kernels of some layers on this machine's GPU, until all is measured or the time is up.
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep is to do.
 
     Args:
+        layers, tokens: what is measured.
         target: the GPU; found by its name unless given.
         folder: where records are; the user's own unless given.
-        seconds: after which no new timing begins.
+        seconds: after which nothing new begins.
         jobs: processes that compile.
+        every: all candidates, and not the most promising ones only.
+    """
 
-    Returns:
-        The records, the tasks that failed and why, and how many are left.
+    layers: Sequence[Layer]
+    tokens: Sequence[int] = TOKENS
+    target: Target | None = None
+    folder: Path | None = None
+    seconds: float = 600
+    jobs: int = 1
+    every: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """What it found: the records, the tasks that failed and why, how many are left, and the seconds that compiling and timing took."""
+
+    target: Target
+    records: Sequence[Record]
+    failed: Sequence[tuple[Task, str]]
+    left: int
+    compiled: int
+    seconds: tuple[float, float]
+
+
+def measure_here(sweep: Sweep, progress: Progress) -> Found:
+    """Sweep the kernels of some layers on this machine's GPU, until all is measured or the time is up.
 
     Raises:
         MoecError: there is no GPU, no compiler, or no target for the GPU.
     """
-    device = check_gpu()
-    target = target or target_of(device)
-    start = time.monotonic()
+    device, start = check_gpu(), time.monotonic()
+    target = sweep.target or target_of(device)
     with progress.step("what the GPU reaches"):
         ceilings = measure_ceilings()
-    results = Results(folder or own_folder(), target.name, device, tvm_version(), ceilings)
-    known = [record for record in read_records(target.name) if Layer.from_json(record.layer) not in layers]
-    wanted = tasks(layers, tokens, target, known)
+    results = Results(sweep.folder or own_folder(), target.name, device, tvm_version(), ceilings)
+    known = [record for record in read_records(target.name) if Layer.from_json(record.layer) not in sweep.layers]
+    wanted = tasks(sweep.layers, sweep.tokens, target, known, sweep.every)
     failed: list[tuple[Task, str]] = []
-    with tempfile.TemporaryDirectory(prefix="moec-measure-") as work, progress.counter("timings") as count:
+    built, building, timing = 0, 0.0, 0.0
+    with tempfile.TemporaryDirectory(prefix="moec-measure-") as work, progress.counter("kernels and timings") as count:
         left = [task for task in wanted if not results.has(task)]
-        done = len(wanted) - len(left)
-        for batch in _batches(left, BATCH * jobs):
-            if time.monotonic() - start > seconds:
+        cases = len({task.case for task in left})
+        total, done = cases + len(wanted), len(wanted) - len(left)
+        for batch in _batches(left, BATCH * sweep.jobs):
+            begun = time.monotonic()
+            if begun - start > sweep.seconds:
                 break
-            measure = _compiled(Path(work), batch, target, jobs)
-            for task, us, problem in run_sweep(batch, results, measure, seconds - (time.monotonic() - start)):
+            problems = dict[Case, str | None]()
+            for case, problem in build(Path(work), [task.case for task in batch], target, sweep.jobs):
+                problems[case], built = problem, built + 1
+                count(built + done, total)
+            building += time.monotonic() - begun
+            begun = time.monotonic()
+            for task, us, problem in run_sweep(batch, results, _measure(Path(work), problems), sweep.seconds - (begun - start)):
                 done += 1
-                count(done, len(wanted))
+                count(built + done, total)
                 if us is None:
                     failed.append((task, problem))
+            timing += time.monotonic() - begun
     bad = {task for task, _ in failed}
     remaining = sum(task not in bad and not results.has(task) for task in wanted)
-    return [results.record(layer) for layer in layers], failed, remaining
+    return Found(target, [results.record(layer) for layer in sweep.layers], failed, remaining, built, (building, timing))
 
 
 def _batches(wanted: Sequence[Task], size: int) -> Iterator[Sequence[Task]]:
-    for begin in range(0, len(wanted), size):
-        yield wanted[begin : begin + size]
+    """Some tasks after the other, those of a batch with at most `size` libraries."""
+    batch: list[Task] = []
+    for task in wanted:
+        if len({*(t.case for t in batch), task.case}) > size:
+            yield batch
+            batch = []
+        batch.append(task)
+    if batch:
+        yield batch
 
 
-def _compiled(work: Path, batch: Sequence[Task], target: Target, jobs: int) -> Callable[[Task], tuple[float, float | None]]:
-    """What times a task of a batch, whose libraries it compiles."""
-    problems = dict(build(work, [task.case for task in batch], target, jobs))
+def _measure(work: Path, problems: Mapping[Case, str | None]) -> Callable[[Task], tuple[float, float | None]]:
+    """What times a task, whose library is built."""
     bench = Bench(work, Index.read(work))
 
     def measure(task: Task) -> tuple[float, float | None]:

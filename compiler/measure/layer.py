@@ -66,7 +66,8 @@ def _random_arrays(stack: Stack, generator: torch.Generator, device: str) -> dic
     found: dict[str, Tensor] = {}
     for index, layout in enumerate(stack.classes):
         wanted = 1.5 / layout.k**0.5  # the standard deviation of a weight
-        for name, (shape, _) in layout.arrays(len(stack.members(index))).items():
+        for name in layout.arrays():
+            shape, _ = stack.arrays()[name + stack.suffix(index)]
             if name == "codes":
                 made = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=device, generator=generator)
                 if layout.fp8 is not None:
@@ -83,7 +84,7 @@ def _random_arrays(stack: Stack, generator: torch.Generator, device: str) -> dic
             else:
                 made = (torch.randn(shape, device=device, generator=generator) * wanted).bfloat16()
             found[name + stack.suffix(index)] = made
-    return {**found, "table": torch.from_numpy(stack.table()).to(device)} if stack.mixed else found
+    return {**found, "table": torch.from_numpy(stack.table()).to(device)} if stack.tabled else found
 
 
 def random_tokens(layer: Layer, tokens: int, seed: int, skew: str = "uniform", skipped: float = 0.0, device: str = DEVICE) -> Tokens:

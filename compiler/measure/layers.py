@@ -29,8 +29,11 @@ def layers_of(model: str | None, sizes: Sequence[str], formats: Sequence[str], d
     return [make_layer(size, text, dtype) for size in dict.fromkeys(found) for text in formats]
 
 
-def make_layer(size: tuple[int, int, int, int, bool], formats: str, dtype: str = "bfloat16") -> Layer:
+def make_layer(size: tuple[int, int, int, int, bool], formats: str, dtype: str = "bfloat16", widths: Sequence[int] = ()) -> Layer:
     """A layer of these E, K, D, F and gate whose formats are a text: `a`, `a/b` for gate_up and down, `a+b+...` for experts in turn.
+
+    Args:
+        widths: F of experts in turn, where they differ.
 
     >>> make_layer((4, 2, 256, 128, True), "int4_g64+int2_g64/int8_g64").gate_up
     ('int4_g64', 'int2_g64', 'int4_g64', 'int2_g64')
@@ -47,7 +50,8 @@ def make_layer(size: tuple[int, int, int, int, bool], formats: str, dtype: str =
         both.append(names[0] if len(names) == 1 else tuple(names[e % len(names)] for e in range(experts)))
     if len(both) > 2:
         raise MoecError(f"formats {formats!r}: expected one, or two with a / between")
-    layer = Layer(experts, top_k, d, f, both[0], both[-1], dtype, gated)
+    each = tuple(widths[e % len(widths)] for e in range(experts)) if len(widths) > 1 else ()
+    layer = Layer(experts, top_k, d, f, both[0], both[-1], dtype, gated, each)
     for stack in (layer.layout.gate_up, layer.layout.down):
         assert stack.classes  # checks the formats
     return layer

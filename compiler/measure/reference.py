@@ -42,12 +42,12 @@ def matrix_codes(stack: Stack, arrays: Arrays, expert: int) -> Codes:
     Raises:
         MoecError: its format is a floating-point one.
     """
-    layout, suffix, place = _find(stack, expert)
+    layout, own = _find(stack, arrays, expert)
     if (integer := layout.integer) is None:
         raise MoecError(f"expert {expert}: format {layout.format} has no integer codes")
-    codes = _lane_codes(layout, arrays["codes" + suffix][place])
-    zero = None if integer.symmetric else _sides(arrays["zero" + suffix][place], layout)
-    return Codes(codes, _sides(arrays["scale" + suffix][place], layout), zero, integer.bits, 0 if layout.groups == 1 else integer.group)
+    zero = None if integer.symmetric else _sides(own["zero"], layout)
+    group = 0 if layout.groups == 1 else integer.group
+    return Codes(_lane_codes(layout, own["codes"]), _sides(own["scale"], layout), zero, integer.bits, group)
 
 
 def _lane_codes(layout: FragmentLayout, words: Tensor) -> Tensor:
@@ -66,14 +66,14 @@ def _lane_codes(layout: FragmentLayout, words: Tensor) -> Tensor:
 
 def matrix(stack: Stack, arrays: Arrays, expert: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """An expert's matrix [n, k]."""
-    layout, suffix, place = _find(stack, expert)
+    layout, own = _find(stack, arrays, expert)
     if layout.coded is None:
-        values = arrays["values" + suffix][place].reshape(layout.tiles, layout.blocks, 4, 2, 32, 8)
+        values = own["values"].reshape(layout.tiles, layout.blocks, 4, 2, 32, 8)
         lanes = values.permute(0, 1, 3, 4, 2, 5).reshape(layout.tiles, layout.blocks, 2, 8, 4, 8, 2, 2)
         return _rows(lanes, layout).to(dtype)
     if layout.fp8 is not None:
-        numbers = _lane_codes(layout, arrays["codes" + suffix][place]).view(torch.float8_e4m3fn).to(dtype)
-        return numbers * _fp8_scales(layout, arrays["scale" + suffix][place]).to(dtype)
+        numbers = _lane_codes(layout, own["codes"]).view(torch.float8_e4m3fn).to(dtype)
+        return numbers * _fp8_scales(layout, own["scale"]).to(dtype)
     assert layout.integer is not None
     q = matrix_codes(stack, arrays, expert)
     group = q.group or layout.k
@@ -103,8 +103,8 @@ def experts(
         token, slot = (ids == e).nonzero(as_tuple=True)
         h = wide[token] @ matrix(layout.gate_up, gate_up, e).T
         if biases is not None:
-            h = h + biases[0][e].double()
-        y = activate(layout, h, activation) @ matrix(layout.down, down, e).T
+            h = h + biases[0][e, : h.shape[1]].double()
+        y = activate(layout.of(e), h, activation) @ matrix(layout.down, down, e).T
         if biases is not None:
             y = y + biases[1][e].double()
         out.index_add_(0, token, y * routing_weights[token, slot, None].to(torch.float64))
@@ -134,10 +134,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _find(stack: Stack, expert: int) -> tuple[FragmentLayout, str, int]:
-    """The layout of an expert's class, the suffix of its arrays, and the expert's place in them."""
-    index, place = (int(value) for value in stack.table()[expert])
-    return stack.classes[index], stack.suffix(index), place
+def _find(stack: Stack, arrays: Arrays, expert: int) -> tuple[FragmentLayout, dict[str, Tensor]]:
+    """The layout of an expert by itself, and its part of the arrays."""
+    layout, row = stack.layout(expert), [int(value) for value in stack.table()[expert]]
+    suffix = stack.suffix(row[0])
+    own = {}
+    for name, (shape, _) in layout.arrays().items():
+        found = arrays[name + suffix]
+        begin = row[1] if name in ("codes", "values") or not stack.ragged else row[2]
+        own[name] = found[begin : begin + shape[0] * shape[1]].reshape(shape) if stack.ragged else found[begin]
+    return layout, own
 
 
 def _rows(lanes: Tensor, layout: FragmentLayout) -> Tensor:

@@ -15,16 +15,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moec.compiler.measure.cases import Case, Index
+from moec.compiler.measure.cases import KERNELS, Case, Index
 from moec.compiler.measure.device import Ceilings, time_graph
 from moec.compiler.measure.layer import LayerWeights, Runner, Tokens, expected_result, random_tokens, random_weights, relative_error
 from moec.targets import Target
-from moec.targets.kernels.cuda.space import FAMILIES, FAMILY, MOST_DECODE, Layer, candidates, fingerprint, has_many, shared_memory
-from moec.targets.kernels.cuda.tuned import order
+from moec.targets.kernels.cuda.space import (
+    FAMILIES,
+    FAMILY,
+    MOST_DECODE,
+    Layer,
+    candidates,
+    default,
+    fingerprint,
+    has_many,
+    multiprocessors,
+    shared_memory,
+)
+from moec.targets.kernels.cuda.tuned import MOST_ERROR, order
 from moec.targets.measured import Measurement, Record, read_record, write_record
 
 FIRST = 4
 """Candidates of a kernel in the first round."""
+
+MOST = 8
+"""Candidates of a kernel and T, unless all are asked for: in the records of an H100 the best one was always among so many."""
 
 SAME = 2e-2
 """How far candidates of one kernel may differ, relative to each other."""
@@ -47,12 +61,13 @@ class Task:
         return self.case.layer, self.kernel, self.tokens
 
 
-def tasks(layers: Sequence[Layer], tokens: Sequence[int], target: Target, known: Sequence[Record] = ()) -> list[Task]:
+def tasks(layers: Sequence[Layer], tokens: Sequence[int], target: Target, known: Sequence[Record] = (), every: bool = False) -> list[Task]:
     """What a sweep times, in its order: the kernels of few tokens where T is at most `MOST_DECODE`, those of many for every T from there.
 
     Args:
         target: what is left out is what it cannot run.
         known: records of other layers, which order the candidates.
+        every: all candidates, and not the most promising ones only.
     """
     many = ("prefill",) if has_many(target) else ()
     rounds: tuple[list[Task], list[Task]] = ([], [])
@@ -60,9 +75,9 @@ def tasks(layers: Sequence[Layer], tokens: Sequence[int], target: Target, known:
         for t in tokens:
             kernels = (*(("gate_up", "down") if t <= MOST_DECODE else ()), *(many if t >= MOST_DECODE else ()))
             for kernel in kernels:
-                found = candidates(kernel, layer, t, shared_memory(target))
-                ordered = [found[0], *order(known, kernel, t, found[1:])]
-                for place, options in enumerate(ordered):
+                found = candidates(kernel, layer, t, shared_memory(target), multiprocessors(target))
+                ordered = [found[0], *order(known, kernel, layer, t, found[1:])]
+                for place, options in enumerate(ordered if every else ordered[:MOST]):
                     rounds[place >= FIRST].append(Task(kernel, t, Case.of(kernel, layer, options, t)))
     return [*rounds[0], *rounds[1]]
 
@@ -200,18 +215,30 @@ def run_sweep(
         yield task, us, ""
 
 
-def summary(record: Record) -> list[Mapping[str, object]]:
-    """For each kernel and T: the best options, and how much less time they take than the default."""
-    layer = Layer.from_json(record.layer)
+def summary(record: Record, target: Target) -> list[Mapping[str, object]]:
+    """For each kernel and T: the best options, and how much longer the defaults take; both kernels of few tokens are `decode`."""
+    layer, limits = Layer.from_json(record.layer), (shared_memory(target), multiprocessors(target))
     groups: dict[tuple[str, int], list[Measurement]] = {}
     for m in record.measurements:
-        groups.setdefault((m.kernel, m.tokens), []).append(m)
+        if m.error is None or m.error < MOST_ERROR:
+            groups.setdefault((m.kernel, m.tokens), []).append(m)
     rows: list[Mapping[str, object]] = []
+    times: dict[int, list[tuple[float, float]]] = {}
     for (kernel, tokens), found in groups.items():
         best = min(found, key=lambda m: m.us)
-        first = tuple(sorted(candidates(kernel, layer, tokens)[0].items()))
+        first = tuple(sorted(default(kernel, layer, tokens, *limits).items()))
         plain = next((m.us for m in found if m.options == first), None)
-        gained = None if plain is None else round(plain / best.us, 3)
-        rows.append({"layer": layer.name, "kernel": kernel, "tokens": tokens, "us": best.us, "options": json.dumps(dict(best.options)),
-                     "default_us": plain, "gain": gained, "tried": len(found)})  # fmt: skip
+        rows.append(_row(layer, kernel, tokens, best.us, plain, len(found), json.dumps(dict(best.options))))
+        if kernel in KERNELS["decode"] and plain is not None:
+            times.setdefault(tokens, []).append((best.us, plain))
+    both = {tokens: pairs for tokens, pairs in times.items() if len(pairs) == len(KERNELS["decode"])}
+    for tokens, pairs in both.items():
+        us, plain = (sum(column) for column in zip(*pairs, strict=True))
+        rows.append(_row(layer, "decode", tokens, us, plain, 0, ""))
     return rows
+
+
+def _row(layer: Layer, kernel: str, tokens: int, us: float, plain: float | None, tried: int, options: str) -> Mapping[str, object]:
+    gain = None if plain is None else round(plain / us, 3)
+    head = {"layer": layer.name, "kernel": kernel, "tokens": tokens, "us": us, "options": options}
+    return {**head, "default_us": plain, "gain": gain, "tried": tried}

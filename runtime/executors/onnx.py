@@ -18,6 +18,7 @@ from moec.runtime.counters import ExpertCounters
 from moec.runtime.errors import MoecError
 from moec.runtime.executor import Executor, Step
 from moec.runtime.onnx_cache import Cache, CopiedCache, SharedCache
+from moec.runtime.sampler import Best
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -105,6 +106,10 @@ class OnnxExecutor:
             else:
                 results.update(zip(batch, self._run([steps[i] for i in batch], all_logits), strict=True))
         return np.concatenate([results[i] for i in range(len(steps))])
+
+    def best(self, steps: Sequence[Step]) -> Best:
+        """Append tokens to sequences and return the likeliest next ones."""
+        return Best.of(self.forward(steps))
 
     def _step(self, handle: int, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """One token of one sequence: logits [1, V]."""

@@ -25,7 +25,10 @@ from moec.runtime.errors import MoecError
 from moec.runtime.executor import Step
 from moec.runtime.ffi import tvm_ffi
 from moec.runtime.host import available_cores, physical_cores
-from moec.runtime.tvm_device import Device, Gpu, Host, aligned
+from moec.runtime.sampler import Best
+from moec.runtime.tvm_arrays import aligned
+from moec.runtime.tvm_device import Device, Gpu, Host
+from moec.runtime.tvm_functions import Arrays, Function, Functions
 from moec.runtime.tvm_pages import Pages
 
 RUNTIME = "libtvm_runtime.so"
@@ -34,7 +37,7 @@ _LOADER = "ffi.Module.load_from_bytes.relax.VMExecutable"
 """A function that the library registers."""
 
 CHUNK = 512
-"""Tokens that one call computes at most: longer prompts are cut."""
+"""Tokens that one call computes at most, unless the library says otherwise: longer prompts are cut."""
 
 BLOCK = 16
 """Tokens of a sequence that attention computes together."""
@@ -144,8 +147,10 @@ class TvmExecutor:
         shared = [self.device.constant(aligned(semaphores, np.int32))] if semaphores else []
         self._weights = tvm_ffi.convert([*constants, *counted, *shared])
         self.counters = self._counters(layers, counts, counted) if layers else None
-        self._inputs = list(section["inputs"])
-        self._pages = Pages(section["page_shapes"], int(section["page_tokens"]), max_sequences, context_length, self.device)
+        self._inputs, self._finds_best = list(section["inputs"]), bool(section.get("best"))
+        self._functions, self._chunk = Functions(section["functions"]), int(section.get("chunk", CHUNK))
+        cached, page = str(section.get("cache_dtype", "float32")), int(section["page_tokens"])
+        self._pages = Pages(section["page_shapes"], page, max_sequences, context_length, self.device, cached)
         # One token is the common case: its inputs are allocated once, and only their numbers change.
         self._one = {"ids": aligned(1, np.int64), "positions": aligned(1, np.int64), "rows": aligned(1, np.int32)}
         self._one_block = aligned((1, 4), np.int32)
@@ -179,6 +184,14 @@ class TvmExecutor:
 
     def forward(self, steps: Sequence[Step], all_logits: bool = False) -> NDArray[np.float32]:
         """Append tokens to sequences and return logits, as `Executor.forward` says."""
+        return self._forward(steps, all_logits, ())
+
+    def best(self, steps: Sequence[Step]) -> Best:
+        """Append tokens to sequences and return the likeliest next ones, as `Executor.best` says."""
+        return Best.found(self._forward(steps, False, ("best",))) if self._finds_best else Best.of(self.forward(steps))
+
+    def _forward(self, steps: Sequence[Step], all_logits: bool, then: tuple[str, ...]) -> NDArray[np.float32]:
+        """Run the model, and `then` other functions on what it computes."""
         steps = [(sequence, np.asarray(tokens, np.int64)) for sequence, tokens in steps]
         self._check(steps)
         self._configure()
@@ -188,8 +201,8 @@ class TvmExecutor:
             for sequence, tokens in steps:
                 self._pages.resize(sequence, before[sequence] + len(tokens))
             if len(steps) == 1 and len(steps[0][1]) == 1:
-                return self._single(steps[0][0], int(steps[0][1][0]), before[steps[0][0]])
-            return self._run(steps, before, all_logits)
+                return self._single(steps[0][0], int(steps[0][1][0]), before[steps[0][0]], then)
+            return self._run(steps, before, all_logits, then)
         except BaseException:
             for sequence, length in before.items():
                 self._pages.resize(sequence, length)
@@ -207,25 +220,34 @@ class TvmExecutor:
             if (total := self._pages.length(sequence) + len(tokens)) > self.context_length:
                 raise MoecError(f"a sequence of {total} tokens is longer than the context of {self.context_length}: shorten it")
 
-    def _single(self, sequence: int, token: int, position: int) -> NDArray[np.float32]:
+    def _single(self, sequence: int, token: int, position: int, then: tuple[str, ...]) -> NDArray[np.float32]:
         self._one["ids"][0], self._one["positions"][0] = token, position
         self._one_block[0] = (self._pages.row(sequence), 0, 1, position)
-        return self._call("decode", self._one_inputs)
+        return self._call(("decode", *then), self._one_inputs)
 
-    def _call(self, function: str, inputs: Sequence[NDArray[np.generic]]) -> NDArray[np.float32]:
-        return self.device.run(function, inputs, [self._pages.table(), *self._pages.pools, self._weights])
+    def _call(self, functions: Sequence[str], inputs: Sequence[NDArray[np.generic]]) -> NDArray[np.float32]:
+        return self.device.run(functions, inputs, [self._pages.table(), *self._pages.pools, self._weights])
 
-    def _run(self, steps: Sequence[Step], before: Mapping[int, int], all_logits: bool) -> NDArray[np.float32]:
-        total = sum(len(tokens) for _, tokens in steps)
-        out = np.empty((total if all_logits else len(steps), self.vocab_size), np.float32)
-        most = min(CHUNK, max(BLOCK, LOGITS_BYTES // (4 * self.vocab_size))) if all_logits else CHUNK
+    def _run(self, steps: Sequence[Step], before: Mapping[int, int], all_logits: bool, then: tuple[str, ...]) -> NDArray[np.float32]:
+        rows = sum(len(tokens) for _, tokens in steps) if all_logits else len(steps)
+        out = np.empty((rows, 3 if then else self.vocab_size), np.float32)  # three numbers of `best`
+        most = min(self._chunk, max(BLOCK, LOGITS_BYTES // (4 * self.vocab_size))) if all_logits else self._chunk
         done = 0
         for pieces in _chunks(steps, most):
             arrays, wanted = self._stream(steps, before, pieces, all_logits)
+            function, arrays = self._filled(arrays)
             inputs = [arrays[role].astype(np.int32 if role == "rows" else np.int64) for role in self._inputs]
-            out[done : done + wanted] = self._call("forward", [*inputs, arrays["blocks"].astype(np.int32)])[:wanted]
+            out[done : done + wanted] = self._call((function.name, *then), [*inputs, arrays["blocks"].astype(np.int32)])[:wanted]
             done += wanted
         return out
+
+    def _filled(self, arrays: Arrays) -> tuple[Function, Arrays]:
+        """The function for a call, and its inputs filled up."""
+        sizes = len(arrays["ids"]), len(arrays["rows"])
+        function = self._functions.choose(*sizes, exact=self.counters is not None and not self.counters.can_leave_out)
+        if self.counters is not None:
+            self.counters.leave_out(*function.filling(*sizes))
+        return function, function.fill(arrays)
 
     def _stream(
         self, steps: Sequence[Step], before: Mapping[int, int], pieces: Sequence[Piece], all_logits: bool

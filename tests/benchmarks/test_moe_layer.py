@@ -114,6 +114,9 @@ def test_figures_are_in_closed_form() -> None:
     flop = 2 * 5 * 3 * 256 * 128
     assert found["tflop_s"] == pytest.approx(flop / 10.0 / 1e6)
     assert found["floor_us"] == pytest.approx(flop / 0.001 / 1e6), "arithmetic is the limit here"
+    slim = random_weights(make_layer((4, 2, 256, 256, True), "int4_g128", widths=(256, 128)), 1, device="cpu")
+    assert timing.figures(10.0, slim, [tokens])["tflop_s"] == pytest.approx(2 * (3 * 256 + 2 * 128) * 3 * 256 / 10.0 / 1e6)
+    assert slim.nbytes(torch.tensor([[0, 1]])) == one_expert + 3 * 256 * 256 // 2 + 2 * (512 * 2 + 256 * 2)
     faster = Timing(timing.options, Ceilings(1000.0, 2000.0, 1000.0)).figures(10.0, weights, [tokens])
     assert faster["floor_us"] == pytest.approx(2 * one_expert / 2000.0 / 1e3)
 
@@ -156,6 +159,9 @@ def test_a_build_has_a_plan_that_run_reads(tmp_path: Path, monkeypatch: pytest.M
     assert len(asked) == first + 4
     assert len(moe_layer_build.read_plan(tmp_path, None, None, None)) == 8
     json.loads((tmp_path / "cases.json").read_text())
+    ((_, slim),) = moe_layer_build.layers("4x2x256x128+64+32", "int4_g64")
+    assert (slim.f, slim.widths) == (128, (128, 64, 32, 128))
+    assert Layer.from_json(json.loads(json.dumps(slim.to_json()))) == slim
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from moec.runtime.counters import ExpertCounters
 from moec.runtime.errors import MoecError
 from moec.runtime.executor import Step
 from moec.runtime.manifest import MANIFEST, MANIFEST_DIGEST, manifest_digest
+from moec.runtime.sampler import Best
 from moec.runtime.session import Session
 from moec.runtime.weight_file import describe
 
@@ -58,6 +59,9 @@ class MarkovExecutor:
         rows = [token for _, tokens in steps for token in (tokens if all_logits else tokens[-1:])]
         logits: NDArray[np.float32] = self.table[np.asarray(rows)]
         return logits
+
+    def best(self, steps: Sequence[Step]) -> Best:
+        return Best.of(self.forward(steps))
 
 
 @lru_cache(maxsize=4)

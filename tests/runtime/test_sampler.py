@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from moec.runtime.errors import MoecError
-from moec.runtime.sampler import Sampling, logprob, softmax
+from moec.runtime.sampler import Best, Sampling, logprob, softmax
 
 LOGITS = arrays(np.float32, st.integers(1, 12), elements=st.floats(-20, 20, width=32))
 
@@ -125,3 +125,22 @@ def test_logits_that_are_no_numbers_are_refused(sampling: Sampling, bad: float) 
 def test_options_out_of_range_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(MoecError, match=message):
         Sampling(**options)  # type: ignore[arg-type]  # top_k comes as a number
+
+
+def test_the_likeliest_of_rows_of_logits() -> None:
+    logits = np.array([[0, 3, 3, 1], [2, -np.inf, 0, 1]], np.float32)
+    best = Best.of(logits)
+    assert best.ids.tolist() == [1, 0]
+    np.testing.assert_allclose(best.logprobs, [logprob(logits[0], 1), logprob(logits[1], 0)])
+    whole = np.log(np.exp(logits).sum(-1))
+    same = Best.found(np.stack([best.ids.astype(np.float32), logits.max(-1), whole], -1))
+    assert same.ids.tolist() == [1, 0]
+    np.testing.assert_allclose(same.logprobs, best.logprobs, atol=1e-6)
+    assert Best.of(logits[:0]).ids.size == 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_the_likeliest_of_what_is_no_number_is_refused(bad: float) -> None:
+    for rows, find in ((np.array([[0, bad]]), Best.of), (np.array([[1, bad, 0]]), Best.found)):
+        with pytest.raises(MoecError, match="NaN or infinite"):
+            find(rows.astype(np.float32))

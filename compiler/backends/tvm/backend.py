@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from moec.compiler.backends.base import Location, StoredArray
 from moec.compiler.backends.select_rows import select_rows
 from moec.compiler.backends.tokenwise import check_tokenwise
-from moec.compiler.backends.tvm.build import FUNCTIONS, build_library
+from moec.compiler.backends.tvm.build import build_library
 from moec.compiler.backends.tvm.lower import check_supported
 from moec.compiler.backends.tvm.platform import platform_of
+from moec.compiler.backends.tvm.relax_types import stream
 from moec.compiler.backends.tvm.semantic import attention_spec
 from moec.compiler.backends.tvm.storage import experts_layout, plan_storage
 from moec.compiler.errors import MoecError
@@ -62,9 +63,11 @@ class TvmBackend:
         return {
             "library": LIBRARY,
             "tvm": metadata.version("apache-tvm"),
-            "functions": {name: {"tokens": tokens, "rows": rows} for name, (tokens, rows) in FUNCTIONS.items()},
+            "functions": {f.name: {"tokens": f.tokens, "rows": f.rows, "most": f.most} for f in self.platform.functions(self.graph)},
+            "chunk": self.platform.chunk,
             "inputs": self.roles,
             "page_tokens": self.platform.page_tokens,
+            "cache_dtype": self.platform.cache_dtype,
             "page_shapes": [list(shape) for shape in pages],
             "experts": [self._counted(node) for node in self.graph.nodes if node.op == "experts"] if self.platform.counted else [],
             "semaphores": self.platform.semaphores,
@@ -76,7 +79,10 @@ class TvmBackend:
         """What the runtime's counters say of an experts node."""
         layout = experts_layout(self.graph, node, self.platform)
         top_k = int(self.graph.type_of(node.inputs[1]).shape[-1])
-        return {"name": node.inputs[3], "experts_per_token": top_k, "expert_bytes": layout.nbytes() // layout.experts}
+        router = self.graph.producers.get(node.inputs[1])
+        found = stream(self.graph.type_of(node.inputs[1]))
+        own = {"rows": found is not None and found[0] == "R", "chosen_run": router is not None and router.op == "router"}
+        return {"name": node.inputs[3], "experts_per_token": top_k, "expert_bytes": layout.nbytes() // layout.experts, **own}
 
 
 def _input_roles(graph: Graph) -> list[str]:

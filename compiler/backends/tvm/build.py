@@ -11,21 +11,19 @@ from tvm import relax
 from tvm.ir import IRModule
 
 from moec.compiler.backends.tvm.lower import FunctionLowering, cache_types
-from moec.compiler.backends.tvm.platform import Platform
+from moec.compiler.backends.tvm.platform import BEST, Functions, Platform
 from moec.compiler.backends.tvm.storage import Storage
 from moec.compiler.ir import Graph
 
-FUNCTIONS: dict[str, tuple[int | None, int | None]] = {"decode": (1, 1), "forward": (None, None)}
-"""The functions of the library, with the tokens and rows that they are compiled for (None: any number)."""
-
 
 def lower(graph: Graph, storage: Mapping[str, Storage], platform: Platform, page_shapes: Sequence[tuple[int, ...]]) -> IRModule:
-    """The graph as a module with one Relax function for each of `FUNCTIONS`."""
+    """The graph as a module with the platform's functions, which share their kernels."""
     bb = relax.BlockBuilder()
-    kernels = platform.kernels(bb)
-    for name, (tokens, rows) in FUNCTIONS.items():
-        types = cache_types(page_shapes, platform.cache_dtype)
-        FunctionLowering(graph, storage, platform, kernels, bb, (tokens, rows)).build(name, types)
+    shared = Functions(bb)
+    for function in platform.functions(graph):
+        kernels, types = platform.kernels(shared, function), cache_types(page_shapes, platform.cache_dtype)
+        FunctionLowering(graph, storage, platform, kernels, bb, (function.tokens, function.rows)).build(function.name, types)
+    platform.add_best(shared, int(graph.type_of(graph.outputs[0]).shape[-1]))
     return bb.finalize()
 
 
@@ -66,4 +64,6 @@ def build_library(
     graph: Graph, storage: Mapping[str, Storage], platform: Platform, page_shapes: Sequence[tuple[int, ...]], path: Path
 ) -> dict[str, Any]:
     """Compile the graph and write the library; returns what the runtime has to know about it."""
-    return platform.export(generate(lower(graph, storage, platform, page_shapes), platform), path)
+    module = lower(graph, storage, platform, page_shapes)
+    best = any(function.name_hint == BEST for function in module.get_global_vars())
+    return {**platform.export(generate(module, platform), path), "best": best}

@@ -16,7 +16,7 @@ from tvm.support import cc
 from tvm.target import Target as TvmTarget
 
 from moec.compiler.backends.tvm.fusion import Fusion
-from moec.compiler.backends.tvm.platform import Alike, Expr, Formats, Functions, count_of, static
+from moec.compiler.backends.tvm.platform import ANY, ONE, Alike, Expr, Formats, Function, Functions, count_of, static
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
@@ -39,8 +39,8 @@ RUNTIME = "libtvm_runtime.so"
 class CpuKernels:
     """The CPU kernels in a module."""
 
-    def __init__(self, bb: relax.BlockBuilder, isa: Isa) -> None:
-        self.bb, self.isa, self.functions = bb, isa, Functions(bb)
+    def __init__(self, functions: Functions, isa: Isa) -> None:
+        self.bb, self.isa, self.functions = functions.bb, isa, functions
 
     def embedding(self, ids: Expr, weights: Mapping[str, Expr], layout: LaneLayout) -> Expr:
         tokens = static(ids)
@@ -110,6 +110,7 @@ class Layout(ExpertsLayout):
 class CpuPlatform:
     """A processor."""
 
+    chunk = 512
     page_tokens = PAGE
     cache_dtype = "float32"
     counted = True
@@ -119,8 +120,13 @@ class CpuPlatform:
     def __init__(self, target: TvmTarget) -> None:
         self.target, self.isa = target, Isa.of(target)
 
-    def kernels(self, bb: relax.BlockBuilder) -> CpuKernels:
-        return CpuKernels(bb, self.isa)
+    def functions(self, graph: Graph) -> Sequence[Function]:
+        del graph
+        return ONE, ANY
+
+    def kernels(self, functions: Functions, function: Function) -> CpuKernels:
+        del function
+        return CpuKernels(functions, self.isa)
 
     def matrix(self, n: int, k: int, format: str) -> LaneLayout:  # the field's word
         return LaneLayout(n, k, format)
@@ -140,6 +146,9 @@ class CpuPlatform:
     def fusions(self, graph: Graph, storage: Mapping[str, Any], tokens: int | None) -> Sequence[Fusion]:
         del graph, storage, tokens
         return ()
+
+    def add_best(self, functions: Functions, vocabulary: int) -> None:
+        """The host has the logits."""
 
     def schedules(self) -> list[tvm.transform.Pass]:
         return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,24 +17,33 @@ from tvm.target import Target as TvmTarget
 
 from moec.compiler.backends.tvm import fusions
 from moec.compiler.backends.tvm.cpu import RUNTIME, link, runtime_library
+from moec.compiler.backends.tvm.cuda_choices import CHUNK, Choices, layer_of
 from moec.compiler.backends.tvm.fusion import Fusion
-from moec.compiler.backends.tvm.platform import Expr, Formats, Functions, count_of, static
+from moec.compiler.backends.tvm.platform import BEST, Expr, Formats, Function, Functions, count_of, static
+from moec.compiler.backends.tvm.storage import experts_layout
 from moec.compiler.cuda_code import machine_code, need_cuda_compiler
-from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph
+from moec.targets import Target
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cpu.experts_layout import Factors
 from moec.targets.kernels.cuda import pipeline, plain
+from moec.targets.kernels.cuda.arrival import SEMAPHORES
 from moec.targets.kernels.cuda.attention import PAGE, attention, attention_step, page_shapes
+from moec.targets.kernels.cuda.best import best_func
+from moec.targets.kernels.cuda.calls import Gpu
 from moec.targets.kernels.cuda.embedding import embedding_func
 from moec.targets.kernels.cuda.experts import experts
-from moec.targets.kernels.cuda.experts_layout import ExpertsLayout, Stack
+from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.layout import FragmentLayout
-from moec.targets.kernels.cuda.linear import linear
+from moec.targets.kernels.cuda.linear import few_tokens, linear
 from moec.targets.kernels.cuda.norm import norm_func
+from moec.targets.kernels.cuda.projections import Projection, ProjectionsSpec, projections_func
 from moec.targets.kernels.cuda.rope import rope_func
 from moec.targets.kernels.cuda.router import router_func, topk_func
+from moec.targets.kernels.cuda.routing_step import RoutingSpec, routing_step_func
+from moec.targets.kernels.cuda.rows import layout_of
 from moec.targets.kernels.cuda.skip import skip_func
+from moec.targets.kernels.cuda.space import multiprocessors, shared_memory
 from moec.targets.kernels.cuda.step import step_func
 from moec.targets.kernels.cuda.step_spec import StepOptions, StepSpec
 from moec.targets.kernels.specs import AttentionSpec, NormSpec, RouterSpec, SkipSpec
@@ -51,31 +61,46 @@ HOPPER_MEMORY, LEAST_MEMORY = 160 << 10, 96 << 10
 class CudaKernels:
     """The CUDA kernels in a module."""
 
-    def __init__(self, bb: relax.BlockBuilder, arch: str) -> None:
-        self.bb, self.functions = bb, Functions(bb)
-        self.products = arch == PRODUCTS
-        self.shared_memory = HOPPER_MEMORY if self.products else LEAST_MEMORY
+    def __init__(self, functions: Functions, platform: CudaPlatform, function: Function) -> None:
+        self.bb, self.functions = functions.bb, functions
+        self._platform, self._function = platform, function
+        self.cached = {"float32": "float32", "uint16": "bfloat16"}[platform.cache_dtype]
+        self.shared_memory = HOPPER_MEMORY if platform.products else LEAST_MEMORY
 
     def embedding(self, ids: Expr, weights: Mapping[str, Expr], layout: FragmentLayout) -> Expr:
-        tokens, kind = static(ids), str(ids.ty.dtype)
+        tokens, kind = _one(ids), str(ids.ty.dtype)
         args, out = [ids, *weights.values()], ([count_of(ids), layout.k], "float32")
         return self.functions.call("embedding", (layout, tokens, kind), lambda: embedding_func(layout, tokens, kind), args, out)[0]
 
     def linear(self, x: Expr, weights: Mapping[str, Expr], layout: FragmentLayout, bias: Expr | None) -> Expr:
+        if static(x) == 1 and layout.in_fragments:
+            one = ProjectionsSpec.of([Projection(layout, bias is not None)])
+            return self.projections(one, [x, *weights.values(), *([] if bias is None else [bias])])[0]
         stacked = {name: self.bb.emit(relax.op.reshape(array, [1, *array.ty.shape])) for name, array in weights.items()}
-        make = linear if self.products or static(x) == 1 else plain.linear
-        return make(self.bb, x, stacked, layout, bias)
+        gpu, most = self._platform.gpu, self._function.most
+        if layout.in_fragments and (self._platform.products or few_tokens(layout, bias is not None, static(x), None, gpu) is not None):
+            return linear(self.functions, x, stacked, layout, bias, most, gpu)
+        if not layout.in_fragments:
+            self._platform.choices.only_plain(f"weights in {layout.format}")
+        return plain.linear(self.functions, x, stacked, layout, bias)
+
+    def projections(self, spec: ProjectionsSpec, inputs: Sequence[Expr]) -> list[Expr]:
+        """Products of one token with several matrices: the inputs and results of `projections_func`."""
+        wide, norm = ([1, spec.k], "float32"), spec.norm
+        outs = [wide] * (int(norm is not None and norm.residual) + spec.written)
+        outs += [([1, matrix.layout.n], "float32") for matrix in spec.matrices]
+        return self.functions.call("projections", spec, lambda: projections_func(spec), inputs, *outs)
 
     def norm(self, spec: NormSpec, inputs: Sequence[Expr]) -> list[Expr]:
-        tokens, out = static(inputs[0]), ([count_of(inputs[0]), spec.size * spec.groups], "float32")
+        tokens, out = _one(inputs[0]), ([count_of(inputs[0]), spec.size * spec.groups], "float32")
         return self.functions.call("norm", (spec, tokens), lambda: norm_func(spec, tokens), inputs, *[out] * (1 + spec.residual))
 
     def rope(self, x: Expr, cos: Expr, sin: Expr, heads: int, d: int) -> Expr:
-        tokens, out = static(x), ([count_of(x), heads * d], "float32")
+        tokens, out = _one(x), ([count_of(x), heads * d], "float32")
         return self.functions.call("rope", (heads, d, tokens), lambda: rope_func(heads, d, tokens), [x, cos, sin], out)[0]
 
     def attention(self, spec: AttentionSpec, caches: Sequence[Expr], inputs: Sequence[Expr]) -> Expr:
-        return attention(self.bb, caches, inputs, spec)
+        return attention(self.bb, self.functions.get, caches, inputs, spec, self.shared_memory, self.cached)
 
     def attention_step(self, spec: StepSpec, caches: Sequence[Expr], inputs: Sequence[Expr]) -> Expr:
         """Attention of one token with what the spec says of q and k -> [1, H*dv]. Caches (K, V) change.
@@ -83,22 +108,29 @@ class CudaKernels:
         Args:
             inputs: q, k, v, blocks, page_table, semaphores[, weights of the norms][, cos, sin][, sinks].
         """
-        options = StepOptions.of(spec, "float32", self.shared_memory)
-        step = self.functions.get("attend_step", spec, lambda: step_func(spec, options))
+        options = StepOptions.of(spec, self.cached, self.shared_memory)
+        step = self.functions.get("attend_step", spec, lambda: step_func(spec, options, self.cached))
         return attention_step(self.bb, step, caches, inputs, spec, options)
 
     def router(self, spec: RouterSpec, inputs: Sequence[Expr]) -> list[Expr]:
-        tokens, shape = static(inputs[0]), [count_of(inputs[0]), spec.top_k]
+        tokens, shape = _one(inputs[0]), [count_of(inputs[0]), spec.top_k]
         return self.functions.call(
             "router", (spec, tokens), lambda: router_func(spec, tokens), inputs, (shape, "float32"), (shape, "int64")
         )
 
+    def routing_step(self, spec: RoutingSpec, inputs: Sequence[Expr]) -> list[Expr]:
+        """The inputs and results of `routing_step_func`."""
+        product, slots = spec.product, [1, spec.router.top_k]
+        rows = int(product.norm is not None and product.norm.residual) + product.written
+        outs = *[([1, product.k], "float32")] * rows, ([1, spec.router.experts], "float32"), (slots, "float32"), (slots, "int64")
+        return self.functions.call("routing_step", spec, lambda: routing_step_func(spec), inputs, *outs)
+
     def skip(self, spec: SkipSpec, inputs: Sequence[Expr]) -> list[Expr]:
-        tokens, shape = static(inputs[0]), [count_of(inputs[0]), spec.top_k]
+        tokens, shape = _one(inputs[0]), [count_of(inputs[0]), spec.top_k]
         return self.functions.call("skip", (spec, tokens), lambda: skip_func(spec, tokens), inputs, (shape, "float32"), (shape, "int64"))
 
     def topk(self, x: Expr, k: int, largest: bool) -> list[Expr]:
-        rows, size = static(x), int(x.ty.shape[1])
+        rows, size = _one(x), int(x.ty.shape[1])
         key, shape = (size, k, largest, rows), [count_of(x), k]
         return self.functions.call("topk", key, lambda: topk_func(size, k, largest, rows), [x], (shape, "float32"), (shape, "int64"))
 
@@ -106,12 +138,28 @@ class CudaKernels:
         self, routed: Sequence[Expr], weights: Sequence[Mapping[str, Expr]], layout: ExpertsLayout, activation: ExpertActivation,
         biases: Sequence[Expr], counts: Expr | None,
     ) -> Expr:  # fmt: skip
-        named = {
-            f"{part}_{name}": array for part, arrays in zip(("gate_up", "down"), weights, strict=True) for name, array in arrays.items()
-        }
+        parts = [*layout.stacks()]
+        named = {f"{part}_{name}": array for part, arrays in zip(parts, weights, strict=True) for name, array in arrays.items()}
         x, ids, routing = routed
-        make = experts if self.products or static(x) == 1 else plain.experts
-        return make(self.bb, x, ids, routing, named, layout, activation, (biases[0], biases[1]) if biases else None, counts)
+        both = (biases[0], biases[1]) if biases else None
+        choice = self._platform.choices.of(layer_of(layout, int(ids.ty.shape[1])), self._function) if layout.in_fragments else None
+        if not layout.in_fragments:
+            self._platform.choices.only_plain(f"experts with {', '.join(sorted(_plain_parts(layout)))}")
+        if choice is None:
+            return plain.experts(self.functions, x, ids, routing, named, layout, activation, both, counts)
+        return experts(self.functions, x, ids, routing, named, layout, activation, both, counts, choice)
+
+
+def _one(x: Expr) -> int | None:
+    """1 for one token, which has kernels of its own; kernels of any number serve all others."""
+    return 1 if static(x) == 1 else None
+
+
+def _plain_parts(layout: ExpertsLayout) -> set[str]:
+    """What of a layer the kernels of the tensor cores do not read."""
+    stacks = layout.stacks()
+    formats = {f"weights in {c.format}" for stack in stacks.values() for c in stack.classes if not c.in_fragments and c.format != "zero"}
+    return {"low-rank factors"} if len(stacks) > 2 else formats
 
 
 class Layout(ExpertsLayout):
@@ -122,46 +170,60 @@ class Layout(ExpertsLayout):
         """Shapes of what `biases` returns."""
         return (self.experts, self.gate_up.n), (self.experts, self.d)
 
-    def stacks(self) -> dict[str, Stack]:
-        """The layouts of all that an expert has, by name."""
-        return {"gate_up": self.gate_up, "down": self.down}
-
 
 class CudaPlatform:
-    """An NVIDIA GPU.
+    """An NVIDIA GPU."""
 
-    Args:
-        described: TVM's target.
-    """
-
+    chunk = CHUNK
     page_tokens = PAGE
     cache_dtype = "float32"
     counted = True
-    semaphores = 256
+    semaphores = SEMAPHORES
     tir_pipeline = pipeline.NAME
 
-    def __init__(self, described: Mapping[str, Any]) -> None:
+    def __init__(self, target: Target) -> None:
+        described = json.loads(target.tvm)
         self.arch = str(described["arch"])
         self.target = TvmTarget({**described, "host": {"kind": "llvm"}})
+        self.gpu, self.products = Gpu(shared_memory(target), multiprocessors(target)), self.arch == PRODUCTS
+        self.choices = Choices(target, self.products)
 
-    def kernels(self, bb: relax.BlockBuilder) -> CudaKernels:
-        return CudaKernels(bb, self.arch)
+    def functions(self, graph: Graph) -> Sequence[Function]:
+        nodes = [node for node in graph.nodes if node.op == "experts"]
+        layers = []
+        for node in nodes:
+            layout = experts_layout(graph, node, self)
+            assert isinstance(layout, Layout)
+            if layout.in_fragments:
+                layers.append(layer_of(layout, int(graph.type_of(node.inputs[1]).shape[-1])))
+        return self.choices.functions(list(dict.fromkeys(layers)))
+
+    def kernels(self, functions: Functions, function: Function) -> CudaKernels:
+        return CudaKernels(functions, self, function)
 
     def matrix(self, n: int, k: int, format: str) -> FragmentLayout:  # the field's word
-        return FragmentLayout(n, k, format)
+        return layout_of(n, k, format)
 
     def experts(
         self, experts: int, d: int, f: int, formats: tuple[Formats, Formats], gated: bool, factors: tuple[Factors | None, Factors | None]
     ) -> Layout:
-        if factors != (None, None):
-            raise MoecError("experts with low-rank factors have no CUDA kernel: compile them for a processor, or leave the factors out")
-        return Layout(experts, d, f, *formats, gated)
+        up, down = (None if found is None else (found.rank, found.left, found.right) for found in factors)
+        return Layout(experts, d, f, *formats, gated, (), up, down)
 
     def page_shapes(self, spec: AttentionSpec) -> Sequence[tuple[int, ...]]:
         return page_shapes(spec)
 
     def fusions(self, graph: Graph, storage: Mapping[str, Any], tokens: int | None) -> Sequence[Fusion]:
         return fusions.match(graph, storage) if tokens == 1 else ()
+
+    def add_best(self, functions: Functions, vocabulary: int) -> None:
+        rows, bb = tirx.Var("R", "int64"), functions.bb
+        logits = relax.Var("logits", relax.TensorType([rows, vocabulary], "float32"))
+        with bb.function(BEST, [logits]):
+            with bb.dataflow():
+                found = functions.call("best_rows", vocabulary, lambda: best_func(vocabulary, None), [logits], ([rows, 3], "float32"))
+                result = bb.emit_output(found[0])
+            bb.emit_func_output(result)
 
     def schedules(self) -> list[tvm.transform.Pass]:
         gpu = dlight.gpu
@@ -174,7 +236,8 @@ class CudaPlatform:
         (path.parent / CUBIN).write_bytes(machine_code(source, self.arch, need_cuda_compiler()))
         for name in (RUNTIME, CUDA_RUNTIME):
             shutil.copy(runtime_library(name), path.parent / name)
-        return {"cuda": {"arch": self.arch, "cubin": CUBIN, "source_sha256": hashlib.sha256(source.encode()).hexdigest()}}
+        code = {"arch": self.arch, "cubin": CUBIN, "source_sha256": hashlib.sha256(source.encode()).hexdigest()}
+        return {"cuda": code, "choices": self.choices.made(), "notes": self.choices.lines()}
 
 
 @tvm.transform.module_pass(opt_level=0, name="MarkKernels")  # type: ignore[untyped-decorator]

@@ -23,11 +23,33 @@ from moec.targets.kernels.specs import AttentionSpec, NormSpec, RouterSpec, Skip
 
 Expr = Any
 
+BEST = "best"
+"""The function that finds the likeliest tokens."""
+
 COUNTS = 8
 """int64 that a layer of experts counts in, a cache line: tokens, experts that ran, and none other yet."""
 
 Arrays = Mapping[str, NDArray[np.generic]]
 Formats = str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function of the library.
+
+    Args:
+        name: its name there.
+        tokens, rows: exactly so many; a call of fewer is filled up. None: any number.
+        most: the most tokens of its calls; None: any number.
+    """
+
+    name: str
+    tokens: int | None = None
+    rows: int | None = None
+    most: int | None = None
+
+
+ONE, ANY = Function("decode", 1, 1, 1), Function("forward")
 
 
 class MatrixLayout(Protocol):
@@ -156,10 +178,12 @@ class Platform(Protocol):
     """A kind of hardware."""
 
     target: TvmTarget
+    chunk: int
+    """Tokens of a call at most."""
     page_tokens: int
     """Tokens of a page of the attention caches."""
     cache_dtype: str
-    """Element type of the caches' arrays."""
+    """Element type of the caches' arrays: float32, or uint16 for the bits of bfloat16."""
     counted: bool
     """Whether the experts' kernels count what they run."""
     semaphores: int
@@ -167,8 +191,12 @@ class Platform(Protocol):
     tir_pipeline: str
     """TVM's name of the passes that make code of kernels."""
 
-    def kernels(self, bb: relax.BlockBuilder) -> Kernels:
-        """The kernels, for one module."""
+    def functions(self, graph: Graph) -> Sequence[Function]:
+        """The functions of a library, those for fewer tokens first."""
+        ...
+
+    def kernels(self, functions: Functions, function: Function) -> Kernels:
+        """The kernels for one function of a module, which has the PrimFuncs of all."""
         ...
 
     def matrix(self, n: int, k: int, format: str) -> MatrixLayout:  # the field's word
@@ -189,6 +217,10 @@ class Platform(Protocol):
         """Nodes that its kernels compute together, in a function of so many tokens (None: any number). No two share a node."""
         ...
 
+    def add_best(self, functions: Functions, vocabulary: int) -> None:
+        """Add a function `BEST`, from logits [R, V] to what `moec.runtime.sampler.Best.found` takes [R, 3], unless the host is as fast."""
+        ...
+
     def schedules(self) -> list[tvm.transform.Pass]:
         """What the operators that are no kernels need before code is generated."""
         ...
@@ -204,7 +236,7 @@ def platform_of(target: Target) -> Platform:
     if target.kind == "cuda":
         from moec.compiler.backends.tvm.cuda import CudaPlatform
 
-        return CudaPlatform(described)
+        return CudaPlatform(target)
     from moec.compiler.backends.tvm.cpu import CpuPlatform
 
     return CpuPlatform(TvmTarget(described))

@@ -79,15 +79,20 @@ def add_and_norm(low: FunctionLowering, addition: Node, node: Node) -> None:
     _norm(low, node, addition)
 
 
+def norm_spec(graph: Graph, node: Node, addition: Node | None = None) -> NormSpec:
+    """The kernel's description of a normalisation, perhaps with a residual addition in front of it."""
+    size = int(graph.type_of(node.name).shape[-1])
+    weight, bias = (i < len(node.inputs) and bool(node.inputs[i]) for i in (1, 2))
+    return NormSpec(
+        size, _width(graph, node.name) // size, float(node.attrs["eps"]), float(node.attrs.get("offset", 0.0)),
+        center=node.op == "layer_norm", weight=weight, bias=bias, residual=addition is not None,
+    )  # fmt: skip
+
+
 def _norm(low: FunctionLowering, node: Node, addition: Node | None = None) -> None:
     inputs = [low.flat(name) for name in (addition.inputs if addition else node.inputs[:1])]
     weight, bias = _optional(low, node, 1), _optional(low, node, 2)
-    size = int(low.graph.type_of(node.name).shape[-1])
-    spec = NormSpec(
-        size, _width(low.graph, node.name) // size, float(node.attrs["eps"]), float(node.attrs.get("offset", 0.0)),
-        center=node.op == "layer_norm", weight=weight is not None, bias=bias is not None, residual=addition is not None,
-    )  # fmt: skip
-    *total, out = low.kernels.norm(spec, [*inputs, *(a for a in (weight, bias) if a is not None)])
+    *total, out = low.kernels.norm(norm_spec(low.graph, node, addition), [*inputs, *(a for a in (weight, bias) if a is not None)])
     if addition is not None:
         low.set_flat(addition.name, total[0])
     low.set_flat(node.name, out)
@@ -118,17 +123,27 @@ def _attention(low: FunctionLowering, node: Node) -> None:
     low.set_flat(node.name, low.kernels.attention(attention_spec(low.graph, node), low.caches(node), inputs))
 
 
+def router_spec(graph: Graph, node: Node) -> RouterSpec:
+    """The kernel's description of a `router` node."""
+    biased = len(node.inputs) > 1 and bool(node.inputs[1])
+    return RouterSpec(experts=int(graph.type_of(node.inputs[0]).shape[-1]), bias=biased, **node.attrs)
+
+
 def _router(low: FunctionLowering, node: Node) -> None:
     logits, bias = low.flat(node.inputs[0]), _optional(low, node, 1)
-    spec = RouterSpec(experts=int(low.graph.type_of(node.inputs[0]).shape[-1]), bias=bias is not None, **node.attrs)
-    for output, value in zip(node.outputs, low.kernels.router(spec, [logits, *([] if bias is None else [bias])]), strict=True):
+    found = low.kernels.router(router_spec(low.graph, node), [logits, *([] if bias is None else [bias])])
+    for output, value in zip(node.outputs, found, strict=True):
         low.set_flat(output.name, value)
+
+
+def skip_spec(graph: Graph, node: Node) -> SkipSpec:
+    """The kernel's description of a `skip` node."""
+    return SkipSpec(int(graph.type_of(node.inputs[0]).shape[-1]), counts=len([name for name in node.inputs if name]) > 2, **node.attrs)
 
 
 def _skip(low: FunctionLowering, node: Node) -> None:
     args = [low.flat(name) for name in node.inputs if name]
-    spec = SkipSpec(int(low.graph.type_of(node.inputs[0]).shape[-1]), counts=len(args) > 2, **node.attrs)
-    for output, value in zip(node.outputs, low.kernels.skip(spec, args), strict=True):
+    for output, value in zip(node.outputs, low.kernels.skip(skip_spec(low.graph, node), args), strict=True):
         low.set_flat(output.name, value)
 
 

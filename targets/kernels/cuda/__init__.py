@@ -1,8 +1,8 @@
 """CUDA kernels for packed weights, written in TIR, compiled without a GPU.
 
-    linear(bb, x, weights, layout: FragmentLayout, bias=None)                      x f32 [T, K]     -> f32 [T, N]
-    experts(bb, x, ids, routing_weights, weights, layout: ExpertsLayout,
-            activation: ExpertActivation, biases=None)                             x f32 [T, D]     -> f32 [T, D]
+    linear(functions, x, weights, layout: FragmentLayout, bias, most, gpu)         x f32 [T, K]     -> f32 [T, N]
+    experts(functions, x, ids, routing_weights, weights, layout: ExpertsLayout,
+            activation: ExpertActivation, biases, choice)                          x f32 [T, D]     -> f32 [T, D]
 
 One layout (`layout`, `experts_layout`) serves all of them: the order in which a warp holds operand A of the tensor cores. `stored` reads
 it; `stream` multiplies it with a few tokens, `product` with many (compute capability 9.0; `plain` elsewhere). `experts_decode` and

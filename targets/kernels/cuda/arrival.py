@@ -7,21 +7,31 @@ from tvm.tirx.script import builder as T
 from moec.targets.kernels.cuda.emit import Buffer, Expr, at
 from moec.targets.kernels.cuda.intrinsics import call
 
+SEMAPHORES = 256
+"""int32 of the array that the kernels of a stream share."""
+
 _ARRIVE = r"""
 #ifndef MOEC_ARRIVE
 #define MOEC_ARRIVE
-__device__ __forceinline__ int moec_last_arrival(void* semaphore, int total) {
-  unsigned int before = 0;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    unsigned int* s = (unsigned int*)semaphore;
+__device__ __forceinline__ bool moec_arrives_last(void* semaphore, int total) {
+  unsigned int before = 0, *s = (unsigned int*)semaphore;
 #ifdef __CUDA_ARCH__
-    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(s), "r"((unsigned int)total - 1) : "memory");
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(s), "r"((unsigned int)total - 1) : "memory");
 #else
-    before = atomicInc(s, (unsigned int)total - 1);
+  before = atomicInc(s, (unsigned int)total - 1);
 #endif
-  }
-  return __syncthreads_or(threadIdx.x == 0 && before + 1 == (unsigned int)total);
+  return before + 1 == (unsigned int)total;
+}
+__device__ __forceinline__ int moec_last_arrival(void* semaphore, int total) {
+  __syncthreads();
+  return __syncthreads_or(threadIdx.x == 0 && moec_arrives_last(semaphore, total));
+}
+__device__ __forceinline__ int moec_last_warp(void* semaphore, int total) {
+  __syncwarp();
+  if (total == 1) return 1;
+  const int last = threadIdx.x % 32 == 0 && moec_arrives_last(semaphore, total);
+  __syncwarp();
+  return __shfl_sync(0xffffffffu, last, 0);
 }
 #endif
 """
@@ -36,3 +46,8 @@ def last_arrival(semaphores: Buffer, index: Expr, total: Expr) -> Expr:
     https://docs.nvidia.com/cuda/parallel-thread-execution/#causality-order.
     """
     return T.Bind(call("moec_last_arrival", _ARRIVE, at(semaphores, index), total, result="int32"))
+
+
+def last_warp(semaphores: Buffer, index: Expr, total: Expr) -> Expr:
+    """As `last_arrival`, for one warp of each of `total` blocks: what these warps wrote is to be seen by the last of them."""
+    return T.Bind(call("moec_last_warp", _ARRIVE, at(semaphores, index), total, result="int32"))

@@ -35,7 +35,12 @@ class Attend(Tile):
         self.tiles = ceil_div(self.group * BLOCK_TOKENS, self.rows)
         single = min(self.group, MOST_ROWS)  # rows of a block of one token
         self.cases = [single, self.rows] if single < self.rows else [self.rows]
-        self.words = sum(_words(spec, rows) for rows in self.cases)
+        self.words = sum(self.words_of(rows) for rows in self.cases)
+
+    def words_of(self, rows: int) -> int:
+        """Words of memory that so many rows take."""
+        spec = self.spec
+        return sum(ceil_div(n, 4) * 4 for n in (rows * spec.d, *[TILE * rows] * 2, *[rows] * 3, TILE // PAGE))
 
     def arguments(self) -> Any:
         spec = self.spec
@@ -136,11 +141,6 @@ class Attend(Tile):
                     with when(column < spec.dv):
                         value = self.result[n * rows + j] * inverse
                         store(self.out, value, self.first_token + row // self.group, head * spec.dv + column)
-
-
-def _words(spec: AttentionSpec, rows: int) -> int:
-    """Words of a block's memory."""
-    return sum(ceil_div(n, 4) * 4 for n in (rows * spec.d, *[TILE * rows] * 2, *[rows] * 3, TILE // PAGE))
 
 
 def attend_func(spec: AttentionSpec, dtype: str = "float32") -> tirx.PrimFunc:

@@ -118,14 +118,18 @@ class Tile:
     def _seen(self, logit: Expr, position: Expr, j: int) -> Expr:
         """The logit of a position, or what hides it."""
         spec = self.spec
-        if spec.softcap:
-            logit = call("moec_tanh", _TANH, logit * T.float32(1 / spec.softcap), result="float32") * T.float32(spec.softcap)
         own = T.Bind(self.first_position + self._row(j) // self.group)
         seen = position <= own
         if spec.window:
             seen = T.And(seen, position > own - spec.window)
         if spec.chunk:
             seen = T.And(seen, position >= own // spec.chunk * spec.chunk)
+        return self._masked(logit, seen)
+
+    def _masked(self, logit: Expr, seen: Expr) -> Expr:
+        """A logit after the softcap, or what hides it."""
+        if cap := self.spec.softcap:
+            logit = call("moec_tanh", _TANH, logit * T.float32(1 / cap), result="float32") * T.float32(cap)
         return T.Select(seen, logit, T.float32(HIDDEN))
 
     def _softmax(self, i: int, j: Expr) -> None:

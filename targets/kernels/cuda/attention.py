@@ -4,37 +4,49 @@ The cache of a layer is two arrays of pages of `PAGE` tokens, K [pages, HK, PAGE
 its bits). Tokens come as blocks, as in the CPU kernel: `blocks` holds (row of the page table, first token, number of tokens, first
 position) of each.
 
-One token takes one kernel, `step`, which does what comes before with q and k too.
+One token takes one kernel, `step`, which does what comes before with q and k too. Others take one that appends and, where head sizes are
+multiples of what the tensor cores take, one for blocks of many tokens and one for those of a single one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from tvm import relax
+from tvm import relax, tirx
 
 from moec.targets.kernels.cuda.attend import attend_func
+from moec.targets.kernels.cuda.attend_product import AttendProduct, attend_product_func
 from moec.targets.kernels.cuda.attention_parts import PAGE, append_func, page_shapes
 from moec.targets.kernels.cuda.step_spec import StepOptions, StepSpec
 from moec.targets.kernels.specs import AttentionSpec
+
+Get = Callable[[str, object, Callable[[], tirx.PrimFunc]], relax.GlobalVar]
 
 __all__ = ["PAGE", "attention", "attention_step", "page_shapes"]
 
 
 def attention(
-    bb: relax.BlockBuilder, caches: Sequence[relax.Expr], inputs: Sequence[relax.Expr], spec: AttentionSpec, dtype: str = "float32"
-) -> relax.Var:
+    bb: relax.BlockBuilder, get: Get, caches: Sequence[relax.Expr], inputs: Sequence[relax.Expr], spec: AttentionSpec, memory: int,
+    dtype: str = "float32",
+) -> relax.Var:  # fmt: skip
     """Emit attention of any number of tokens: caches (k_pool, v_pool), inputs (q, k, v, blocks, page_table[, sinks]) -> float32 [T, H*dv].
 
-    The caches change in place.
+    Kernels come from `get` by their name and what tells them apart. Thread blocks may take `memory` bytes of shared memory. The caches
+    change in place.
     """
     q, k, v, blocks, table, *sinks = inputs
     count, kinds = q.ty.shape[0], [cache.ty for cache in caches]
-    append = bb.add_func(append_func(spec, dtype), "append")
+    append = get("append", (spec, dtype), lambda: append_func(spec, dtype))
     found = bb.emit(relax.op.call_tir_inplace(append, relax.Tuple([*caches, k, v, blocks, table]), [0, 1], kinds))
     pools = [bb.emit(relax.TupleGetItem(found, i)) for i in (0, 1)]
     out = relax.TensorType((count, spec.heads * spec.dv), "float32")
-    return bb.emit(relax.call_tir(bb.add_func(attend_func(spec, dtype), "attend"), [*pools, q, blocks, table, *sinks], out_ty=out))
+    args = [*pools, q, blocks, table, *sinks]
+    if not AttendProduct.fits(spec, dtype, memory):
+        return bb.emit(relax.call_tir(get("attend", (spec, dtype), lambda: attend_func(spec, dtype)), args, out_ty=out))
+    many = get("attend_many", (spec, dtype), lambda: attend_product_func(spec, dtype, many=True))
+    single = get("attend_single", (spec, dtype), lambda: attend_product_func(spec, dtype, many=False))
+    found = bb.emit(relax.call_tir(many, args, out_ty=out))
+    return bb.emit(relax.op.call_tir_inplace(single, relax.Tuple([*args, found]), [len(args)], [out]))
 
 
 def attention_step(

@@ -23,6 +23,11 @@ def weight_arguments(layout: FragmentLayout, *lead: int, prefix: str = "") -> di
 
 def element(layout: FragmentLayout, weights: Mapping[str, Buffer], lead: tuple[Expr, ...], row: Expr, column: Expr) -> Expr:
     """One number of a weight as float32: an expression of some loads and shifts, for kernels that read few."""
+    if not layout.in_fragments:
+        value = weights["data"][(*lead, row, column)]
+        if layout.format == "bf16":
+            return T.reinterpret("float32", T.shift_left(T.cast(value, "uint32"), T.uint32(16)))
+        return T.cast(value, "float32")
     tile, half, g = T.Bind(row // ROWS), T.Bind(row % ROWS // 8), T.Bind(row % 8)
     block = T.Bind(column // BLOCK)
     t, h, o = column // 2 % 4, column // 8 % 2, column % 2

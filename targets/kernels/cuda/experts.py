@@ -2,13 +2,14 @@
 
 out[t] = sum over s of weights[t, s] * down[e] @ f(gate_up[e] @ x[t]),   e = ids[t, s]
 
-A slot whose id is outside of 0 to E - 1 is skipped: it adds nothing, and its weight is not read. One token runs two kernels
+A slot whose id is outside of 0 to E - 1 is skipped: it adds nothing, and its weight is not read. A few tokens run two kernels
 (`experts_decode`), any number of tokens five (`experts_prefill`). Activations count as two terms of bfloat16.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from tvm import relax, tirx
 
@@ -16,25 +17,28 @@ from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cpu.emit import tensor_dtype, tensor_shape, tensor_type
 from moec.targets.kernels.cuda import experts_decode as decode
 from moec.targets.kernels.cuda import experts_prefill as prefill
+from moec.targets.kernels.cuda.calls import Functions
 from moec.targets.kernels.cuda.counting import call_counting
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
+from moec.targets.kernels.cuda.gathered import Shape
 from moec.targets.kernels.cuda.linear import TERMS, split_func
-from moec.targets.kernels.cuda.product import Shape
 from moec.targets.kernels.cuda.sort import combine_func, most_tiles, sort_func
+from moec.targets.kernels.cuda.tuned import Choice
 
 
 def experts(
-    bb: relax.BlockBuilder,
+    functions: Functions,
     x: relax.Expr,
     ids: relax.Expr,
     routing_weights: relax.Expr,
     weights: Mapping[str, relax.Expr],
     layout: ExpertsLayout,
     activation: ExpertActivation,
-    biases: tuple[relax.Expr, relax.Expr] | None = None,
-    counts: relax.Expr | None = None,
-) -> relax.Var:
-    """Emit the experts of a layer: float32 [T, D]; T is 1 or symbolic.
+    biases: tuple[relax.Expr, relax.Expr] | None,
+    counts: relax.Expr | None,
+    choice: Choice,
+) -> relax.Expr:
+    """Emit the experts of a layer: float32 [T, D].
 
     Args:
         x: float32 [T, D].
@@ -43,35 +47,50 @@ def experts(
         weights: the arrays of `layout.arrays()` by name.
         biases: of gate_up and down, as `layout.biases` makes them.
         counts: int64 [8], to which tokens and experts that run are added.
+        choice: which kernels run, and their options; those of a few tokens need a constant T.
     """
-    t, _ = tensor_shape(x)
-    top_k, dtype = int(tensor_shape(ids)[1]), tensor_dtype(ids)
-    up = [weights[name] for name in layout.arrays() if name.startswith("gate_up_")]
-    down = [weights[name] for name in layout.arrays() if name.startswith("down_")]
-    up_bias, down_bias = ([biases[0]], [biases[1]]) if biases is not None else ([], [])
+    up = [weights[name] for name in layout.names("gate_up")] + ([biases[0]] if biases is not None else [])
+    down = [weights[name] for name in layout.names("down")] + ([biases[1]] if biases is not None else [])
+    emit = _few if choice.kernel == "decode" else _many
+    return emit(functions, (x, ids, routing_weights), (up, down), layout, activation, biases is not None, choice.options, counts)
 
-    def call(
-        name: str, function: tirx.PrimFunc, arguments: list[relax.Expr], *outs: tuple[tuple[object, ...], str],
-        counts: relax.Expr | None = None,
-    ) -> list[relax.Var]:  # fmt: skip
-        return call_counting(bb, bb.add_func(function, name), arguments, counts, *(tensor_type(shape, kind) for shape, kind in outs))
 
-    if isinstance(t, tirx.IntImm) and int(t) == 1:
-        spec = decode.DecodeSpec(layout, activation, 1, top_k, dtype, biases is not None, "float32", TERMS, counted=counts is not None)
-        (hidden,) = call("gate_up", decode.gate_up_func(spec), [x, ids, *up, *up_bias], (spec.hidden_shape, "uint32"), counts=counts)
-        (out,) = call("down", decode.down_func(spec), [hidden, ids, routing_weights, *down, *down_bias], ((1, layout.d), "float32"))
-        return out
-    many = prefill.PrefillSpec(layout, activation, None, top_k, dtype, biases is not None, "float32", Shape(32, 1, 4, TERMS))
-    slots = t * top_k
-    size = many.shape.tokens
-    most = most_tiles(slots, layout.experts, size)
-    sorted_types = [((slots,), "int32"), ((slots,), "int32"), ((most + 1, 4), "int32")]
-    sort = sort_func(layout.experts, top_k, dtype, size, counted=counts is not None)
-    order, places, tiles = call("sort", sort, [ids], *sorted_types, counts=counts)
-    (terms,) = call("split", split_func(layout.d), [x], ((TERMS, t, layout.d), "uint16"))
-    hidden_shape = (TERMS, slots, layout.padded_f)
-    (hidden,) = call("gate_up", prefill.gate_up_func(many), [terms, order, tiles, *up, *up_bias], (hidden_shape, "uint16"))
-    arguments = [hidden, order, tiles, routing_weights, *down, *down_bias]
-    (y,) = call("down", prefill.down_func(many), arguments, ((slots, layout.d), "float32"))
-    (out,) = call("combine", combine_func(layout.d, top_k, "float32"), [y, places], ((t, layout.d), "float32"))
+def _few(
+    functions: Functions, routed: tuple[Any, Any, Any], weights: tuple[list[Any], list[Any]], layout: ExpertsLayout,
+    activation: ExpertActivation, biases: bool, options: Mapping[str, int], counts: relax.Expr | None,
+) -> relax.Expr:  # fmt: skip
+    x, ids, routing_weights = routed
+    t, top_k = tensor_shape(ids)
+    assert isinstance(t, tirx.IntImm)
+    spec = decode.DecodeSpec(
+        layout, activation, int(t), int(top_k), tensor_dtype(ids), biases, "float32", TERMS, counted=counts is not None, **options
+    )
+    gate_up = functions.get("gate_up", spec, lambda: decode.gate_up_func(spec))
+    hidden_type = tensor_type(spec.hidden_shape, "uint32")
+    (hidden,) = call_counting(functions.bb, gate_up, [x, ids, *weights[0]], counts, hidden_type)
+    arguments = [hidden, ids, routing_weights, *weights[1]]
+    return functions.call("down", spec, lambda: decode.down_func(spec), arguments, ((t, layout.d), "float32"))[0]
+
+
+def _many(
+    functions: Functions, routed: tuple[Any, Any, Any], weights: tuple[list[Any], list[Any]], layout: ExpertsLayout,
+    activation: ExpertActivation, biases: bool, options: Mapping[str, int], counts: relax.Expr | None,
+) -> relax.Expr:  # fmt: skip
+    x, ids, routing_weights = routed
+    t, top_k, dtype = tensor_shape(ids)[0], int(tensor_shape(ids)[1]), tensor_dtype(ids)
+    shape = Shape(**{**options, "exact": bool(options["exact"])})  # type: ignore[arg-type]
+    spec = prefill.PrefillSpec(layout, activation, None, top_k, dtype, biases, "float32", shape)
+    slots, experts, d = t * top_k, layout.experts, layout.d
+    most = most_tiles(slots, experts, shape.tokens)
+    sorted_types = [tensor_type(kind, "int32") for kind in ((slots,), (slots,), (most + 1, 4))]
+    key = (experts, top_k, dtype, shape.tokens, None, counts is not None)
+    sort = functions.get("sort", key, lambda: sort_func(*key))
+    order, places, tiles = call_counting(functions.bb, sort, [ids], counts, *sorted_types)
+    (terms,) = functions.call("split", d, lambda: split_func(d), [x], ((TERMS, t, d), "uint16"))
+    arguments = [terms, order, tiles, *weights[0]]
+    hidden_type = ((TERMS, slots, layout.padded_f), "uint16")
+    (hidden,) = functions.call("gate_up", spec, lambda: prefill.gate_up_func(spec), arguments, hidden_type)
+    arguments = [hidden, order, tiles, routing_weights, *weights[1]]
+    (y,) = functions.call("down", spec, lambda: prefill.down_func(spec), arguments, ((slots, d), "float32"))
+    (out,) = functions.call("combine", (d, top_k), lambda: combine_func(d, top_k, "float32"), [y, places], ((t, d), "float32"))
     return out

@@ -24,8 +24,7 @@ from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait, read_wo
 from moec.targets.kernels.cuda.layout import BLOCK, ROWS, ceil_div
 from moec.targets.kernels.cuda.ring import Ring
 from moec.targets.kernels.cuda.routing import NONE, Routing
-from moec.targets.kernels.cuda.share import each_share
-from moec.targets.kernels.cuda.share import words as share_words
+from moec.targets.kernels.cuda.share import RaggedShare, Share
 from moec.targets.kernels.cuda.stream import PADDING, Columns, Weights, in_order, stage
 
 
@@ -117,7 +116,7 @@ def gate_up_func(spec: DecodeSpec) -> tirx.PrimFunc:
                 count(counts, TOKENS, const(spec.tokens, "int32"))
         with when(rank < routing.count):
             expert = T.Bind(routing.expert(rank))
-            with when(expert >= 0):
+            with when(expert >= 0), weights.tiles(expert, part * tiles_here) as f_tiles:
                 tile = T.Bind(part * tiles_here + warp // spec.splits)
                 share = T.Bind(warp % spec.splits)
                 columns = Columns(fragments)
@@ -135,15 +134,15 @@ def gate_up_func(spec: DecodeSpec) -> tirx.PrimFunc:
                         read_words(at(b, 4 * n), at(staged, column * stride + block * 64 + j * 16 + lane % 4 * 4))
 
                 start, stop = T.Bind(share * blocks // spec.splits), T.Bind((share + 1) * blocks // spec.splits)
-                weights.stream(expert, T.min(tile, layout.f_tiles - 1), start, stop, lane, load, columns, arrive)
+                weights.stream(expert, T.min(tile, f_tiles - 1), start, stop, lane, load, columns, arrive)
                 for i in range(4 * fragments):
                     store(partial, columns.sums[i], warp, i, lane)
                 if counts is not None:
                     with when(T.And(part == 0, thread == 0)):
                         count(counts, EXPERTS, sum(T.cast(routing.slot_of(rank, token) >= 0, "int32") for token in range(spec.tokens)))
                 sync()
-                with when(T.And(share == 0, tile < layout.f_tiles)):
-                    _finish(spec, partial, bias, hidden, routing, rank, expert, warp, lane, tile)
+                with when(T.And(share == 0, tile < f_tiles)):
+                    _finish(spec, partial, bias, hidden, routing, rank, expert, warp, lane, tile, f_tiles)
 
     def grid(_: object) -> list[Expr]:
         return [ceil_div(layout.f_tiles, tiles_here), spec.ranks]
@@ -153,7 +152,7 @@ def gate_up_func(spec: DecodeSpec) -> tirx.PrimFunc:
 
 def _finish(
     spec: DecodeSpec, partial: Buffer, bias: Buffer | None, hidden: Buffer, routing: Routing, rank: Expr, expert: Expr, warp: Expr,
-    lane: Expr, tile: Expr,
+    lane: Expr, tile: Expr, f_tiles: Expr,
 ) -> None:  # fmt: skip
     """Add up what the warps of a tile have, apply the activation function, and write hidden values."""
     layout = spec.layout
@@ -183,21 +182,22 @@ def _finish(
             else:
                 for half, value in enumerate(values):
                     _keep(spec, hidden, slot[0], tile * ROWS + half * 8 + row, plain(spec.activation, value))
-            with when(T.And(T.And(tile == layout.f_tiles - 1, row == 0), slot[0] >= 0)):
-                _clear_rest(spec, hidden, slot[0])
+            with when(T.And(T.And(tile == f_tiles - 1, row == 0), slot[0] >= 0)):
+                _clear_rest(spec, hidden, slot[0], f_tiles)
 
 
-def _clear_rest(spec: DecodeSpec, hidden: Buffer, slot: Expr) -> None:
+def _clear_rest(spec: DecodeSpec, hidden: Buffer, slot: Expr, f_tiles: Expr) -> None:
     """What is left of the last block is zero."""
-    for rest in range(spec.layout.f_tiles * spec.layout.tile_rows // 2, spec.layout.padded_f // 2):
+    pairs = f_tiles * spec.layout.tile_rows // 2
+    with T.serial((pairs + BLOCK // 2 - 1) // (BLOCK // 2) * (BLOCK // 2) - pairs) as i:
+        rest = T.Bind(pairs + i)
         for index in range(spec.terms):
             store(hidden, const(0, "uint32"), slot, index, _place(rest))
 
 
 def _place(pair: Expr) -> Expr:
     """Where a pair of hidden values is kept."""
-    inner = pair % 16
-    return in_order(pair, inner)
+    return in_order(pair, pair % 16)
 
 
 def _keep(spec: DecodeSpec, hidden: Buffer, slot: Expr, f: Expr, value: Expr) -> None:
@@ -214,9 +214,10 @@ def down_func(spec: DecodeSpec) -> tirx.PrimFunc:
     """PrimFunc (hidden, ids [T, k], routing weights f32 [T, k], arrays..., [bias], out [T, D])."""
     layout, stack = spec.layout, spec.layout.down
     fragments, warps = spec.fragments, spec.down_warps
-    threads = warps * 32
+    threads, blocks = warps * 32, stack.classes[0].blocks
     words = threads * 4 * fragments + Routing.words(spec.tokens, spec.top_k, layout.experts) + Ring.words(spec.columns, warps)
-    words += share_words(spec.ranks, stack.mixed)
+    ragged = bool(stack.columns) or stack.mixed
+    words += RaggedShare.words(spec.ranks) if ragged else 0
 
     def arguments() -> tuple[Buffer, Buffer, Buffer, Weights, Buffer | None, Buffer]:
         hidden = argument("hidden", spec.hidden_shape, "uint32")
@@ -228,35 +229,39 @@ def down_func(spec: DecodeSpec) -> tirx.PrimFunc:
 
     def body(operands: tuple[Buffer, Buffer, Buffer, Weights, Buffer | None, Buffer], memory: Shared, tile: Expr, thread: Expr) -> None:
         hidden, ids, routing_weights, weights, bias, out = operands
+        grid_launch()
         warp, lane = T.Bind(thread // 32), T.Bind(thread % 32)
         partial = memory.take((warps, 4 * fragments, 32), "float32")
-        routing = Routing(ids, layout.experts, memory, thread, threads)  # written by the kernel before the last one
+        # gate_up has waited for what wrote the ids, before it let this kernel begin.
+        routing = Routing(ids, layout.experts, memory, thread, threads)
         ring = Ring(lambda row, word: at(hidden, row // spec.terms, row % spec.terms, word), spec.columns, memory, warp, warps, lane)
         factors = local(2 * fragments, "float32")
         columns = Columns(fragments, factors)
+        share = RaggedShare(routing, weights, memory, spec.ranks, thread, threads) if ragged else Share(routing, blocks)
 
         def row_of(rank: Expr, column: Expr) -> Expr:
             slot = T.Bind(routing.slot_of(rank, column // spec.terms))
             return T.Select(slot >= 0, slot * spec.terms + column % spec.terms, const(NONE, "int32"))
 
-        def add(rank: Expr, expert: Expr, start: Expr, stop: Expr) -> None:
-            for n in range(fragments):
-                for c in range(2):
-                    token = (n * 8 + lane % 4 * 2 + c) // spec.terms
-                    store(factors, const(0.0, "float32"), 2 * n + c)
-                    with when(token < spec.tokens):
-                        slot = T.Bind(routing.slot_of(rank, token))
-                        with when(slot >= 0):
-                            store(factors, routing_weights[slot // spec.top_k, slot % spec.top_k], 2 * n + c)
-
-            ring.locate(lambda column: row_of(rank, column))
-            weights.stream(expert, tile, start, stop, lane, ring, columns, grid_wait)
-
-        each_share(weights, routing, spec.ranks, memory, warp, warps, thread, add)
+        total = T.Bind(share.total)
+        begin, end = T.Bind(warp * total // warps), T.Bind((warp + 1) * total // warps)
+        with share.each(begin, end) as rank:
+            expert = T.Bind(routing.expert(rank))
+            with when(expert >= 0):
+                start, stop = share.part(rank, expert, begin, end)
+                for n in range(fragments):
+                    for c in range(2):
+                        token = (n * 8 + lane % 4 * 2 + c) // spec.terms
+                        store(factors, const(0.0, "float32"), 2 * n + c)
+                        with when(token < spec.tokens):
+                            slot = T.Bind(routing.slot_of(rank, token))
+                            with when(slot >= 0):
+                                store(factors, routing_weights[slot // spec.top_k, slot % spec.top_k], 2 * n + c)
+                ring.locate(lambda column: row_of(rank, column))
+                weights.stream(expert, tile, start, stop, lane, ring, columns, grid_wait)
         for i in range(4 * fragments):
             store(partial, columns.sums[i], warp, i, lane)
         grid_wait()
-        grid_launch()
         sync()
         with strided(thread, 128 * fragments, threads) as i:
             _write(spec, partial, routing_weights, bias, out, routing, tile, i)

@@ -72,7 +72,7 @@ class Images:
     """The ring of stages of a block of threads, filled from an image.
 
     Args:
-        shape: a `product.Shape` with a cluster of 1 or 2.
+        shape: a `gathered.Shape` with a cluster of 1 or 2.
         memory: of the stages, uint32 [shape.words].
         barriers: uint32 [4 * stages].
         source: the image.

@@ -134,27 +134,6 @@ __device__ __forceinline__ void moec_values(unsigned int* a, const unsigned int*
 """
 
 
-_E4M3 = r"""
-#ifndef MOEC_E4M3
-#define MOEC_E4M3
-__device__ __forceinline__ unsigned int moec_e4m3_pair(unsigned int x) {
-  unsigned int d;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;"
-    : "=r"(d) : "r"((x & 0x80008000u) | ((x >> 4) & 0x07F007F0u)), "r"(0x7B807B80u), "r"(0x80008000u));
-  return d;
-}
-__device__ __forceinline__ void moec_e4m3(unsigned int* a, const unsigned int* w, int i, int stride) {
-  #pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    const int p = 2 * i + (r >> 1);
-    const unsigned int x = w[(r & 1) * stride + p / 2];
-    a[r] = moec_e4m3_pair((p & 1) ? x : x << 8);
-  }
-}
-#endif
-"""
-
-
 def dequantize(layout: FragmentLayout, a: Expr, words: Expr, step: int, zeros: tuple[Expr, Expr], units: int = 1) -> None:
     """The A fragment [16, 16] of a step from the words that a lane holds of a block, or of a unit of it if the block has several."""
     if layout.coded is None:
@@ -169,35 +148,7 @@ def dequantize(layout: FragmentLayout, a: Expr, words: Expr, step: int, zeros: t
         call(name, source, a, words, *(zeros if middle is None else ()))
 
 
-_SCALE = r"""
-#ifndef MOEC_SCALE
-#define MOEC_SCALE
-__device__ __forceinline__ void moec_scale(unsigned int* a, unsigned int s0, unsigned int s1) {
-  #pragma unroll
-  for (int r = 0; r < 4; ++r)
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(a[r]) : "r"(a[r]), "r"((r & 1) ? s1 : s0), "r"(0x80008000u));
-}
-__device__ __forceinline__ void moec_factors(unsigned int* d, unsigned int x) {
-  float a, b;
-  asm("{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(a), "=f"(b) : "r"(x));
-  asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(d[0]) : "f"(a));
-  asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(d[1]) : "f"(b));
-}
-#endif
-"""
-
-
-def bf16_factors(target: Expr, pair: Expr) -> None:
-    """The scales of two rows, each as a pair of equal bfloat16."""
-    call("moec_factors", _SCALE, target, pair)
-
-
-def scale(a: Expr, factors: tuple[Expr, Expr]) -> None:
-    """Multiply an A fragment by the scales of its rows, rounding to bfloat16."""
-    call("moec_scale", _SCALE, a, *factors)
-
-
-_SPLIT = r"""
+SPLIT = r"""
 #ifndef MOEC_SPLIT
 #define MOEC_SPLIT
 __device__ __forceinline__ unsigned int moec_pack(float x, float y) {
@@ -219,7 +170,7 @@ __device__ __forceinline__ unsigned int moec_term(float x, float y, int term) {
 
 def term(x: Expr, y: Expr, index: int) -> Expr:
     """The pair of bfloat16 terms number `index` of two float32: x = term 0 + term 1 + ..., each 8 bits more."""
-    return call("moec_term", _SPLIT, x, y, index, result="uint32")
+    return call("moec_term", SPLIT, x, y, index, result="uint32")
 
 
 _WAIT = r"""

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,9 @@ class FragmentLayout:
     k: int
     format: str
 
+    in_fragments: ClassVar[bool] = True
+    """Whether the kernels of the tensor cores read it."""
+
     def __post_init__(self) -> None:
         integer = self.integer
         if self.coded is None and self.format not in FLOATS:
@@ -71,7 +74,7 @@ class FragmentLayout:
             )
         if integer is not None and integer.step != 1:
             raise MoecError(f"no CUDA kernel for {self.format}: its codes have a step of {integer.step}; choose ternary_... or int2_...")
-        if integer is not None and self.groups > 1 and BLOCK % integer.group and integer.group % BLOCK:
+        if integer is not None and integer.group and BLOCK % integer.group and integer.group % BLOCK:
             raise MoecError(f"no CUDA kernel for groups of {integer.group}: expected a divisor or a multiple of {BLOCK}")
         if self.k % 8:
             raise MoecError(f"no CUDA kernel for rows of {self.k} weights: expected a multiple of 8")
@@ -114,14 +117,19 @@ class FragmentLayout:
         return self.coded.groups(self.k) if self.coded else 1
 
     @property
+    def per_row(self) -> bool:
+        """Whether the format has one scale a row, however long that is."""
+        return not (self.integer.group if self.integer else self.fp8.block if self.fp8 else 0)
+
+    @property
     def block_groups(self) -> int:
         """Groups that a block has."""
-        return 1 if self.integer is None or self.groups == 1 else max(1, BLOCK // self.integer.group)
+        return max(1, BLOCK // self.integer.group) if self.integer and self.integer.group else 1
 
     @property
     def scale_span(self) -> int:
         """Blocks that a block of scales serves."""
-        if self.groups == 1:
+        if self.per_row:
             return self.blocks
         return max(1, self.integer.group // BLOCK) if self.integer else 1
 

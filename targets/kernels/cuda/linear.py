@@ -1,26 +1,32 @@
 """linear: a packed matrix times activations, x float32 [T, K] -> float32 [T, N].
 
-One token reads the weights as a stream (`stream`); more go through the tensor cores' large products (`product`). Either way activations
-count as two terms of bfloat16, 16 bits of them, and integer weights are not rounded.
+A few tokens read the weights as a stream (`stream`); more go through the tensor cores' large products (`product`), or are a few at a time
+where so few products would leave most of the GPU idle. Either way activations count as two terms of bfloat16, 16 bits of them, and integer
+weights are not rounded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tvm import relax, tirx
 from tvm.tirx.script import builder as T
 
-from moec.targets.kernels.cpu.emit import tensor_shape, tensor_type
+from moec.targets.kernels.cpu.emit import tensor_shape
 from moec.targets.kernels.cuda import product, stream
+from moec.targets.kernels.cuda.calls import Functions, Gpu
 from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, at, const, kernel, local, store, strided, sync, when
 from moec.targets.kernels.cuda.experts_layout import Stack
+from moec.targets.kernels.cuda.gathered import THREADS, Activations, Shape
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait, read_words, term
 from moec.targets.kernels.cuda.layout import BLOCK, ROWS, FragmentLayout, ceil_div
-from moec.targets.kernels.cuda.product import THREADS, Activations, Shape
+from moec.targets.kernels.cuda.space import MOST_DECODE
 
 TERMS = 2
+
+MANY = 64
+"""Tokens from which on the large products are never too few."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +34,17 @@ class LinearSpec:
     """The kernels of a linear layer.
 
     Args:
-        warps, splits: of a block for one token, and how many of them share a tile of 16 rows.
+        tokens: of a block of the kernel of a few tokens, at most `MOST_DECODE`.
+        any_number: whether that kernel takes any number of tokens, so many at a time, and not just one block of them.
+        warps, splits: of such a block, and how many of them share a tile of 16 rows.
         unroll: bytes of weights that a lane has under way.
         shape: the size of a block's product for more tokens.
     """
 
     layout: FragmentLayout
     bias: bool = False
+    tokens: int = 1
+    any_number: bool = False
     warps: int = 8
     splits: int = 4
     unroll: int = 64
@@ -45,55 +55,91 @@ class LinearSpec:
         """The matrix as a stack of one."""
         return Stack(1, self.layout.n, self.layout.k, (self.layout.format,))
 
+    @property
+    def stride(self) -> int:
+        """Words of a row of activations in shared memory."""
+        return self.layout.blocks * BLOCK // 2 + stream.PADDING
+
+    @property
+    def fragments(self) -> int:
+        """Fragments of 8 columns: tokens have as many as terms."""
+        return ceil_div(self.tokens * TERMS, 8)
+
+    @property
+    def words(self) -> int:
+        """Words of shared memory of a block of the kernel of a few tokens."""
+        return self.tokens * TERMS * self.stride + self.warps * 32 * 4 * self.fragments
+
 
 def decode_func(spec: LinearSpec) -> tirx.PrimFunc:
-    """PrimFunc (x f32 [1, K], arrays..., [bias], out f32 [1, N])."""
-    layout, here = spec.layout, spec.warps // spec.splits
-    threads, stride = spec.warps * 32, layout.blocks * BLOCK // 2 + stream.PADDING
+    """PrimFunc (x f32 [T, K], arrays..., [bias], out f32 [T, N])."""
+    layout, here, fragments = spec.layout, spec.warps // spec.splits, spec.fragments
+    threads, columns_used = spec.warps * 32, spec.tokens * TERMS
 
-    def arguments() -> tuple[Buffer, stream.Weights, Buffer | None, Buffer]:
-        x = argument("x", (1, layout.k), "float32")
+    def arguments() -> tuple[Buffer, stream.Weights, Buffer | None, Buffer, Expr]:
+        tokens = T.int64() if spec.any_number else spec.tokens
+        x = argument("x", (tokens, layout.k), "float32")
         weights = stream.Weights(spec.stack, "", spec.unroll)
         bias = argument("bias", (layout.n,), "float32") if spec.bias else None
-        return x, weights, bias, argument("out", (1, layout.n), "float32")
+        return x, weights, bias, argument("out", (tokens, layout.n), "float32"), tokens
 
-    def body(operands: tuple[Buffer, stream.Weights, Buffer | None, Buffer], memory: Shared, part: Expr, thread: Expr) -> None:
-        x, weights, bias, out = operands
+    def body(
+        operands: tuple[Buffer, stream.Weights, Buffer | None, Buffer, Expr], memory: Shared, part: Expr, turn: Expr, thread: Expr
+    ) -> None:
+        x, weights, bias, out, tokens = operands
         warp, lane = T.Bind(thread // 32), T.Bind(thread % 32)
-        staged = memory.take((TERMS * stride,), "uint32")
-        partial = memory.take((spec.warps, 4, 32), "float32")
+        staged = memory.take((columns_used * spec.stride,), "uint32")
+        partial = memory.take((spec.warps, 4 * fragments, 32), "float32")
         tile, share = T.Bind(part * here + warp // spec.splits), T.Bind(warp % spec.splits)
-        columns = stream.Columns(1)
+        first = T.Bind(turn * spec.tokens)
+        count: Expr = T.Bind(T.min(T.cast(tokens, "int32") - first, spec.tokens)) if spec.any_number else spec.tokens
+        columns = stream.Columns(fragments)
 
         def arrive() -> None:
             """The activations as terms in shared memory, once the kernel before this one has written them."""
             grid_wait()
             grid_launch()
-            stream.stage(staged, stride, 0, TERMS, x, 0, thread, threads)
+            for token in range(spec.tokens):
+                row = T.Bind(first + T.min(token, count - 1)) if spec.any_number else token  # what a missing one gives is not used
+                stream.stage(staged, spec.stride, token * TERMS, TERMS, x, row, thread, threads)
             sync()
 
         def load(b: Buffer, block: Expr, j: int) -> None:
-            column = T.min(lane // 4, TERMS - 1)  # what the others compute is not used
-            read_words(at(b, 0), at(staged, column * stride + block * 64 + j * 16 + lane % 4 * 4))
+            for n in range(fragments):
+                column = T.min(n * 8 + lane // 4, columns_used - 1)  # what the others compute is not used
+                read_words(at(b, 4 * n), at(staged, column * spec.stride + block * 64 + j * 16 + lane % 4 * 4))
 
         start, stop = T.Bind(share * layout.blocks // spec.splits), T.Bind((share + 1) * layout.blocks // spec.splits)
         weights.stream(const(0, "int32"), T.min(tile, layout.tiles - 1), start, stop, lane, load, columns, arrive)
-        for i in range(4):
+        for i in range(4 * fragments):
             store(partial, columns.sums[i], warp, i, lane)
         sync()
-        with when(T.And(T.And(share == 0, tile < layout.tiles), lane % 4 == 0)):
-            for half in range(2):
-                total = local(1, "float32")
-                store(total, const(0.0, "float32"), 0)
-                for other in range(spec.splits):
-                    for index in range(TERMS):
-                        store(total, total[0] + partial[warp + other, 2 * half + index, lane], 0)
-                row = T.Bind(tile * ROWS + half * 8 + lane // 4)
-                with when(row < layout.n):
-                    store(out, total[0] if bias is None else total[0] + bias[row], 0, row)
+        with when(T.And(share == 0, tile < layout.tiles)):
+            for n in range(fragments):
+                token = T.Bind(n * 4 + lane % 4)
+                with when(token < count):
+                    _outputs(spec, partial, bias, out, warp, lane, n, tile, first + token)
 
-    words = TERMS * stride + threads * 4
-    return kernel("linear", threads, arguments, lambda _: [ceil_div(layout.tiles, here)], body, words=words)
+    def grid(operands: tuple[Buffer, stream.Weights, Buffer | None, Buffer, Expr]) -> list[Expr]:
+        turns = T.cast((operands[-1] + spec.tokens - 1) // spec.tokens, "int32") if spec.any_number else 1
+        return [ceil_div(layout.tiles, here), turns]
+
+    return kernel("linear", threads, arguments, grid, body, words=spec.words)
+
+
+def _outputs(
+    spec: LinearSpec, partial: Buffer, bias: Buffer | None, out: Buffer, warp: Expr, lane: Expr, n: int, tile: Expr, token: Expr
+) -> None:
+    """Add up what the warps of a tile have of a lane's token in fragment n, and write its two rows."""
+    for half in range(2):
+        total = local(1, "float32")
+        store(total, const(0.0, "float32"), 0)
+        for other in range(spec.splits):
+            for index in range(TERMS):
+                store(total, total[0] + partial[warp + other, 4 * n + 2 * half + index, lane], 0)
+        row = T.Bind(tile * ROWS + half * 8 + lane // 4)
+        with when(row < spec.layout.n):
+            store(out, total[0] if bias is None else total[0] + bias[row], token, row)
 
 
 def split_func(k: int, terms: int = TERMS) -> tirx.PrimFunc:
@@ -164,25 +210,47 @@ def prefill_func(spec: LinearSpec) -> tirx.PrimFunc:
     return kernel("linear", THREADS, arguments, grid, body, words=shape.words, blocks_per_multiprocessor=shape.residency)
 
 
+def few_tokens(layout: FragmentLayout, bias: bool, tokens: int | None, most: int | None, gpu: Gpu) -> LinearSpec | None:
+    """The kernel of a few tokens, if that is to run; None for the large products.
+
+    Args:
+        tokens: T, None for any number.
+        most: the most tokens where they are any number, None for no limit.
+    """
+    if tokens is None:
+        busy = 2 * ceil_div(layout.tiles, 8) > gpu.multiprocessors  # blocks of the large products, 128 rows each
+        if most is None or most > MANY or busy:
+            return None
+    elif tokens > MOST_DECODE:
+        return None
+    found = LinearSpec(layout, bias, tokens or MOST_DECODE, tokens is None)
+    if found.tokens == 1:
+        return found
+    # Each block stages all of its activations: it should have as many rows as leave no multiprocessor idle.
+    turns = ceil_div(most or found.tokens, found.tokens)
+    splits = next((n for n in (1, 2) if ceil_div(layout.tiles * n, found.warps) * turns >= 2 * gpu.multiprocessors), found.splits)
+    return replace(found, splits=splits) if 4 * found.words <= gpu.shared_bytes else None
+
+
 def linear(
-    bb: relax.BlockBuilder, x: relax.Expr, weights: Mapping[str, relax.Expr], layout: FragmentLayout, bias: relax.Expr | None = None
-) -> relax.Var:
-    """Emit x @ W^T (+ bias): float32 [T, N]; T is 1 or symbolic.
+    functions: Functions, x: relax.Expr, weights: Mapping[str, relax.Expr], layout: FragmentLayout, bias: relax.Expr | None,
+    most: int | None, gpu: Gpu,
+) -> relax.Expr:  # fmt: skip
+    """Emit x @ W^T (+ bias): float32 [T, N].
 
     Args:
         x: float32 [T, K].
         weights: the arrays of `layout.arrays()` by name, each with a leading axis of 1.
         bias: float32 [N].
+        most: the most tokens, where T is a variable; None for any number.
     """
-    spec = LinearSpec(layout, bias is not None)
     t, _ = tensor_shape(x)
     arrays = [weights[name] for name in layout.arrays()]
-    rest = [] if bias is None else [bias]
-    if isinstance(t, tirx.IntImm) and int(t) == 1:
-        function, source = decode_func(spec), x
-    else:
-        terms = tensor_type((TERMS, t, layout.k), "uint16")
-        source = bb.emit(relax.call_tir(bb.add_func(split_func(layout.k), "split"), [x], out_ty=terms))
-        function = prefill_func(spec)
-    out = tensor_type((t, layout.n), "float32")
-    return bb.emit(relax.call_tir(bb.add_func(function, "linear"), [source, *arrays, *rest], out_ty=out))
+    rest, out = [] if bias is None else [bias], ((t, layout.n), "float32")
+    few = few_tokens(layout, bias is not None, int(t) if isinstance(t, tirx.IntImm) else None, most, gpu)
+    if few is not None:
+        return functions.call("linear", ("few", few), lambda: decode_func(few), [x, *arrays, *rest], out)[0]
+    size = min(64, ceil_div(most or 64, 8) * 8)
+    spec = LinearSpec(layout, bias is not None, shape=Shape(size, 1, 4, TERMS))
+    terms = functions.call("split", layout.k, lambda: split_func(layout.k), [x], ((TERMS, t, layout.k), "uint16"))[0]
+    return functions.call("linear", ("many", spec), lambda: prefill_func(spec), [terms, *arrays, *rest], out)[0]

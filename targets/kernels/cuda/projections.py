@@ -9,8 +9,8 @@ A small matrix is limited by latency, not by bandwidth, so what counts is the ch
  1. Weights are asked for first, and so are the norm's; they are on their way while the kernel before this one still runs.
  2. Each warp reads the columns of x that it multiplies and stages them, times the norm's weight but not yet divided by the row's length,
     which divides the results instead, so that no warp waits for another.
- 3. Activations are integers of 24 bits, and codes meet them exactly as bytes (`fixed_point.py`): where they became bfloat16, that took
-    longer than the weights took to arrive. Weights in bfloat16 meet activations of two terms of bfloat16.
+ 3. Activations are integers of 24 bits, and integer codes meet them exactly as bytes (`fixed_point.py`): where they became bfloat16,
+    that took longer than the weights took to arrive. Weights in floating point meet activations of two terms of bfloat16.
  4. The warps of a block share the columns out (`splits`), and each multiplies several tiles of rows at once, so that one product waits for
     none before it; their sums meet in shared memory at the one barrier, and a thread adds up and writes an output.
 
@@ -59,6 +59,8 @@ class ProjectionsSpec:
         splits: how many of them share a tile of 16 rows; at most the blocks of 128 columns.
         tiles: that a warp works on.
         unroll: bytes of weights that a lane has under way.
+        together: blocks of tiles whose products take turns, so that none waits for the one before it; the next weights are asked for when
+            all are used. 0: four where all weights are under way from the start, one where they are not: memory must not wait.
         early: whether the next kernel may begin (and ask for its weights) before this one waits for the one before it.
         residency: blocks that are to fit on a multiprocessor, which limits registers; 0 leaves that to the compiler.
     """
@@ -70,6 +72,7 @@ class ProjectionsSpec:
     splits: int = MOST_WARPS
     tiles: int = 1
     unroll: int = LANE_BYTES
+    together: int = 0
     early: bool = True
     residency: int = 0
 
@@ -185,6 +188,7 @@ class ProjectionsKernel:
                 sync()
                 row.finish()
                 matrices.finish(partial, row.factor)
+                self.then(thread)
                 row.write(part)
 
             if len(self._matrices) == 1:
@@ -193,6 +197,9 @@ class ProjectionsKernel:
                 with when(T.And(part >= first, part < first + count)):
                     run()
             first += count
+
+    def then(self, thread: Expr) -> None:
+        """What is done once a block has written its results, in front of the row."""
 
     def build(self, name: str) -> tirx.PrimFunc:
         """The kernel."""

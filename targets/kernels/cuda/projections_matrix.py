@@ -13,12 +13,12 @@ from moec.targets.kernels.cuda.intrinsics import call
 from moec.targets.kernels.cuda.layout import FragmentLayout, ceil_div
 from moec.targets.kernels.cuda.projections_product import Activations, Bfloat16, FixedPoint, Part, clear
 from moec.targets.kernels.cuda.projections_row import Row
-from moec.targets.kernels.cuda.stored import Stored
+from moec.targets.kernels.cuda.stored import FIRST, Stored
 
 if TYPE_CHECKING:
     from moec.targets.kernels.cuda.projections import ProjectionsSpec
 
-AT_ONCE = 4  # tiles whose products take turns
+MOST_TOGETHER = 4  # blocks of tiles whose products take turns
 MOST_HELD = 2  # blocks of activations that stay in registers
 
 
@@ -69,6 +69,7 @@ class Matrices:
         self._wide = max(1, min(depth // share, spec.tiles))
         self._rounds = ceil_div(spec.tiles, self._wide) * self._turns
         self._exact = spec.blocks % spec.splits == 0 and share == self._deep * self._turns
+        self._together = min(len(self._slots), spec.together or (MOST_TOGETHER if self._rounds == 1 else 1))
         self._held = self._turns == 1 and self._deep <= MOST_HELD
 
     @property
@@ -87,7 +88,7 @@ class Matrices:
         self._stop = T.Bind((self._split + 1) * spec.blocks // spec.splits)
         count = len(self._slots)
         self._codes = local(count * self._words, "uint32")
-        self._sides = local(count * self._groups, "uint32")
+        self._sides = local(count * self._layout.side_words, "uint32")
         integer = self._layout.integer
         self._zeros = None if integer is None or integer.symmetric else local(count * self._groups * 2, "uint32")
         for slot in range(count):
@@ -123,11 +124,11 @@ class Matrices:
         tile = T.Bind(T.min(self._first_tile + self._own + turn // self._turns * self._wide + self._slots[slot][0], self._last_tile))
         block = self._block(slot, turn)
         block = T.Bind(block if self._exact else T.min(block, self._stop - 1))
-        self._weights.fetch(self._codes, slot * self._words, const(0, "int32"), tile, block, self._lane)
-        self._weights.fetch_scales(self._sides, slot * self._groups, const(0, "int32"), tile, block, self._lane)
+        self._weights.fetch(self._codes, slot * self._words, FIRST, tile, block, self._lane)
+        self._weights.fetch_scales(self._sides, slot * self._layout.side_words, FIRST, tile, block, self._lane)
         if self._zeros is not None:
             for group in range(self._groups):
-                for half, zero in enumerate(self._weights.zeros(const(0, "int32"), tile, block, self._lane, group)):
+                for half, zero in enumerate(self._weights.zeros(FIRST, tile, block, self._lane, group)):
                     store(self._zeros, zero, 2 * (slot * self._groups + group) + half)
 
     def multiply(self, row: Row, partial: Buffer) -> None:
@@ -154,11 +155,11 @@ class Matrices:
         else:
             with when(turn % self._turns == 0):
                 clear(sums, 2 * self._wide)
-        for first in range(0, len(self._slots), AT_ONCE):
-            some = range(first, min(first + AT_ONCE, len(self._slots)))
+        for first in range(0, len(self._slots), self._together):
+            some = range(first, min(first + self._together, len(self._slots)))
             blocks = dict.fromkeys(self._slots[slot][1] for slot in some)
             activations = held if held is not None else {block: self._activations(block, turn) for block in blocks}
-            parts = [Part(at(self._codes, slot * self._words), slot * self._groups, *self._slots[slot]) for slot in some]
+            parts = [Part(at(self._codes, slot * self._words), slot * self._layout.side_words, *self._slots[slot]) for slot in some]
             self._products.add(parts, activations, sums, self._sides, self._zeros)
             if self._rounds > 1:
                 with when(turn + 1 < self._rounds):

@@ -51,7 +51,7 @@ def clear(buffer: Buffer, count: int) -> None:
 
 
 class Bfloat16:
-    """Weights of bfloat16; the two terms of the row are the first two columns of B."""
+    """Weights of bfloat16, or fp8 as such; the two terms of the row are the first two columns of B."""
 
     def __init__(self, layout: FragmentLayout, row: Row, lane: Expr) -> None:
         self._layout, self._row = layout, row
@@ -68,7 +68,7 @@ class Bfloat16:
         return found
 
     def add(self, parts: Sequence[Part], activations: Mapping[int, Buffer], sums: Buffer, sides: Buffer, zeros: Buffer | None) -> None:
-        del sides, zeros
+        del zeros
         found, a = local(4 * len(parts), "float32"), local(4 * len(parts), "uint32")
         clear(found, 4 * len(parts))
         nothing = const(0, "uint32")
@@ -79,8 +79,10 @@ class Bfloat16:
                 mma(at(found, 4 * n), at(a, 4 * n), b[first], b[first + 1])
         for n, part in enumerate(parts):
             for half in range(2):
-                place = 2 * part.tile + half
-                store(sums, sums[place] + (found[4 * n + 2 * half] + found[4 * n + 2 * half + 1]), place)
+                place, value = 2 * part.tile + half, found[4 * n + 2 * half] + found[4 * n + 2 * half + 1]
+                if self._layout.fp8 is not None:
+                    value = value * T.reinterpret("float32", sides[part.side + half])
+                store(sums, sums[place] + value, place)
 
     def total(self, value: Expr) -> Expr:
         return value

@@ -22,6 +22,7 @@ from moec.targets.kernels.specs import RouterSpec
 
 LEAST = -3.4e38
 MOST_EXPERTS = 1024  # 32 registers of a lane
+MOST_SLOTS = WARP  # and groups: lanes have one each
 MOST_VALUES = 8192  # of a row of top-k: they lie in shared memory
 
 
@@ -33,10 +34,10 @@ class Router:
     """
 
     def __init__(self, spec: RouterSpec) -> None:
-        if spec.experts > MOST_EXPERTS or spec.groups > WARP or spec.top_k > WARP:
+        if spec.experts > MOST_EXPERTS or max(spec.groups, spec.top_k) > MOST_SLOTS:
             raise MoecError(
                 f"a router of {spec.experts} experts in {spec.groups} groups, {spec.top_k} at a time, has no CUDA kernel: expected at most "
-                f"{MOST_EXPERTS} experts, {WARP} groups and {WARP} at a time"
+                f"{MOST_EXPERTS} experts, {MOST_SLOTS} groups and {MOST_SLOTS} at a time"
             )
         self.spec, self.each = spec, ceil_div(spec.experts, WARP)
         if spec.groups > 1:  # a group lies in a power of two of lanes

@@ -5,6 +5,7 @@ Sums and products are those of the definition, in its order and in float32, so t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tvm import tirx
@@ -29,34 +30,38 @@ def skip_func(spec: SkipSpec, tokens: int | None) -> tirx.PrimFunc:
         return count, weights, ids, counts, out_weights, argument("out_ids", (count, spec.top_k), "int64")
 
     def body(operands: Any, _: Shared, block: Expr, thread: Expr) -> None:
-        count = operands[0]
+        count, weights, ids, counts, out_weights, out_ids = operands
         grid_launch()
         grid_wait()
         token = T.Bind(block * THREADS + thread)
         with when(token < count):
-            _token(spec, token, *operands[1:])
+            slots = range(spec.top_k)
+            rows = [[T.Bind(array[token, k]) for k in slots] for array in (weights, ids)]
+            found = skip_slots(spec, rows[0], rows[1], None if counts is None else counts[token, 0])
+            for k in slots:
+                store(out_weights, found[0][k], token, k)
+                store(out_ids, found[1][k], token, k)
 
     return kernel("skip", THREADS, arguments, lambda o: [(o[0] + THREADS - 1) // THREADS], body)
 
 
-def _token(spec: SkipSpec, t: Expr, weights: Any, ids: Any, counts: Any, out_weights: Any, out_ids: Any) -> None:
-    row = local(spec.top_k, "float32")
+def skip_slots(
+    spec: SkipSpec, weights: Sequence[Expr], ids: Sequence[Expr], count: Expr | None = None
+) -> tuple[list[Expr], list[Expr]]:  # fmt: skip
+    """The weights (float32) and ids (int64) of a token's slots, skipped ones among them, from what the router chose."""
     total = before = left = T.float32(0)
-    for k in range(spec.top_k):
-        store(row, weights[t, k], k)
-        total = T.Bind(total + row[k])
-    first = T.Bind(row[0])
-    for k in range(spec.top_k):
-        weight = T.Bind(row[k])
-        skipped = _skipped(spec, k, weight, first, before, total, None if counts is None else counts[t, 0])
+    for weight in weights:
+        total = T.Bind(total + weight)
+    kept, found = local(spec.top_k, "float32"), []  # in registers, so that no sum is taken for another one, which NaN is not
+    for k, (weight, own) in enumerate(zip(weights, ids, strict=True)):
+        skipped = _skipped(spec, k, weight, weights[0], before, total, count)
         before = T.Bind(before + weight)
-        store(row, T.Select(skipped, T.float32(0), weight), k)
-        store(out_ids, T.Select(skipped, T.int64(spec.experts), ids[t, k]), t, k)
-        left = T.Bind(left + row[k])
+        store(kept, T.Select(skipped, T.float32(0), weight), k)
+        found.append(T.Bind(T.Select(skipped, T.int64(spec.experts), own)))
+        left = T.Bind(left + kept[k])
     one = T.float32(1)
     factor = T.Bind(T.Select(left == total, one, total / left) if spec.normalize else one)
-    for k in range(spec.top_k):
-        store(out_weights, row[k] * factor, t, k)
+    return [kept[k] * factor for k in range(spec.top_k)], found
 
 
 def _skipped(spec: SkipSpec, k: int, weight: Expr, first: Expr, before: Expr, total: Expr, count: Expr | None) -> Expr:

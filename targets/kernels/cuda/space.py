@@ -1,7 +1,7 @@
 """What can be chosen for the experts kernels: the layers, the options of each kernel, and which of them fit. Data only, no compiler.
 
 Kernels are named by what a measurement times: `gate_up` and `down` are the two of a few tokens, `decode` both in a row, and `prefill` the
-four of many tokens. Options are the fields of `DecodeSpec` and of `product.Shape`.
+four of many tokens. Options are the fields of `DecodeSpec` and of `gathered.Shape`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.targets import Target
+from moec.targets.kernels.cuda.expected import cost
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.layout import BLOCK, RING_WORDS, ROWS, FragmentLayout, blocks_ahead, ceil_div
 
@@ -24,17 +25,25 @@ Options = dict[str, int]
 
 PREFILL_OPTIONS = ("tokens", "tiles", "stages", "exact", "residency", "depth", "batch", "multiprocessors", "cluster")
 PREFILL = (
-    (8, 1, 6, 1, 2, 2, 1, 0), (8, 1, 6, 1, 2, 4, 1, 0), (8, 1, 6, 1, 2, 8, 1, 0), (8, 1, 6, 1, 2, 8, 1, 132), (8, 1, 6, 1, 3, 4, 1, 132),
-    (16, 1, 6, 1, 2, 2, 1, 0), (16, 1, 6, 1, 2, 4, 1, 0), (16, 1, 6, 1, 2, 4, 1, 132), (16, 1, 6, 1, 2, 4, 4, 132),
-    (24, 1, 6, 1, 2, 4, 1, 0), (24, 1, 6, 1, 2, 4, 4, 132), (32, 1, 4, 1, 2, 4, 1, 0), (32, 1, 4, 1, 2, 4, 2, 132),
-    (40, 1, 4, 1, 2, 3, 1, 0), (40, 1, 4, 1, 2, 3, 2, 132), (48, 1, 4, 1, 2, 3, 1, 0), (48, 1, 4, 1, 2, 3, 1, 132),
-    (64, 1, 4, 1, 2, 2, 1, 0), (64, 1, 4, 0, 2, 2, 1, 0), (64, 2, 4, 0, 1, 3, 1, 132), (72, 2, 4, 0, 1, 2, 2, 132),
-    (80, 2, 4, 0, 1, 2, 1, 132), (96, 2, 4, 0, 1, 2, 1, 132), (128, 2, 4, 0, 1, 2, 1, 0), (128, 2, 4, 0, 1, 2, 1, 132),
-    (96, 2, 4, 0, 1, 2, 1, 132, 2), (128, 2, 4, 0, 1, 2, 1, 132, 2),
-    (144, 1, 4, 1, 1, 2, 2, 132),
+    (8, 1, 6, 1, 2, 2, 1, 0), (8, 1, 6, 1, 2, 4, 1, 0), (8, 1, 6, 1, 2, 8, 1, 0), (8, 1, 6, 1, 2, 8, 1, 1), (8, 1, 6, 1, 3, 4, 1, 1),
+    (16, 1, 6, 1, 2, 2, 1, 0), (16, 1, 6, 1, 2, 4, 1, 0), (16, 1, 6, 1, 2, 4, 1, 1), (16, 1, 6, 1, 2, 4, 4, 1),
+    (24, 1, 6, 1, 2, 4, 1, 0), (24, 1, 6, 1, 2, 4, 4, 1), (32, 1, 4, 1, 2, 4, 1, 0), (32, 1, 4, 1, 2, 4, 2, 1),
+    (40, 1, 4, 1, 2, 3, 1, 0), (40, 1, 4, 1, 2, 3, 2, 1), (48, 1, 4, 1, 2, 3, 1, 0), (48, 1, 4, 1, 2, 3, 1, 1),
+    (64, 1, 4, 1, 2, 2, 1, 0), (64, 1, 4, 0, 2, 2, 1, 0), (64, 2, 4, 0, 1, 3, 1, 1), (72, 2, 4, 0, 1, 2, 2, 1),
+    (80, 2, 4, 0, 1, 2, 1, 1), (96, 2, 4, 0, 1, 2, 1, 1), (128, 2, 4, 0, 1, 2, 1, 0), (128, 2, 4, 0, 1, 2, 1, 1),
+    (96, 2, 4, 0, 1, 2, 1, 1, 2), (128, 2, 4, 0, 1, 2, 1, 1, 2), (144, 1, 4, 1, 1, 2, 2, 1),
 )  # fmt: skip
-"""What a sweep tries of the kernels of many tokens, by columns, of which the last may be left out: the product is too large, and most of it
-does not fit in registers."""
+"""What a sweep tries of the kernels of many tokens, by columns: the product is too large, and most of it does not fit in registers.
+
+The column of multiprocessors says whether blocks of threads stay for many tiles: as an option it is how many the GPU has. The last column
+may be left out.
+"""
+
+PREFILL_TERMS = ((64, 1, 4, 1, 1, 2, 1, 0), (64, 1, 4, 1, 1, 2, 1, 1), (96, 1, 3, 1, 1, 2, 1, 1))
+"""What else it tries where activations are two terms, whose stages take twice the memory."""
+
+MULTIPROCESSORS = 132
+"""Of an H100, which a GPU is taken for unless its target says otherwise."""
 
 MOST_SHARED = 232_448
 """Bytes of shared memory of a block of compute capability 9.0."""
@@ -81,6 +90,7 @@ class Layer:
         gate_up, down: the format of all experts, or of each.
         dtype: of activations, `bfloat16`, or `float32` as two terms of it.
         gated: whether there is a gate projection.
+        widths: F of each expert where they differ; f is the largest.
     """
 
     experts: int
@@ -91,11 +101,12 @@ class Layer:
     down: str | tuple[str, ...]
     dtype: str = "bfloat16"
     gated: bool = True
+    widths: tuple[int, ...] = ()
 
     @property
     def layout(self) -> ExpertsLayout:
         """How its weights lie in memory."""
-        return ExpertsLayout(self.experts, self.d, self.f, self.gate_up, self.down, self.gated)
+        return ExpertsLayout(self.experts, self.d, self.f, self.gate_up, self.down, self.gated, self.widths)
 
     @property
     def terms(self) -> int:
@@ -113,11 +124,13 @@ class Layer:
         """A file name."""
         formats = self.formats.replace("/", "-")
         rest = ("" if self.gated else "-plain") + ("" if self.dtype == "bfloat16" else f"-{self.dtype}")
+        rest += f"-of{sum(self.widths)}" if self.widths else ""
         return f"experts-{self.experts}x{self.d}x{self.f}-top{self.top_k}-{formats}{rest}"
 
     def to_json(self) -> dict[str, Any]:
-        """Its fields as JSON values."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        """Its fields as JSON values; `widths` only where there are."""
+        fields = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return fields if self.widths else {name: value for name, value in fields.items() if name != "widths"}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Layer:
@@ -136,24 +149,34 @@ def has_many(target: Target) -> bool:
     return str(json.loads(target.tvm)["arch"]).startswith("sm_90")
 
 
-def default(kernel: str, layer: Layer, tokens: int, limit: int = MOST_SHARED) -> Options:
-    """Options that are right for want of measurements: as many tokens a tile as an expert gets, and not fewer warps than hide latency."""
+def multiprocessors(target: Target) -> int:
+    """The multiprocessors of a target."""
+    return target.multiprocessors or MULTIPROCESSORS
+
+
+def default(kernel: str, layer: Layer, tokens: int, limit: int = MOST_SHARED, size: int = MULTIPROCESSORS) -> Options:
+    """Options that are right for want of measurements: those that should cost least, and not fewer warps than hide latency."""
     if kernel == "prefill":
-        each = tokens * layer.top_k / layer.experts
-        wide = next((n for n in (8, 16, 32) if 1.5 * each <= n), 64)
-        found = {"tokens": wide, "tiles": 1, "stages": 6 if wide <= 16 else 4, "terms": layer.terms, "exact": 1,
-                 "residency": 2 if layer.terms == 1 else 1, "depth": 4 if wide <= 32 else 2, "batch": 1,
-                 "multiprocessors": 0 if wide <= 16 else 132}  # fmt: skip
-        return found if fits("prefill", layer, tokens, found, limit) else {**found, "stages": 3, "residency": 1}
+        fitting = [options for options in _all(kernel, layer, size) if fits(kernel, layer, tokens, options, limit)]
+        if not fitting:
+            return {"tokens": 8, "tiles": 1, "stages": 3, "terms": layer.terms, "exact": 1, "residency": 1, "depth": 2, "batch": 1,
+                    "multiprocessors": 0}  # fmt: skip
+
+        def rank(options: Options) -> tuple[float, bool]:
+            stays = options["multiprocessors"] > 0
+            return cost(layer.experts, layer.top_k, tokens, options), stays != (options["tokens"] > 16)
+
+        return min(fitting, key=rank)
     splits = next(n for n in (4, 2, 1) if n <= ceil_div(layer.d, BLOCK))
     gate_up = {"warps": 8, "splits": splits, "unroll": 128, "residency": 0}
     down = {"down_warps": 16, "down_unroll": 64}
     return {"gate_up": gate_up, "down": down, "decode": {**gate_up, **down}}[kernel]
 
 
-def candidates(kernel: str, layer: Layer, tokens: int, limit: int = MOST_SHARED) -> list[Options]:
-    """What a sweep tries: all that fits, the default first."""
-    found = [default(kernel, layer, tokens, limit), *(o for o in _all(kernel, layer) if fits(kernel, layer, tokens, o, limit))]
+def candidates(kernel: str, layer: Layer, tokens: int, limit: int = MOST_SHARED, size: int = MULTIPROCESSORS) -> list[Options]:
+    """What a sweep tries on a GPU of `size` multiprocessors: all that fits, the default first."""
+    fitting = (options for options in _all(kernel, layer, size) if fits(kernel, layer, tokens, options, limit))
+    found = [default(kernel, layer, tokens, limit, size), *fitting]
     unique: dict[tuple[tuple[str, int], ...], Options] = {}
     for options in found:
         unique.setdefault(tuple(sorted(_effective(layer, options).items())), options)
@@ -167,7 +190,7 @@ def _effective(layer: Layer, options: Options) -> Options:
     return {name: max(1, value // block) if name.endswith("unroll") else value for name, value in options.items()}
 
 
-def _all(kernel: str, layer: Layer) -> list[Options]:
+def _all(kernel: str, layer: Layer, size: int) -> list[Options]:
     if kernel == "gate_up":
         return [
             {"warps": warps, "splits": splits, "unroll": unroll, "residency": 0}
@@ -175,19 +198,26 @@ def _all(kernel: str, layer: Layer) -> list[Options]:
         ]
     if kernel == "down":
         return [{"down_warps": warps, "down_unroll": unroll} for warps, unroll in product((16, 32), (32, 64, 128))]
-    return [dict(zip(PREFILL_OPTIONS, shape, strict=False)) | {"terms": layer.terms} for shape in PREFILL]
+    shapes = PREFILL if layer.terms == 1 else (*PREFILL, *PREFILL_TERMS)
+    found = [dict(zip(PREFILL_OPTIONS, shape, strict=False)) | {"terms": layer.terms} for shape in shapes]
+    return [options | {"multiprocessors": options["multiprocessors"] * size} for options in found]
 
 
 def fits(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int], limit: int = MOST_SHARED) -> bool:
-    """Whether a block has the threads and the shared memory (`limit` bytes) that the options ask for, and a use for them."""
+    """Whether a block has the threads and the shared memory (`limit` bytes) that the options ask for, and a use for them.
+
+    Weights are not rounded, which `exact` says, where activations are more than bfloat16.
+    """
     threads, shared = needs(kernel, layer, tokens, options)
     if threads > 1024 or shared > limit:
         return False
     if kernel == "prefill":
-        if options.get("cluster") and (options["terms"] > 1 or options["tiles"] != 2):
+        if options.get("cluster") and (options["terms"] > 1 or options["tiles"] != 2 or layer.widths):
             return False
         each = tokens * layer.top_k / layer.experts  # tiles of which next to nothing would be used
-        return options["residency"] * shared <= limit and (options["tokens"] <= 8 or options["tokens"] <= 8 * each)
+        useful = options["tokens"] <= 8 or options["tokens"] <= 8 * each
+        precise = bool(options["exact"]) or layer.terms == 1  # two terms would be for nothing
+        return options["residency"] * shared <= limit and useful and precise
     return kernel == "down" or options["splits"] <= ceil_div(layer.d, BLOCK)
 
 
@@ -207,8 +237,9 @@ def needs(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int]) ->
     words = threads * 4 * fragments + routing
     if kernel == "gate_up":
         return threads, 4 * (words + columns * (ceil_div(layer.d, BLOCK) * BLOCK // 2 + 16))
-    shares = ceil_div(slots + 1, 4) * 4 if layer.layout.down.mixed else 0
-    return threads, 4 * (words + shares + threads // 32 * blocks_ahead(columns) * columns * RING_WORDS)
+    if layer.widths or layer.layout.down.mixed:  # where each rank's work begins
+        words += 4 * (ceil_div(slots, 4) + ceil_div(slots + 1, 4))
+    return threads, 4 * (words + threads // 32 * blocks_ahead(columns) * columns * RING_WORDS)
 
 
 def bits(layer: Layer) -> float:

@@ -11,13 +11,13 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from moec.targets.kernels.cuda.arrival import last_arrival
+from moec.targets.kernels.cuda.arrival import SEMAPHORES, last_arrival
 from moec.targets.kernels.cuda.attention_parts import load4, page_shapes
 from moec.targets.kernels.cuda.emit import WARP, Buffer, Expr, Shared, argument, at, kernel, local, store, sync, when
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import ceil_div
 from moec.targets.kernels.cuda.step_loop import LOWEST, Loop, lanes_sum
-from moec.targets.kernels.cuda.step_spec import SEMAPHORES, SHARE, StepOptions, StepSpec, padded
+from moec.targets.kernels.cuda.step_spec import SHARE, StepOptions, StepSpec, padded
 from moec.targets.kernels.specs import NormSpec
 
 TOGETHER = 8  # parts that are read at a time
@@ -73,6 +73,7 @@ class Step(Loop):
             self._chunks(begin, end)
             self._before(shared)
             grid_wait()
+            self.values = self._new_values()
             self._prepare()
             self._begin()
             self._run()
@@ -178,16 +179,17 @@ class Step(Loop):
                 with when(first < self.active):
                     together = min(TOGETHER, splits - first)
                     indices = [T.Bind(T.min(first + s, self.active - 1)) for s in range(together)]
-                    peaks = [T.Bind(self.statistics[s, head, 0]) for s in indices]
+                    read = [T.Bind(self.statistics[s, head, 0]) for s in indices]
                     sums = [T.Bind(self.statistics[s, head, 1]) for s in indices]
                     for n, s in enumerate(indices):
                         if width == 4:
                             load4(at(values, n * 4), at(self.parts, s, head, column), "float32")
                         else:
                             store(values, self.parts[s, head, column], n)
+                    peaks = [T.Bind(T.Select(first + n < self.active, p, T.float32(2 * LOWEST))) for n, p in enumerate(read)]
                     most = self._most([peak[0], *peaks])
                     factor = T.Bind(T.exp(peak[0] - most))
-                    weights = [T.Bind(T.if_then_else(first + n < self.active, T.exp(p - most), T.float32(0))) for n, p in enumerate(peaks)]
+                    weights = [T.Bind(T.exp(p - most)) for p in peaks]
                     store(total, sum((w * s for w, s in zip(weights, sums, strict=True)), total[0] * factor), 0)
                     store(peak, most, 0)
                     for i in range(width):

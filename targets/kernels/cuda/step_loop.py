@@ -14,7 +14,7 @@ from moec.targets.kernels.cuda.attend_tile import _TANH, HIDDEN
 from moec.targets.kernels.cuda.attention_parts import PAGE, from_cache, load4, to_cache
 from moec.targets.kernels.cuda.copies import fetch_commit, fetch_wait, sync_warp
 from moec.targets.kernels.cuda.emit import WARP, Buffer, Expr, at, local, store, strided, when
-from moec.targets.kernels.cuda.intrinsics import call
+from moec.targets.kernels.cuda.intrinsics import call, load_words
 from moec.targets.kernels.cuda.layout import ceil_div
 from moec.targets.kernels.cuda.step_fetch import Fetch
 from moec.targets.kernels.cuda.step_spec import SHARE, padded, vector, whole
@@ -63,6 +63,7 @@ class Loop(Fetch):
     """The state of a warp: running maximum and sum of the rows that a lane has, and results of the columns that it has."""
 
     v: Buffer
+    values: Buffer
     sinks: Buffer | None
     weights: Buffer
     corrections: Buffer
@@ -93,6 +94,16 @@ class Loop(Fetch):
             return self.lane % pieces * self.width, None
         piece = n * WARP + self.lane
         return piece * self.width, None if pieces % WARP == 0 else piece < pieces
+
+    def _new_values(self) -> Buffer:
+        """What a lane's columns have in the new token's value."""
+        dv, width = self.spec.attention.dv, self.width
+        values = local(self.turns_of_columns * width, "float32")
+        for n in range(self.turns_of_columns):
+            column, inside = self._column(n)
+            begin = T.Bind(self.kv_head * dv + (column if inside is None else T.min(column, dv - width)))
+            load_words(at(values, n * width), at(self.v, 0, begin), width, early=True)
+        return values
 
     def _begin(self) -> None:
         """The state before the first position; the new token, and the sink, are known to one warp each."""
@@ -166,7 +177,7 @@ class Loop(Fetch):
 
     def _new(self) -> None:
         """Begin with the new token: its weight is 1 against its own logit."""
-        spec, a = self.spec, self.spec.attention
+        spec = self.spec
         keys = local(self.each, "float32")
         self._keys(keys, 0, self.new_key, 0, "float32")
         (logits,) = self._logits(keys, 1)
@@ -178,7 +189,7 @@ class Loop(Fetch):
             mine = T.bool(True) if inside is None and self.groups == 1 else self.group == 0 if inside is None else inside
             with when(mine):
                 for i in range(self.width):
-                    stored = T.Bind(to_cache(self.v[0, self.kv_head * a.dv + column + i], self.dtype))
+                    stored = T.Bind(to_cache(self.values[n * self.width + i], self.dtype))
                     for j in range(spec.rows):
                         store(self.result, from_cache(stored, self.dtype), (j * self.turns_of_columns + n) * self.width + i)
                     with when(self.tile == 0):

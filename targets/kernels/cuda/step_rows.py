@@ -6,8 +6,9 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from moec.targets.kernels.cuda.attention_parts import PAGE, from_cache, load4, to_cache
+from moec.targets.kernels.cuda.attention_parts import PAGE, from_cache, to_cache
 from moec.targets.kernels.cuda.emit import WARP, Buffer, Expr, Shared, at, local, store, sync, when
+from moec.targets.kernels.cuda.intrinsics import load_words
 from moec.targets.kernels.cuda.layout import ceil_div
 from moec.targets.kernels.cuda.step_spec import StepOptions, StepSpec, padded, vector
 from moec.targets.kernels.cuda.warp import warp_sum
@@ -58,16 +59,15 @@ class Rows:
         """Fill `queries` and, in the first part of the context, `new_key`, which the cache gets too."""
         spec, d = self.spec, self.spec.attention.d
         first = T.Bind(self.split == 0)
-        queries = [self._pairs(self.q, T.Bind(self._head(row)) * d, (0,)) for row in self.own]
-        keys = self._pairs(self.k, self.kv_head * d, (0,))
-        turn = self._angles()
         rows = [(i, n.size) for i, n in enumerate((spec.q_norm, spec.k_norm)) if n is not None and n.size != d]
-        for i, size in rows:
-            if i == 0:
-                self._squares(self.q, size, i)
-            else:
-                with when(first):
-                    self._squares(self.k, size, i)
+        turn = self._angles()  # all is asked for before the first use
+        keys = self._pairs(self.k, self.kv_head * d, (0,))
+        queries = [self._pairs(self.q, T.Bind(self._head(row)) * d, (0,)) for row in self.own]
+        pieces = [self._pieces((self.q, self.k)[i], size) for i, size in rows]
+        squares = [warp_sum(sum((x[n] * x[n] for n in range(count)), T.float32(0))) for x, count in pieces]
+        for (i, _), square in zip(rows, squares, strict=True):
+            with when(self.lane == 0):
+                store(self.squares, square, i * self.options.warps + self.warp)
         if rows:
             sync()
         for row, values, weights in zip(self.own, queries, self.weights_of_q, strict=True):
@@ -78,9 +78,9 @@ class Rows:
             for i in range(ceil_div(padded(d) - d, WARP)):
                 with when(d + i * WARP + self.lane < padded(d)):
                     store(self.queries, T.float32(0), row * padded(d) + d + i * WARP + self.lane)
+        self._normalise(keys, spec.k_norm, self.weights_of_k, 1)  # by all: in a branch, its loads would wait for what is before
+        self._turn(keys, turn)
         with when(T.And(first, self.warp == self.keeper)):
-            self._normalise(keys, spec.k_norm, self.weights_of_k, 1)
-            self._turn(keys, turn)
             for index, value in self._elements(keys):
                 stored = T.Bind(to_cache(value, self.dtype))
                 store(self.new_key, from_cache(stored, self.dtype), index)
@@ -107,11 +107,11 @@ class Rows:
         values = local(2 * ceil_div(self._half, WARP), "float32")
         for n, i, inside in self._indices():
             if inside is None:
-                store(values, source[(*lead, begin + i)], n)
+                load_words(at(values, n), at(source, *lead, begin + i), 1, early=True)
             else:
                 store(values, T.float32(0), n)
                 with when(inside):
-                    store(values, source[(*lead, begin + i)], n)
+                    load_words(at(values, n), at(source, *lead, begin + i), 1, early=True)
         return values
 
     def _elements(self, values: Buffer) -> Any:
@@ -133,22 +133,18 @@ class Rows:
             return None
         return self._pairs(self.cos, 0, (0,)), self._pairs(self.sin, 0, (0,))
 
-    def _squares(self, source: Buffer, size: int, which: int) -> None:
-        """Note the sum of squares over what a warp takes of a whole row."""
+    def _pieces(self, source: Buffer, size: int) -> tuple[Buffer, int]:
+        """What a thread takes of a whole row, and how many numbers that is."""
         width, threads = vector(size), self.options.threads
-        values, total = local(width, "float32"), local(1, "float32")
-        store(total, T.float32(0), 0)
-        for n in range(ceil_div(size // width, threads)):
-            piece = T.Bind(n * threads + self.thread)
+        count = width * ceil_div(size // width, threads)
+        values = local(count, "float32")
+        for n in range(0, count, width):
+            piece = T.Bind(n // width * threads + self.thread)
+            for i in range(width if size % (width * threads) else 0):
+                store(values, T.float32(0), n + i)
             with when(piece < size // width):
-                if width == 4:
-                    load4(at(values, 0), at(source, 0, piece * 4), "float32")
-                else:
-                    store(values, source[0, piece], 0)
-                store(total, sum((values[i] * values[i] for i in range(width)), total[0]), 0)
-        square = warp_sum(total[0])
-        with when(self.lane == 0):
-            store(self.squares, square, which * self.options.warps + self.warp)
+                load_words(at(values, n), at(source, 0, piece * width), width, early=True)
+        return values, count
 
     def _normalise(self, values: Buffer, norm: NormSpec | None, weights: Buffer | None, which: int) -> None:
         if norm is None:
@@ -159,7 +155,7 @@ class Rows:
         else:
             warps = self.options.warps
             square = T.Bind(sum((self.squares[which * warps + i] for i in range(warps)), T.float32(0)))
-        inverse = T.Bind(T.float32(1) / T.sqrt(square * T.float32(1 / norm.size) + T.float32(norm.eps)))
+        inverse = T.Bind(T.rsqrt(square * T.float32(1 / norm.size) + T.float32(norm.eps)))
         for i in range(count):
             value = values[i] * inverse
             if weights is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from moec.targets.kernels.cuda.arrival import SEMAPHORES
 from moec.targets.kernels.cuda.attention_parts import PAGE
 from moec.targets.kernels.cuda.layout import ceil_div
 from moec.targets.kernels.specs import AttentionSpec, NormSpec
@@ -13,7 +14,6 @@ SHARE = 8
 
 MOST_ROWS = 16
 MOST_SPLITS = 32
-SEMAPHORES = 256
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.emit import Buffer, Expr, argument, at, const, store, when
 from moec.targets.kernels.cuda.experts_layout import Stack
-from moec.targets.kernels.cuda.intrinsics import bf16_factors, load_words, term, widen
-from moec.targets.kernels.cuda.layout import FragmentLayout
+from moec.targets.kernels.cuda.factors import bf16_factors
+from moec.targets.kernels.cuda.intrinsics import load_words, term, widen
+from moec.targets.kernels.cuda.layout import BLOCK, FragmentLayout
 from moec.targets.kernels.cuda.packing import vectors
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an expert's weights are in the arrays of its class: its index, or where it begins if experts differ in size.
+
+    Args:
+        first, side: the index; or the first block of numbers, and the first of scales.
+        blocks: of a row.
+    """
+
+    first: Expr
+    side: Expr
+    blocks: Expr
+
+
+FIRST = Place(0, 0, 0)
+"""The place of a matrix that is the only one of its arrays."""
 
 
 class Stored:
@@ -22,35 +43,49 @@ class Stored:
     """
 
     early = False
+    _ragged = False
 
     def __init__(self, stack: Stack, index: int, prefix: str) -> None:
         self.layout: FragmentLayout = stack.classes[index]
-        lead, end = len(stack.members(index)), stack.suffix(index)
-        self._buffers = {n: argument(f"{prefix}{n}{end}", s, d) for n, (s, d) in self.layout.arrays(lead).items()}
+        self._ragged, end = stack.ragged, stack.suffix(index)
+        own = [f"{name}{end}" for name in self.layout.arrays()]
+        self._buffers = {n.removesuffix(end): argument(f"{prefix}{n}", *spec) for n, spec in stack.arrays().items() if n in own}
 
-    def fetch(self, words: Buffer, first: int, place: Expr, tile: Expr, block: Expr, lane: Expr, unit: int | None = None) -> None:
+    def _at(self, name: str, place: Place, tile: Expr, block: Expr, word: Expr) -> Expr:
+        """The address of a word of a block of numbers."""
+        index = (place.first + tile * place.blocks + block,) if self._ragged else (place.first, tile, block)
+        return at(self._buffers[name], *index, word)
+
+    def _scale_index(self, place: Place, tile: Expr, block: Expr) -> tuple[Expr, ...]:
+        """The index of the scales of a block."""
+        layout, span = self.layout, self.layout.scale_span
+        if not self._ragged:
+            return place.side, tile, block // span
+        return (place.side + tile,) if layout.per_row else (place.side + tile * ((place.blocks + span - 1) // span) + block // span,)
+
+    def fetch(self, words: Buffer, first: int, place: Place, tile: Expr, block: Expr, lane: Expr, unit: int | None = None) -> None:
         """Ask for the words of a block of 16 rows, or of one of the layout's units of it, into registers from `first` on."""
         layout = self.layout
         if layout.coded is None:
             for i, v in enumerate(range(8) if unit is None else (2 * unit, 2 * unit + 1)):
-                load_words(at(words, first + 4 * i), at(self._buffers["values"], place, tile, block, 256 * v + lane * 8), 4, self.early)
+                load_words(at(words, first + 4 * i), self._at("values", place, tile, block, 256 * v + lane * 8), 4, self.early)
         elif unit is not None and layout.units == 2:
             for half in range(2):
-                source = at(self._buffers["codes"], place, tile, block, 128 * (2 * half + unit) + lane * 4)
+                source = self._at("codes", place, tile, block, 128 * (2 * half + unit) + lane * 4)
                 load_words(at(words, first + 4 * half), source, 4, self.early)
         else:
             for done, count in vectors(layout.bits):
-                source = at(self._buffers["codes"], place, tile, block, 32 * done + lane * count)
+                source = self._at("codes", place, tile, block, 32 * done + lane * count)
                 load_words(at(words, first + done), source, count, self.early)
 
-    def fetch_scales(self, sides: Buffer, first: int, place: Expr, tile: Expr, block: Expr, lane: Expr) -> None:
+    def fetch_scales(self, sides: Buffer, first: int, place: Place, tile: Expr, block: Expr, lane: Expr) -> None:
         """Ask for the scales of a block, a pair of float16 for each group of a lane's two rows or two float32; bf16 has none."""
         layout = self.layout
         if layout.fp8 is not None:
-            index = (tile, block, 0) if layout.fp8.block else (tile, 0, lane // 4, 0, 0)
-            load_words(at(sides, first), at(self._buffers["scale"], place, *index), 2)
+            inner = (0,) if layout.fp8.block else (lane // 4, 0, 0)
+            load_words(at(sides, first), at(self._buffers["scale"], *self._scale_index(place, tile, block), *inner), 2, self.early)
         elif layout.integer is not None:
-            source = at(self._buffers["scale"], place, tile, block // layout.scale_span, lane // 4, 0, 0)
+            source = at(self._buffers["scale"], *self._scale_index(place, tile, block), lane // 4, 0, 0)
             load_words(at(sides, first), source, layout.block_groups, self.early)
 
     def scales(self, target: Buffer, sides: Buffer, first: int, group: int) -> None:
@@ -70,13 +105,13 @@ class Stored:
         else:
             bf16_factors(at(target, 0), sides[first + group])
 
-    def zeros(self, place: Expr, tile: Expr, block: Expr, lane: Expr, group: int) -> tuple[Expr, Expr]:
+    def zeros(self, place: Place, tile: Expr, block: Expr, lane: Expr, group: int) -> tuple[Expr, Expr]:
         """The zero points of a lane's two rows."""
         integer = self.layout.integer
         if integer is None or integer.symmetric:
             middle = const(integer.levels // 2 if integer else 0, "uint32")
             return middle, middle
-        index = (place, tile, block // self.layout.scale_span, lane // 4, group)
+        index = (*self._scale_index(place, tile, block), lane // 4, group)
         low, high = (T.Bind(T.cast(self._buffers["zero"][(*index, half)], "uint32")) for half in (0, 1))
         return low, high
 
@@ -90,24 +125,46 @@ class Classes(Generic[Kind]):
     def __init__(self, stack: Stack, prefix: str, kind: Callable[[Stack, int, str], Kind]) -> None:
         self.stack, self.blocks = stack, stack.classes[0].blocks
         self.kinds = [kind(stack, index, prefix) for index in range(len(stack.classes))]
-        self._table = argument(f"{prefix}table", (stack.experts, 2), "int32") if stack.mixed else None
+        self._table = argument(f"{prefix}table", *stack.arrays()["table"]) if stack.tabled else None
 
     def cost(self, expert: Expr) -> Expr:
-        """How much work a block of an expert's rows is: its bits, and one for what any block takes."""
+        """How much work a block of an expert's rows is: of several formats its bits, and one for what any block takes."""
+        if self._table is None or not self.stack.mixed:
+            return const(1, "int32")
         costs = [found.layout.block_words // 64 + 1 for found in self.kinds]
-        if self._table is None:
-            return const(costs[0], "int32")
         kind, found = T.Bind(self._table[expert, 0]), const(costs[-1], "int32")
         for index, cost in enumerate(costs[:-1]):
             found = T.Select(kind == index, const(cost, "int32"), found)
         return found
 
-    def each(self, expert: Expr, act: Callable[[Kind, Expr], None]) -> None:
+    @contextmanager
+    def tiles(self, expert: Expr, first: Expr) -> Iterator[Expr]:
+        """The body with the number of an expert's tiles, only where that has some from `first` on."""
+        if self._table is None or not self.stack.rows:
+            yield self.stack.classes[0].tiles
+            return
+        count = T.Bind(self._table[expert, 3])
+        with when(first < count):
+            yield count
+
+    def columns_of(self, expert: Expr) -> Expr:
+        """Columns of an expert."""
+        return self.stack.k if self._table is None or not self.stack.columns else T.Bind(self._table[expert, 3])
+
+    def blocks_of(self, expert: Expr) -> Expr:
+        """Blocks of a row of an expert."""
+        return T.Bind((self.columns_of(expert) + BLOCK - 1) // BLOCK) if self.stack.columns else self.blocks
+
+    def each(self, expert: Expr, act: Callable[[Kind, Place], None]) -> None:
         """Act with the arrays of an expert, and its place in them: a branch for each format."""
         if self._table is None:
-            act(self.kinds[0], expert)
+            act(self.kinds[0], Place(expert, expert, self.blocks))
             return
-        kind, place = T.Bind(self._table[expert, 0]), T.Bind(self._table[expert, 1])
+        kind, first = T.Bind(self._table[expert, 0]), T.Bind(self._table[expert, 1])
+        place = Place(first, T.Bind(self._table[expert, 2]) if self.stack.ragged else first, self.blocks_of(expert))
+        if not self.stack.mixed:
+            act(self.kinds[0], place)
+            return
         for index, found in enumerate(self.kinds):
             with when(kind == index):
                 act(found, place)

@@ -11,7 +11,7 @@ from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store
 from moec.targets.kernels.cuda.experts_layout import Stack
 from moec.targets.kernels.cuda.intrinsics import dequantize, load_pair, mma, term
 from moec.targets.kernels.cuda.ring import Ring
-from moec.targets.kernels.cuda.stored import Classes, Stored
+from moec.targets.kernels.cuda.stored import Classes, Place, Stored
 
 STEPS = 8  # products of 16 columns in a block
 PADDING = 16  # words: rows that are neighbours are 64 bytes apart in the banks of shared memory
@@ -100,13 +100,15 @@ class Weights(Classes["_Stream"]):
 class _Stream(Stored):
     """The arrays of the experts of one format."""
 
+    early = True  # otherwise the compiler asks for some of them after the barriers
+
     @property
     def lane_words(self) -> int:
         """Words that a lane holds of a block."""
         return self.layout.block_words // 32
 
     def stream(
-        self, place: Expr, tile: Expr, start: Expr, stop: Expr, lane: Expr, load: LoadB | Ring, columns: Columns,
+        self, place: Place, tile: Expr, start: Expr, stop: Expr, lane: Expr, load: LoadB | Ring, columns: Columns,
         loaded: Callable[[], None] | None, size: int,
     ) -> None:  # fmt: skip
         depth = max(1, min(size // (4 * self.lane_words), self.layout.blocks))
@@ -136,7 +138,7 @@ class _Stream(Stored):
                     with when(block + depth < stop):
                         self._fetch(words, sides, u, place, tile, block + depth, lane)
 
-    def _fetch(self, words: Buffer, sides: Buffer, u: int, place: Expr, tile: Expr, block: Expr, lane: Expr) -> None:
+    def _fetch(self, words: Buffer, sides: Buffer, u: int, place: Place, tile: Expr, block: Expr, lane: Expr) -> None:
         """Ask for the words and scales of a block."""
         self.fetch(words, u * self.lane_words, place, tile, block, lane)
         self.fetch_scales(sides, u * self.layout.side_words, place, tile, block, lane)
@@ -155,7 +157,7 @@ class _Stream(Stored):
         return b
 
     def _multiply(
-        self, words: Buffer, sides: Buffer, u: int, place: Expr, tile: Expr, block: Expr, lane: Expr, b: list[Buffer], columns: Columns
+        self, words: Buffer, sides: Buffer, u: int, place: Place, tile: Expr, block: Expr, lane: Expr, b: list[Buffer], columns: Columns
     ) -> None:
         """Add the product with one block."""
         layout, groups = self.layout, self.layout.block_groups

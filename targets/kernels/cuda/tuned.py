@@ -1,7 +1,8 @@
 """Which kernels an experts layer runs on a target, and with which options: what measured records say, or a default. Each choice says why.
 
 A record of the same layer decides; where T was not measured, its nearest T does. Without one, the record of the most alike layer lends its
-options, if they fit here; without that, options are defaults. Results that are off by more than `MOST_ERROR` are not chosen.
+options, if they fit here (the same layer with other activations is an octave away); without that, options are defaults. Results that are
+off by more than `MOST_ERROR` are not chosen.
 """
 
 from __future__ import annotations
@@ -13,11 +14,27 @@ from pathlib import Path
 
 from moec.runtime.errors import MoecError
 from moec.targets import Target
-from moec.targets.kernels.cuda.space import FAMILY, MOST_DECODE, Layer, Options, bits, default, fingerprint, fits, has_many, shared_memory
+from moec.targets.kernels.cuda.expected import cost
+from moec.targets.kernels.cuda.space import (
+    FAMILY,
+    MOST_DECODE,
+    Layer,
+    Options,
+    bits,
+    default,
+    fingerprint,
+    fits,
+    has_many,
+    multiprocessors,
+    shared_memory,
+)
 from moec.targets.measured import Measurement, Record, read_records
 
 MOST_ERROR = 5e-3
 """Of the result, relative to float64."""
+
+FAR = 2.0
+"""Octaves in T beyond which the kernels of many tokens are not chosen by a measurement."""
 
 ALIKE = 4.0
 """Octaves in all the sizes of two layers together, within which options are lent."""
@@ -29,7 +46,7 @@ class Choice:
 
     Args:
         kernel: `decode`, the two kernels of a few tokens, or `prefill`, the four of many.
-        options: of `DecodeSpec` or of `product.Shape`.
+        options: of `DecodeSpec` or of `gathered.Shape`.
         us: microseconds, if this was measured for this T; those of two kernels alone are added up.
         why: where the options are from.
         measured: whether they are from a record of this layer.
@@ -81,6 +98,11 @@ def dispatch(
     return [*found[:-1], (None, found[-1][1])]
 
 
+def takes_few(target: Target, layer: Layer, tokens: int) -> bool:
+    """Whether the kernels of a few tokens can run T tokens of a layer."""
+    return _Chooser.of(target, layer, (), None).few(tokens)
+
+
 @dataclass(frozen=True)
 class _Chooser:
     """What choices for a layer depend on."""
@@ -88,6 +110,7 @@ class _Chooser:
     target: str
     many: bool
     limit: int
+    size: int
     layer: Layer
     records: Sequence[tuple[Layer, Record]]
     tvm: str | None
@@ -95,13 +118,15 @@ class _Chooser:
     @classmethod
     def of(cls, target: Target, layer: Layer, folders: Sequence[Path] | None, tvm: str | None) -> _Chooser:
         found = [record for record in read_records(target.name, folders) if record.operator == "experts"]
-        return cls(
-            target.name, has_many(target), shared_memory(target), layer, [(Layer.from_json(record.layer), record) for record in found], tvm
-        )
+        known = [(Layer.from_json(record.layer), record) for record in found]
+        return cls(target.name, has_many(target), shared_memory(target), multiprocessors(target), layer, known, tvm)
+
+    def few(self, tokens: int) -> bool:
+        """Whether the kernels of a few tokens can run so many: there may be too many, or rows that are too wide."""
+        return 1 <= tokens <= MOST_DECODE and self.fits("gate_up", tokens, default("gate_up", self.layer, tokens, self.limit))
 
     def choose(self, tokens: int) -> Choice:
-        few_fit = 1 <= tokens <= MOST_DECODE and self.fits("gate_up", tokens, default("gate_up", self.layer, tokens, self.limit))
-        if not few_fit:  # too many, or rows that are too wide
+        if not self.few(tokens):
             if not self.many:
                 what = f"{tokens} tokens of {self.layer.d} {self.layer.dtype}"
                 raise MoecError(f"target {self.target}: no CUDA kernels for the experts of {what} at a time; pass fewer tokens")
@@ -118,39 +143,53 @@ class _Chooser:
         """The choice for one kernel."""
         for other, record in self.records:
             if other == self.layer and (best := self.best(record.measurements, kernel, tokens)) is not None:
-                age, options = _age(record, kernel, self.tvm), dict(best.options)
+                age, options = _age(record, kernel, self.tvm), self.suited(best)
                 if best.tokens == tokens:
                     return Choice(kernel, options, best.us, f"measured on {record.device}{age}", measured=True)
                 return Choice(kernel, options, None, f"measured on {record.device} for T = {best.tokens}{age}", measured=True)
         for distance, other, record in sorted(((_distance(self.layer, o), o, r) for o, r in self.records), key=lambda entry: entry[0]):
-            if distance <= ALIKE and (best := self.best(record.measurements, kernel, tokens)) is not None:
+            best = self.best(record.measurements, kernel, tokens) if distance <= ALIKE else None
+            if best is not None and (other.dtype == self.layer.dtype or best == _fastest(record.measurements, best)):
                 why = f"lent by {other.name}, T = {best.tokens}, measured on {record.device}{_age(record, kernel, self.tvm)}"
-                return Choice(kernel, dict(best.options), None, why, measured=False)
-        options = default(kernel, self.layer, tokens, self.limit)
+                return Choice(kernel, self.suited(best), None, why, measured=False)
+        options = default(kernel, self.layer, tokens, self.limit, self.size)
         return Choice(kernel, options, None, f"default: nothing like it was measured on {self.target}", measured=False)
 
     def best(self, measurements: Iterable[Measurement], kernel: str, tokens: int) -> Measurement | None:
         """The fastest of the measured T nearest to this one, of what fits and is right."""
         usable = [
             m for m in measurements
-            if m.kernel == kernel and (m.error is None or m.error < MOST_ERROR) and self.fits(kernel, tokens, dict(m.options))
+            if m.kernel == kernel and (m.error is None or m.error < MOST_ERROR) and self.fits(kernel, tokens, self.suited(m))
         ]  # fmt: skip
         if not usable:
             return None
         nearest = min({m.tokens for m in usable}, key=lambda t: (abs(log2(t / max(tokens, 1))), t))
+        if kernel == "prefill" and abs(log2(nearest / max(tokens, 1))) > FAR:  # tiles for quite another number of tokens
+            return None
         return min((m for m in usable if m.tokens == nearest), key=lambda m: m.us)
+
+    def suited(self, measurement: Measurement) -> Options:
+        """Options with what follows from this layer's activations."""
+        rest = {"terms": self.layer.terms} if measurement.kernel == "prefill" else {}
+        return dict(measurement.options) | rest
 
     def fits(self, kernel: str, tokens: int, options: Options) -> bool:
         """Whether the target can run them."""
         return fits(kernel, self.layer, tokens, options, self.limit)
 
 
+def _fastest(measurements: Iterable[Measurement], like: Measurement) -> Measurement:
+    """The fastest of a kernel and T, whether it could run here or not: what it gave is worth little where others were far better."""
+    same = (m for m in measurements if (m.kernel, m.tokens) == (like.kernel, like.tokens) and (m.error is None or m.error < MOST_ERROR))
+    return min(same, key=lambda m: m.us)
+
+
 def _distance(a: Layer, b: Layer) -> float:
     """How unlike two layers are: octaves between their sizes."""
-    if (a.dtype, a.gated) != (b.dtype, b.gated):
+    if a.gated != b.gated:
         return inf
     sizes = zip((a.experts, a.top_k, a.d, a.f, bits(a)), (b.experts, b.top_k, b.d, b.f, bits(b)), strict=True)
-    return sum(abs(log2(x / y)) for x, y in sizes)
+    return sum(abs(log2(x / y)) for x, y in sizes) + (a.dtype != b.dtype)
 
 
 def _age(record: Record, kernel: str, tvm: str | None) -> str:
@@ -161,11 +200,14 @@ def _age(record: Record, kernel: str, tvm: str | None) -> str:
     return f" with {' and '.join(notes)}" if notes else ""
 
 
-def order(records: Iterable[Record], kernel: str, tokens: int, options: Sequence[Options]) -> list[Options]:
-    """Candidates, those first that did best for other layers: by the mean of time over the least time of its layer and T.
+def order(records: Iterable[Record], kernel: str, layer: Layer, tokens: int, options: Sequence[Options]) -> list[Options]:
+    """Candidates, the most promising first.
 
-    What was never measured counts as half again as slow as the best, and keeps its order.
+    Those of many tokens are ordered by what they should cost, others by what they gave for other layers: the mean of time over the least
+    time of its layer and T. What was never measured counts as half again as slow as the best, and keeps its order.
     """
+    if kernel == "prefill":
+        return sorted(options, key=lambda candidate: cost(layer.experts, layer.top_k, tokens, candidate))
     ratios: dict[tuple[tuple[str, int], ...], list[float]] = {}
     for record in records:
         groups: dict[int, list[Measurement]] = {}

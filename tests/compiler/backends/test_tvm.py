@@ -189,7 +189,7 @@ def test_truncation_goes_back(small: Compiled) -> None:
 
 
 def test_prompts_longer_than_a_call(tiny: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moec.runtime.executors.tvm.CHUNK", 64)
+    monkeypatch.setattr(tiny.executor, "_chunk", 64)
     ids = random_ids(tiny, 300)
     sequence = tiny.executor.add()
     logits = tiny.executor.forward([(sequence, ids)])

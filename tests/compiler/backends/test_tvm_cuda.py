@@ -15,18 +15,24 @@ from moec.compiler import cuda_code
 from moec.compiler.artifact_weights import open_artifact
 from moec.compiler.backends.tvm import cuda
 from moec.compiler.backends.tvm.backend import TvmBackend
+from moec.compiler.backends.tvm.cuda_choices import Choices
+from moec.compiler.backends.tvm.platform import ANY
 from moec.compiler.ir import Graph
+from moec.compiler.model import Model
 from moec.compiler.pipeline import compile_model
 from moec.compiler.progress import Progress
 from moec.compiler.stored import pack
 from moec.compiler.text import parse_graph, print_graph
 from moec.runtime.cuda import Driver, runs_on
 from moec.runtime.errors import MoecError
+from moec.runtime.sampler import Best
 from moec.runtime.tvm_device import Gpu
 from moec.targets import get_target
+from moec.targets.kernels.cuda.space import Layer
+from moec.targets.kernels.cuda.tuned import dispatch
 from tests.compiler.backends.test_tvm import with_format
 from tests.compiler.backends.tvm_model import Compiled, assert_equal
-from tests.graphs import MOE, random_weights
+from tests.graphs import MOE, factored, random_weights
 from tests.targets.kernels import emulator
 
 needs_compiler = pytest.mark.skipif(cuda_code.cuda_compiler() is None, reason="neither nvcc nor NVRTC is installed")
@@ -39,10 +45,16 @@ def moe() -> Graph:
 
 
 @pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> Gpu:
-    """The emulated GPU: products of many tokens are plain kernels, since it has no `wgmma`."""
-    emulator.install()
+def emulated(whole: Gpu, monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    """The emulated GPU, where products of many tokens are plain kernels: those of the tensor cores take it long."""
     monkeypatch.setattr(cuda, "PRODUCTS", "none")
+    return whole
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    """The emulated GPU with all kernels."""
+    emulator.install()
     monkeypatch.setattr(cuda, "need_cuda_compiler", lambda: "none")
     monkeypatch.setattr(cuda, "machine_code", lambda source, arch, compiler: b"")
     return Gpu("", b"", None)
@@ -82,13 +94,77 @@ def mixed() -> Graph:
 
 
 @needs_emulator
-def test_experts_of_different_formats_are_one_node(emulated: Gpu, tmp_path: Path) -> None:
+def test_experts_of_different_formats_are_one_node(whole: Gpu, tmp_path: Path) -> None:
     graph = mixed()
-    model = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", emulated)
+    model = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", whole)
     ids = np.random.default_rng(0).integers(0, model.executor.vocab_size, 40)
     expected = model.expected(ids)
     np.testing.assert_allclose(model.logits(ids), expected, atol=1e-4)
     np.testing.assert_allclose(model.logits(ids[:1]), expected[:1], atol=1e-4)
+
+
+@needs_emulator
+@pytest.mark.parametrize("kind", ["f32", "factors", "only factors"])
+def test_what_has_plain_kernels_only(kind: str, emulated: Gpu, tmp_path: Path) -> None:
+    graph = with_format(moe(), "f32" if kind == "f32" else "int4_g32")
+    subject = Model(graph, random_weights(graph))
+    if kind == "f32":
+        graph = graph.with_params([replace(graph.params[DOWN], format="f16")])
+        subject = replace(subject, graph=graph)
+    else:
+        subject = factored(subject, (3, 8), whole=kind == "factors", fmt="bf16")
+    model = Compiled(subject.graph, subject.weights, tmp_path, "h100-sxm", emulated)
+    assert "plain kernels" in model.section["notes"][0]
+    ids = np.random.default_rng(0).integers(0, model.executor.vocab_size, 11)
+    expected = model.expected(ids)
+    np.testing.assert_allclose(model.logits(ids), expected, atol=1e-4)
+    np.testing.assert_allclose(model.logits(ids[:1]), expected[:1], atol=1e-4)
+
+
+@needs_emulator
+def test_few_tokens_are_filled_up(emulated: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = mixed()
+    model = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", emulated)
+    called = list[str]()
+    run = emulated.run
+    monkeypatch.setattr(emulated, "run", lambda name, *rest: (called.append(name), run(name, *rest))[1])
+    executor, rng = model.executor, np.random.default_rng(3)
+    texts = [rng.integers(0, executor.vocab_size, 8) for _ in range(3)]
+    expected = [model.expected(text) for text in texts]
+    a, b, c = (executor.add() for _ in texts)
+    np.testing.assert_allclose(executor.forward([(a, texts[0][:3])], all_logits=True), expected[0][:3], atol=1e-4)  # decode4
+    np.testing.assert_allclose(executor.forward([(b, texts[1][:2]), (c, texts[2][:4])]), [expected[1][1], expected[2][3]], atol=1e-4)
+    steps = [(a, texts[0][3:4]), (b, texts[1][2:3]), (c, texts[2][4:5])]
+    np.testing.assert_allclose(executor.forward(steps), [expected[0][3], expected[1][2], expected[2][4]], atol=1e-4)
+    steps = [(a, texts[0][4:8]), (b, texts[1][3:8])]
+    np.testing.assert_allclose(executor.forward(steps, all_logits=True), [*expected[0][4:], *expected[1][3:]], atol=1e-4)
+    np.testing.assert_allclose(executor.forward([(c, texts[2][5:7])]), expected[2][[6]], atol=1e-4)
+    assert called == ["decode4", "decode8", "decode4", "forward", "decode2"]
+    assert executor.counters is not None
+    (count,) = executor.counters.read()
+    assert (count.tokens, count.experts, count.slots) == (23, 46, 46)  # what calls were filled up with is not counted
+
+
+def test_functions_and_choices_of_a_target() -> None:
+    platform = cuda.CudaPlatform(get_target("h100-sxm"))
+    functions = platform.functions(with_format(moe(), "int4_g32"))
+    assert [f.name for f in functions[:4]] == ["decode", "decode2", "decode4", "decode8"]
+    assert functions[-1] == ANY and all(f.most for f in functions[:-1])
+    assert [f.most for f in functions[:-1]] == sorted(f.most or 0 for f in functions[:-1])
+    layer = Layer(64, 8, 2048, 1024, "int4_g128", "int4_g128", "float32")
+    choices = Choices(get_target("h100-sxm"), products=True)
+    for function in choices.functions([layer]):
+        found = choices.of(layer, function)
+        wanted = dict(dispatch(get_target("h100-sxm"), layer))
+        assert found is not None
+        assert found.kernel == ("decode" if (function.most or 99) <= 8 else "prefill")
+        if function.most in wanted:
+            assert found == wanted[function.most]
+    assert {entry["why"][:7] for entry in choices.made()} <= {"lent by", "default", "gate_up", "measure"}
+    assert any("T up to 1, 2" in line or "T up to 1:" in line for line in choices.lines())
+    plain_only = Choices(get_target("a100-80g"), products=False)
+    assert [f.name for f in plain_only.functions([layer])] == ["decode", "decode2", "decode4", "decode8", "forward"]
+    assert plain_only.of(layer, ANY) is None
 
 
 def test_an_artifact_of_experts_of_different_formats(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -113,6 +189,19 @@ def test_an_artifact_of_experts_of_different_formats(monkeypatch: pytest.MonkeyP
                 np.testing.assert_array_equal(stored.load(name, expert), weights.load(name, expert).bfloat16().float())
             else:
                 assert_equal(found, expected)
+
+
+@needs_emulator
+def test_the_likeliest_tokens_are_found_there(emulated: Gpu, tmp_path: Path) -> None:
+    graph = with_format(moe(), "bf16")
+    model = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", emulated)
+    ids = np.random.default_rng(0).integers(0, model.executor.vocab_size, 8)
+    expected = Best.of(model.expected(ids))
+    first, second = model.executor.add(), model.executor.add()
+    for steps, rows in (([(first, ids[:5]), (second, ids[:3])], [4, 2]), ([(first, ids[5:6])], [5])):
+        found = model.executor.best(steps)
+        np.testing.assert_array_equal(found.ids, expected.ids[rows])
+        np.testing.assert_allclose(found.logprobs, expected.logprobs[rows], atol=1e-4)
 
 
 @needs_compiler

@@ -12,10 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moec.compiler.context import Context
 from moec.compiler.errors import MoecError
 from moec.compiler.frontend.families_table import difference
 from moec.compiler.frontend.huggingface import load
 from moec.compiler.frontend.tiny_models import tiny_model
+from moec.compiler.model import Model
+from moec.compiler.stored import as_stored
+from moec.passes.quantize import Quantize
 
 TINY = Path(__file__).parents[3] / "examples" / "models" / "tiny-moe"
 
@@ -70,8 +74,54 @@ def _index(folder: Path, shard: str) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
 
 
+def _to_fp8(folder: Path, size: int, **changes: Any) -> dict[str, torch.Tensor]:
+    """Make the matrices of a checkpoint's layers fp8 with a scale for each block of `size` by `size`; the values that they stand for."""
+    found: dict[str, torch.Tensor] = {}
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if n.endswith("_proj.weight")]:
+            weight = tensors[name].float()
+            n, k = weight.shape
+            padded = torch.nn.functional.pad(weight, (0, -k % size, 0, -n % size))
+            blocks = padded.view(padded.shape[0] // size, size, padded.shape[1] // size, size)
+            scale = blocks.abs().amax((1, 3)) / 448
+            codes = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+            found[name] = (codes.float() * scale[:, None, :, None]).view(padded.shape)[:n, :k]
+            tensors[name], tensors[f"{name}_scale_inv"] = codes.view(padded.shape)[:n, :k].contiguous(), scale
+
+    _tensors(folder, change)
+    _config(
+        folder, quantization_config={"quant_method": "fp8", "weight_block_size": [size, size], "activation_scheme": "dynamic"} | changes
+    )
+    return found
+
+
+@pytest.mark.parametrize("size", [128, 96])
+def test_fp8_weights_are_the_values_that_they_stand_for(size: int, tmp_path: Path) -> None:
+    folder = _copy(tmp_path)
+    expected = _to_fp8(folder, size)
+    graph, weights = load(folder)
+    down = next(name for name in graph.params if name.endswith("experts.down_proj"))
+    assert graph.params[down].format == "f32"
+    layer = down.removesuffix("experts.down_proj")
+    for expert in (0, 3):
+        assert torch.equal(weights.load(down, expert), expected[f"{layer}experts.{expert}.down_proj.weight"])
+        both = [expected[f"{layer}experts.{expert}.{part}_proj.weight"] for part in ("gate", "up")]
+        assert torch.equal(weights.load(down.replace("down_proj", "gate_up_proj"), expert), torch.cat(both))
+    assert torch.equal(weights.load("model.layers.0.self_attn.q_proj.weight"), expected["model.layers.0.self_attn.q_proj.weight"])
+    if size == 128:
+        model = as_stored(Quantize(experts="fp8_block128", linear="fp8_block128").run(Model(graph, weights), Context()))
+        for name in (down, "model.layers.0.self_attn.q_proj.weight"):
+            assert torch.equal(model.load(name), weights.load(name)), "kept as they are"
+
+
 def _drop(tensors: dict[str, torch.Tensor]) -> None:
     del tensors["model.layers.1.self_attn.q_proj.weight"]
+
+
+def _drop_scales(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [n for n in tensors if n.endswith("down_proj.weight_scale_inv")]:
+        del tensors[name]
 
 
 def _reshape(tensors: dict[str, torch.Tensor]) -> None:
@@ -87,6 +137,9 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "remote code": (lambda f: _config(f, model_type="mine", auto_map={"AutoModel": "evil.Model"}), "never run"),
     "no language model": (lambda f: _config(f, model_type="vit"), "no causal language model"),
     "quantised": (lambda f: _config(f, quantization_config={"quant_method": "fp8"}), r"already quantised \(fp8\)"),
+    "quantised in int": (lambda f: _to_fp8(f, 128, quant_method="gptq"), r"already quantised \(gptq\)"),
+    "no scales": (lambda f: (_to_fp8(f, 128), _tensors(f, _drop_scales)), r"down_proj.weight .* has the scales None, expected \[\d, \d\]"),
+    "other blocks": (lambda f: _to_fp8(f, 128, weight_block_size=[64, 128]), r"has the scales \[\d, \d\], expected \[\d, \d\]"),
     "pickle only": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "can run code"),
     "truncated": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]), "truncated or damaged"),
     "missing shard": (lambda f: _index(f, "model-00002.safetensors"), "the shard model-00002.safetensors is missing"),

@@ -28,6 +28,7 @@ from moec.targets.measured import read_records
 
 MIXED = make_layer((6, 2, 520, 392, True), "int2_g64+int3_g64_asym+int8_g128/int4_g128+bf16")
 LAYERS = [MIXED, make_layer((3, 1, 128, 72, True), "int4_g64", "float32"), Layer(4, 2, 256, 40, "bf16", "int3_channel", gated=False)]
+LAYERS += [make_layer((4, 2, 136, 264, True), "int4_g64+bf16/fp8_block128", widths=(264, 40, 8))]
 LAYERS += [make_layer((4, 2, 136, 72, True), "fp8_block128+fp8_channel+int4_g64/fp8_block128")]
 NAMES = {torch.bfloat16: ("bfloat16", "uint16"), torch.uint16: ("uint16",), torch.uint32: ("uint32",)}
 

@@ -50,9 +50,13 @@ def test_matrices_are_what_the_layout_says(n: int, k: int) -> None:
                 np.testing.assert_array_equal(q.zero.numpy(), zero)
 
 
-def test_a_layer_is_what_the_op_means() -> None:
+@pytest.mark.parametrize("widths", [(), (16, 8, 40, 32, 24)])
+@pytest.mark.parametrize(
+    "formats", [("int4_g64", "int3_g32_asym"), (("fp8_channel", "bf16", "fp8_block128", "int8_g128", "bf16"), "fp8_channel")]
+)
+def test_a_layer_is_what_the_op_means(widths: tuple[int, ...], formats: tuple[str | tuple[str, ...], str]) -> None:
     """Against a loop over tokens and slots on gate and up rows in their plain order."""
-    layer = Layer(5, 2, 264, 40, "int4_g64", "int3_g32_asym")
+    layer = Layer(5, 2, 264, 40, *formats, widths=widths)
     weights, tokens = random_weights(layer, 1, biases=True, device="cpu"), random_tokens(layer, 7, 2, device="cpu")
     tokens.ids[0, 0], tokens.ids[1, 1] = -1, 5
     assert weights.biases is not None
@@ -64,13 +68,16 @@ def test_a_layer_is_what_the_op_means() -> None:
             if not 0 <= e < 5:
                 continue
             rows = reference.matrix(layout.gate_up, weights.gate_up, e)
-            up = torch.from_numpy(layout.deinterleave(rows.numpy()))
-            bias = torch.from_numpy(layout.deinterleave(weights.biases[0][e].numpy()[:, None]))[:, 0].double()
+            own = layout.of(e)
+            assert (len(rows), own.f) == (own.gate_up.n, widths[e] if widths else 40)
+            up = torch.from_numpy(own.deinterleave(rows.numpy()))
+            bias = torch.from_numpy(own.deinterleave(weights.biases[0][e, : len(rows)].numpy()[:, None]))[:, 0].double()
             gate, value = (up @ tokens.x[t].double() + bias).chunk(2)
             hidden = gate * torch.sigmoid(gate) * value
             y = reference.matrix(layout.down, weights.down, e) @ hidden + weights.biases[1][e].double()
             expected[t] += tokens.routing_weights[t, s].double() * y
     assert relative_error(expected_result(weights, tokens), expected) < 1e-12
+    assert weights.nbytes(torch.tensor([[1, 2]])) == sum(s.nbytes(e) for s in (layout.gate_up, layout.down) for e in (1, 2))
 
 
 @pytest.mark.parametrize("activation", [*reference.ACTIVATIONS, "clamped_swiglu"])

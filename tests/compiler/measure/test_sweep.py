@@ -23,7 +23,7 @@ from tests import graphs
 
 BOX = Target("box", "a GPU of ours", "cuda", cuda("sm_90a", 232_448))
 LAYER = Layer(8, 2, 512, 384, "int4_g64", "int4_g64")
-WANTED = tasks([LAYER], [1, 8, 64], BOX)
+WANTED = tasks([LAYER], [1, 8, 64], BOX, every=True)
 CEILINGS = Ceilings(3000.0, 2900.0, 700.0)
 
 
@@ -68,8 +68,9 @@ def test_all_is_kept_and_chosen_from(tmp_path: Path) -> None:
     best = max(candidates("gate_up", LAYER, 1), key=lambda o: sum(o.values()))
     assert {name: choice.options[name] for name in best} == best
     assert choice.why == "measured on GPU"
-    rows = summary(record)
-    assert len(rows) == 6
+    rows = summary(record, BOX)
+    assert [row["kernel"] for row in rows].count("decode") == 2
+    assert len(rows) == 8
     assert all(isinstance(row["gain"], float) and row["gain"] >= 1 for row in rows)
 
 

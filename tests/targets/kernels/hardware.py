@@ -19,8 +19,9 @@ from moec.targets.kernels.cuda import norm as cuda_norm
 from moec.targets.kernels.cuda import rope as cuda_rope
 from moec.targets.kernels.cuda import router as cuda_router
 from moec.targets.kernels.cuda import skip as cuda_skip
+from moec.targets.kernels.cuda.arrival import SEMAPHORES
 from moec.targets.kernels.cuda.step import step_func
-from moec.targets.kernels.cuda.step_spec import SEMAPHORES, StepOptions, StepSpec
+from moec.targets.kernels.cuda.step_spec import StepOptions, StepSpec
 from moec.targets.kernels.specs import AttentionSpec, NormSpec, RouterSpec, SkipSpec
 from tests.targets.kernels import emulator
 from tests.targets.kernels.run import ISA, Kernel
@@ -49,6 +50,10 @@ class _Cpu:
     skip = staticmethod(cache(lambda spec, tokens: Kernel(cpu_skip.skip_func(spec, tokens))))
     attention = staticmethod(cache(lambda spec, tokens: Kernel(cpu_attention.attention_func(spec, tokens, ISA))))
     page_shapes = staticmethod(cpu_attention.page_shapes)
+
+
+def _getter(bb: relax.BlockBuilder) -> cuda_attention.Get:
+    return lambda name, key, make: bb.add_func(make(), name)
 
 
 class CudaStep:
@@ -84,7 +89,7 @@ class _Cuda:
         types += [relax.TensorType([count, width], "float32") for width in widths]
         types += [relax.TensorType([blocks, 4], "int32"), relax.TensorType([slots, most], "int32")]
         types += [relax.TensorType([spec.heads], "float32")] if spec.sinks else []
-        return CudaFunction(types, lambda bb, *args: cuda_attention.attention(bb, args[:2], args[2:], spec))
+        return CudaFunction(types, lambda bb, *args: cuda_attention.attention(bb, _getter(bb), args[:2], args[2:], spec, 96 << 10))
 
 
 _HARDWARE: dict[str, Hardware] = {"cpu": _Cpu(), "cuda": _Cuda()}

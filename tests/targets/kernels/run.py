@@ -12,7 +12,7 @@ import tvm_ffi
 from numpy.typing import NDArray
 from tvm.target import Target
 
-from moec.runtime.tvm_device import aligned
+from moec.runtime.tvm_arrays import aligned
 from moec.targets import get_target
 from moec.targets.kernels.cpu.isa import Isa
 

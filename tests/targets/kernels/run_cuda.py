@@ -74,7 +74,7 @@ class CudaFunction:
             with bb.dataflow():
                 result = bb.emit_output(emit(bb, *arguments))
             bb.emit_func_output(result)
-        platform = CudaPlatform(json.loads(get_target("h100-sxm").tvm))
+        platform = CudaPlatform(get_target("h100-sxm"))
         self._vm = load(generate(bb.finalize(), platform))["vm_load_executable"]()
         self._vm["vm_initialization"](2, 0, 2, 1, 0, 2)
 

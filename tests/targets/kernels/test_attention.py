@@ -25,6 +25,7 @@ SPECS = [
     AttentionSpec(5, 1, 17, 21, 0.3, window=7, softcap=3.0),
     AttentionSpec(2, 2, 192, 128, 0.07),  # the head sizes of multi-head latent attention
 ]
+ATOL = {"cpu": 5e-6, "cuda": 3e-5}  # on the tensor cores, numbers have 16 bits
 CHOSEN = {"cpu": range(len(SPECS)), "cuda": (1, 2)}  # compiling for the emulated GPU takes seconds each
 MAX_PAGES = 6
 
@@ -63,7 +64,7 @@ def test_pieces_of_sequences_in_any_order(kind: str) -> None:
                 done[i] = end
                 assert begin < end
         for sequence, pieces in zip(sequences, found, strict=True):
-            np.testing.assert_allclose(np.concatenate(pieces), expected(spec, sequence, sinks), atol=5e-6)
+            np.testing.assert_allclose(np.concatenate(pieces), expected(spec, sequence, sinks), atol=ATOL[kind])
 
     check()
 

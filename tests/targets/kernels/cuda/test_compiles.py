@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,14 +15,17 @@ from moec.compiler.cuda_code import cuda_compiler, machine_code
 from moec.compiler.measure.build import generate, kernel_functions
 from moec.compiler.measure.cases import Case
 from moec.targets import Target, get_target
+from moec.targets.kernels.cuda import tuned
 from moec.targets.kernels.cuda.layout import FragmentLayout
-from moec.targets.kernels.cuda.linear import LinearSpec, decode_func, prefill_func, split_func
+from moec.targets.kernels.cuda.linear import LinearSpec, prefill_func, split_func
+from moec.targets.kernels.cuda.projections import Projection, ProjectionsSpec, projections_func
 from moec.targets.kernels.cuda.space import Layer, candidates, default, needs
 
 # A format of each kind in one kernel: every width of the planes, symmetric and not, groups within a block, of a block and of a row.
 UP = ("int2_g64", "int3_g32_asym", "int8_g128", "bf16")
 DOWN = ("int4_g64", "int8_channel_asym", "bf16", "int6_g128")
 FP8 = Layer(4, 2, 264, 200, ("fp8_block128", "fp8_channel", "int4_g128", "bf16"), "fp8_block128")
+RAGGED = Layer(4, 2, 264, 200, ("int4_g64", "fp8_block128", "bf16", "int4_g64"), "int3_g32_asym", widths=(40, 200, 8, 136))
 MIXED = Layer(4, 2, 264, 200, UP, DOWN)
 WIDE = Layer(4, 2, 264, 200, "int3_g32", "int4_g64", "float32")
 PLAIN = Layer(3, 1, 128, 72, "int4_g128", "int4_g128", gated=False)
@@ -44,6 +48,8 @@ FOR_HOPPER = [
     Case.of("prefill", PLAIN, {**default("prefill", PLAIN, 96), "tiles": 2, "exact": 0, "residency": 1, "cluster": 2}),
     case("decode", FP8, 2),
     case("prefill", FP8, 32),
+    case("decode", RAGGED, 3, biases=True),
+    case("prefill", RAGGED, 24, biases=True),
 ]
 
 
@@ -93,7 +99,8 @@ def test_linear_layers_compile() -> None:
     from moec.targets.kernels.cuda.pipeline import NAME
 
     spec = LinearSpec(FragmentLayout(1000, 520, "int4_g64_asym"), bias=True)
-    functions = {"one": decode_func(spec), "many": prefill_func(spec), "split": split_func(520)}
+    one = ProjectionsSpec.of([Projection(spec.layout, bias=True)])
+    functions = {"one": projections_func(one), "many": prefill_func(spec), "split": split_func(520)}
     target = get_target("h100")
     module = IRModule({name: f.with_attr("global_symbol", name) for name, f in functions.items()})
     found = tvm.compile(module, TvmTarget(json.loads(target.tvm), host="llvm"), tir_pipeline=NAME).mod.imports
@@ -110,7 +117,7 @@ def shape_of(function: Any) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8])
-@pytest.mark.parametrize("layer", [MIXED, WIDE, PLAIN, Layer(64, 8, 2048, 1024, "int4_g128", "int4_g128")])
+@pytest.mark.parametrize("layer", [MIXED, WIDE, PLAIN, RAGGED, Layer(64, 8, 2048, 1024, "int4_g128", "int4_g128")])
 @pytest.mark.parametrize("kernel", ["gate_up", "down"])
 def test_needs_are_what_the_kernels_take(kernel: str, layer: Layer, tokens: int) -> None:
     for options in candidates(kernel, layer, tokens)[::5]:
@@ -125,3 +132,10 @@ def test_needs_of_many_tokens_are_the_larger_kernel_s(layer: Layer) -> None:
         taken = [shape_of(functions[name]) for name in ("gate_up", "down")]
         assert needs("prefill", layer, 256, options)[0] == taken[0][0] == taken[1][0]
         assert needs("prefill", layer, 256, options)[1] >= max(shared for _, shared in taken) > 0
+
+
+def test_device_functions_hide_none_of_another_file() -> None:
+    """Each guard around device functions occurs once: what stands behind a second one of the name would be left out."""
+    folder = Path(tuned.__file__).parent
+    names = [name for path in folder.glob("*.py") for name in re.findall(r"#define (MOEC_\w+)$", path.read_text(), re.MULTILINE)]
+    assert sorted(set(names)) == sorted(names)

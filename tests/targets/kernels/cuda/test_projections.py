@@ -63,7 +63,9 @@ def row_of(norm: NormSpec | None, k: int, rng: np.random.Generator) -> tuple[NDA
     return row, inputs, results
 
 
-@pytest.mark.parametrize("name", ["bf16", "int8_g32_asym", "int4_g128", "int4_g32_asym", "int3_channel", "int2_g64"])
+@pytest.mark.parametrize(
+    "name", ["bf16", "int8_g32_asym", "int4_g128", "int4_g32_asym", "int3_channel", "int2_g64", "fp8_channel", "fp8_block128"]
+)
 def test_one_matrix(name: str) -> None:
     check(ProjectionsSpec.of([Projection(FragmentLayout(40, 392, name), bias=True)]))
 

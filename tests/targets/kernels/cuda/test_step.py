@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from moec.targets.kernels.cuda.arrival import SEMAPHORES
 from moec.targets.kernels.cuda.attention_parts import PAGE
 from moec.targets.kernels.cuda.step import step_func
-from moec.targets.kernels.cuda.step_spec import SEMAPHORES, StepOptions, StepSpec
+from moec.targets.kernels.cuda.step_spec import StepOptions, StepSpec
 from moec.targets.kernels.specs import AttentionSpec, NormSpec
 from tests.targets.kernels import emulator
 from tests.targets.kernels.run_cuda import CudaKernel

@@ -23,7 +23,7 @@ from moec.targets.kernels.cuda.space import (
     sources,
 )
 from moec.targets.kernels.cuda.tuned import choose, dispatch, order
-from moec.targets.measured import Measurement, Record, read_records, write_record
+from moec.targets.measured import SHIPPED, Measurement, Record, read_records, write_record
 
 BOX = Target("box", "a GPU of ours", "cuda", cuda("sm_90a", 232_448))
 LAYER = Layer(64, 8, 2048, 1024, "int4_g128", "int4_g128")
@@ -49,8 +49,8 @@ def down(us: float, tokens: int = 1, warps: int = 16) -> Measurement:
     return measured("down", tokens, us, down_warps=warps, down_unroll=64)
 
 
-def many(us: float, t: int, size: int, error: float | None = None) -> Measurement:
-    return measured("prefill", t, us, error, tokens=size, tiles=1, stages=4, terms=1, exact=1, residency=1, depth=2)
+def many(us: float, t: int, size: int, error: float | None = None, exact: int = 1) -> Measurement:
+    return measured("prefill", t, us, error, tokens=size, tiles=1, stages=4, terms=1, exact=exact, residency=1, depth=2)
 
 
 def test_the_fastest_is_chosen_and_its_time_is_the_sum(tmp_path: Path) -> None:
@@ -90,10 +90,29 @@ def test_alike_layers_lend_and_others_do_not(tmp_path: Path) -> None:
     assert alike.options["splits"] == 8 and not alike.measured and alike.us is None
     assert alike.why == f"lent by {LAYER.name}, T = 1, measured on GPU"
     far = replace(LAYER, d=16384, f=16384, experts=8, top_k=1)
-    for other in (far, replace(LAYER, dtype="float32"), replace(LAYER, gated=False)):
+    for other in (far, replace(LAYER, gated=False)):
         found = choose(BOX, other, 1, folders)
         assert found.why == "default: nothing like it was measured on box"
         assert found.options == default("decode", other, 1)
+
+
+def test_other_activations_borrow_what_suits_them(tmp_path: Path) -> None:
+    wide = replace(LAYER, dtype="float32")
+    folders = store(tmp_path, up(9.0, splits=8), down(5.0), many(10.0, 64, 32, exact=0), many(20.0, 64, 24))
+    few, prefill = choose(BOX, wide, 1, folders), choose(BOX, wide, 64, folders)
+    assert few.options["splits"] == 8 and not few.measured
+    assert prefill.options == default("prefill", wide, 64)  # the fastest rounds weights, which says nothing of others
+    folders = store(tmp_path / "exact", many(10.0, 64, 24), many(20.0, 64, 32))
+    prefill = choose(BOX, wide, 64, folders)
+    assert prefill.why == f"lent by {LAYER.name}, T = 64, measured on GPU"
+    assert (prefill.options["tokens"], prefill.options["terms"], prefill.options["exact"]) == (24, 2, 1)
+
+
+def test_blocks_that_stay_are_as_many_as_the_gpu_has_room_for() -> None:
+    found = candidates("prefill", LAYER, 1024, size=78)
+    assert {options["multiprocessors"] for options in found} == {0, 78}
+    small = replace(BOX, multiprocessors=78)
+    assert choose(small, LAYER, 1024, []).options["multiprocessors"] == 78
 
 
 def test_kernels_are_known_by_all_their_sources() -> None:
@@ -117,6 +136,21 @@ def test_own_records_come_first(tmp_path: Path) -> None:
     assert choose(BOX, LAYER, 1, folders).options["splits"] == 8
 
 
+def test_what_should_cost_least_is_among_the_best_that_were_measured() -> None:
+    cells = 0
+    for record in read_records("h100-sxm", [SHIPPED]):
+        layer, times = Layer.from_json(record.layer), dict[int, dict[str, float]]()
+        for m in record.measurements:
+            if m.kernel == "prefill":
+                times.setdefault(m.tokens, {})[str(dict(m.options))] = m.us
+        for tokens, found in times.items():
+            measured = [dict(m.options) for m in record.measurements if (m.kernel, m.tokens) == ("prefill", tokens)]
+            first = order([], "prefill", layer, tokens, measured)[:8]
+            assert min(found[str(options)] for options in first) <= 1.05 * min(found.values()), (layer.name, tokens)
+            cells += 1
+    assert cells
+
+
 def test_dispatch_covers_every_t(tmp_path: Path) -> None:
     folders = store(tmp_path, up(9.0), down(5.0), many(10.0, 16, 8), many(12.0, 256, 32), many(50.0, 4096, 64))
     ranges = dispatch(BOX, LAYER, folders=folders)
@@ -138,7 +172,7 @@ def test_dispatch_ends_where_there_are_no_kernels(tmp_path: Path) -> None:
 def test_what_did_well_elsewhere_is_tried_first(tmp_path: Path) -> None:
     store(tmp_path, down(5.0, warps=8), down(9.0, warps=16), down(7.0, warps=32))
     options = [{"down_warps": w, "down_unroll": u} for u in (64, 128) for w in (16, 32, 8)]
-    found = order(read_records("box", [tmp_path]), "down", 2, options)
+    found = order(read_records("box", [tmp_path]), "down", LAYER, 2, options)
     assert [o["down_warps"] for o in found if o["down_unroll"] == 64] == [8, 32, 16]
     assert found[0] == {"down_warps": 8, "down_unroll": 64}
     assert found[-1] == {"down_warps": 16, "down_unroll": 64}, "worse than half again counts less than what is not known"

@@ -1,0 +1,84 @@
+"""Routing as one kernel: which nodes it takes, and that a model with it gives the interpreter's logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moec.compiler.backends.tvm import cuda
+from moec.compiler.backends.tvm.fusions import routing
+from moec.compiler.backends.tvm.platform import platform_of
+from moec.compiler.backends.tvm.storage import plan_storage
+from moec.compiler.ir import Graph
+from moec.compiler.text import parse_graph, print_graph
+from moec.runtime.tvm_device import Gpu
+from moec.targets import get_target
+from tests.compiler.backends.test_tvm import with_format
+from tests.compiler.backends.tvm_model import Compiled
+from tests.graphs import MOE, random_weights
+from tests.targets.kernels import emulator
+
+NORM = "  %x: f32[B, T, 16] = rms_norm(%h1, @norm.weight) {eps=1e-05}\n"
+SKIP = "  %w: f32[B, T, 2], %i: i64[B, T, 2] = skip(%w0, %i0) {experts=6, ratio=0.7, normalize=true}\n"
+
+
+def model(norm: str = NORM, router: str = "%logits", attrs: str = 'score="softmax", normalize=true', skip: bool = False) -> Graph:
+    """The small model with a normalisation in front of its router, and perhaps more."""
+    text = MOE.replace("[6, 24, 16]", "[6, 32, 16]").replace("[6, 16, 12]", "[6, 16, 16]")
+    text = text.replace('router(%logits) {top_k=2, score="softmax", normalize=true}', f"router({router}) {{top_k=2, {attrs}}}")
+    text = text.replace("  %logits: f32", norm + "  %logits: f32")
+    if norm:
+        text = text.replace("linear(%h1, @layers.0.gate", "linear(%x, @layers.0.gate").replace("experts(%h1,", "experts(%x,")
+    if "@choice" in router:
+        text = text.replace("  param @norm.w", "  param @choice: f32[6] as f32\n  param @norm.w")
+    if skip:
+        text = text.replace("  %w: f32[B, T, 2], %i:", "  %w0: f32[B, T, 2], %i0:").replace("  %e: f32", SKIP + "  %e: f32")
+    return with_format(parse_graph(text), "bf16")
+
+
+def matched(graph: Graph) -> list[list[str]]:
+    """The nodes of each match."""
+    storage = plan_storage(graph, platform_of(get_target("h100-sxm")))
+    return [[node.name for node in found.nodes] for found in routing.match(graph, storage)]
+
+
+def test_what_is_matched() -> None:
+    assert matched(model()) == [["h1", "x", "logits", "w"]]
+    assert matched(model(norm="")) == [["logits", "w"]]
+    assert matched(model(skip=True)) == [["h1", "x", "logits", "w0", "w"]]
+    assert matched(model(norm=NORM.replace("%h1", "%o"))) == [["x", "logits", "w"]]
+    assert matched(model(router="%logits, @choice")) == [["h1", "x", "logits", "w"]]
+    scaled = NORM + "  %y: f32[B, T, 16] = aten.silu.default(%x)\n"
+    assert matched(with_format(parse_graph(print_graph(model(norm=scaled)).replace("linear(%x,", "linear(%y,")), "bf16")) == [
+        ["logits", "w"]
+    ]
+    between = (
+        print_graph(model())
+        .replace("router(%logits)", "router(%l2)")
+        .replace("  %w: f32", "  %l2: f32[B, T, 6] = aten.silu.default(%logits)\n  %w: f32")
+    )
+    assert matched(with_format(parse_graph(between), "bf16")) == []
+
+
+@pytest.mark.skipif(not emulator.available(), reason="no C++ compiler to emulate a GPU with")
+@pytest.mark.parametrize(
+    "graph",
+    [model(skip=True), model(router="%logits, @choice", attrs='score="sigmoid", groups=3, top_groups=2, scale=1.5')],
+    ids=["skip", "groups"],
+)
+def test_a_model_on_the_emulated_gpu(graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulator.install()
+    monkeypatch.setattr(cuda, "PRODUCTS", "none")  # it has no `wgmma`
+    monkeypatch.setattr(cuda, "need_cuda_compiler", lambda: "none")
+    monkeypatch.setattr(cuda, "machine_code", lambda source, arch, compiler: b"")
+    compiled = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", Gpu("", b"", None))
+    ids = np.random.default_rng(0).integers(0, 40, 12)
+    sequence = compiled.executor.add()
+    found = [compiled.executor.forward([(sequence, ids[i : i + 1])])[0] for i in range(12)]
+    np.testing.assert_allclose(found, compiled.expected(ids), atol=1e-4)
+    assert compiled.executor.counters is not None
+    ((tokens, experts),) = [(count.tokens, count.experts) for count in compiled.executor.counters.read()]
+    assert tokens == 12
+    assert 12 < experts < 24 if len(graph.producers["w"].inputs) == 2 and graph.producers["w"].op == "skip" else experts == 24
