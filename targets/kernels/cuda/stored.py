@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -165,6 +165,10 @@ class Classes(Generic[Kind]):
         if not self.stack.mixed:
             act(self.kinds[0], place)
             return
-        for index, found in enumerate(self.kinds):
-            with when(kind == index):
-                act(found, place)
+        with ExitStack() as stack:  # the last format is what is left
+            for index, found in enumerate(self.kinds[:-1]):
+                stack.enter_context(T.If(kind == index))
+                with T.Then():
+                    act(found, place)
+                stack.enter_context(T.Else())
+            act(self.kinds[-1], place)
