@@ -15,7 +15,7 @@ roofline   tokens/s of one sequence times bytes a token, over the bandwidth of a
 prompt     milliseconds to the first logits of one prompt
 
 --transformers runs the checkpoint with transformers in bfloat16 beside them: eager, with its default cache. --kernels adds what a decode
-step of one sequence launches, from torch's profiler: how often, and mean microseconds.
+step of one sequence launches, from torch's profiler: how often, and the microseconds of all of them.
 """
 
 from __future__ import annotations
@@ -90,7 +90,10 @@ def opened(path: Path, max_sequences: int) -> tuple[Executor, int]:
 
 
 def kernels(executor: Executor, context: int, steps: int = 8) -> list[tuple[str, float, float]]:
-    """(kernel, launches, mean microseconds) of a decode step of one sequence, those that take longest first."""
+    """(kernel, launches, microseconds of a step) of decoding one sequence, those that take longest first.
+
+    A kernel is there before the one in front of it has ended, and waits. So its time is from the end of that one to its own end.
+    """
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -102,11 +105,14 @@ def kernels(executor: Executor, context: int, steps: int = 8) -> list[tuple[str,
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         for _ in range(steps):
             executor.forward([(handle, np.array([1]))])
-    for event in profiled.events() or ():
-        times.setdefault(event.name, []).append(event.time_range.end - event.time_range.start)
     executor.remove(handle)
+    events = [event for event in profiled.events() or () if "CUDA" in str(event.device_type)]
+    ended = 0.0
+    for event in sorted(events, key=lambda event: event.time_range.end):
+        times.setdefault(event.name, []).append(event.time_range.end - max(ended, event.time_range.start))
+        ended = event.time_range.end
     order = sorted(times.items(), key=lambda item: -sum(item[1]))
-    return [(name, len(found) / steps, statistics.mean(found)) for name, found in order]
+    return [(name, len(found) / steps, sum(found) / steps) for name, found in order]
 
 
 def measure(path: Path, batches: list[int], args: argparse.Namespace) -> Iterator[Row]:
@@ -176,7 +182,7 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join(map(text, rows)))
     for row in rows:
         for name, count, mean in row.get("kernels", ()):
-            print(f"{row['model']}: {count:6.1f} x {mean:8.2f} us  {name}")
+            print(f"{row['model']}: {count:6.1f} launches {mean:8.1f} us  {name}")
 
 
 def main() -> None:

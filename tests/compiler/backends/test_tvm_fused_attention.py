@@ -13,11 +13,11 @@ from moec.compiler.ir import Graph
 from moec.compiler.text import parse_graph
 from moec.runtime.tvm_device import Gpu
 from tests.compiler.backends.test_tvm import with_format
-from tests.compiler.backends.test_tvm_cuda import emulated, needs_emulator
+from tests.compiler.backends.test_tvm_cuda import emulated, needs_emulator, whole
 from tests.compiler.backends.tvm_model import Compiled
 from tests.graphs import random_weights
 
-__all__ = ["emulated"]
+__all__ = ["emulated", "whole"]
 
 LAYERS = """
 graph small {layers=2, context_length=96, vocab_size=40} {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moec.compiler.backends.tvm.fusion import disjoint
+from moec.compiler.backends.tvm.fusion import Fusion, disjoint
 from moec.compiler.backends.tvm.fusions.projections import Projections, match
 from moec.compiler.backends.tvm.platform import platform_of
 from moec.compiler.backends.tvm.storage import plan_storage
@@ -38,7 +38,7 @@ def found() -> list[Projections]:
     return match(graph, plan_storage(graph, platform_of(get_target("h100-sxm"))))
 
 
-def names(fusion: Projections) -> list[str]:
+def names(fusion: Fusion) -> list[str]:
     return [node.name for node in fusion.nodes]
 
 
