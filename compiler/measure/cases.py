@@ -47,6 +47,8 @@ class Case:
     @property
     def functions(self) -> tuple[str, ...]:
         """The functions in the library, in the order in which they are called."""
+        if self.kernel == "prefill" and dict(self.options).get("cluster"):
+            return ("sort", "arrange", *KERNELS["prefill"][1:])
         return KERNELS[self.kernel]
 
     def to_json(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from moec.compiler.measure import reference
 from moec.compiler.measure.cases import Case
 from moec.compiler.measure.device import DEVICE, load_library, tvm_ffi_module
 from moec.targets.kernels.cuda.experts_layout import Stack
+from moec.targets.kernels.cuda.layout import BLOCK
 from moec.targets.kernels.cuda.space import Layer
 
 FP8_SPREAD = 107.0
@@ -134,12 +135,16 @@ class Runner:
         layer, slots = self.case.layer, self.tokens * self.case.layer.top_k
         padded, dtype = layer.layout.padded_f, getattr(torch, layer.dtype)
         if self.case.kernel == "prefill":
-            most = min(slots, layer.experts) + slots // dict(self.case.options)["tokens"]
+            options = dict(self.case.options)
+            most = min(slots, layer.experts) + slots // options["tokens"]
             self.buffers = {
                 "order": _filled(slots), "places": _filled(slots), "tiles": _filled(most + 1, 4),
                 "hidden": _filled(layer.terms, slots, padded // 2).view(torch.uint16),
                 "y": torch.full((slots, layer.d), torch.nan, dtype=dtype, device=DEVICE),
             }  # fmt: skip
+            if options.get("cluster"):
+                for name, columns in (("image", layer.d), ("hidden", padded)):
+                    self.buffers[name] = _filled(most, -(-columns // BLOCK), options["tokens"] * BLOCK // 2).view(torch.uint16)
         else:
             self.buffers = {"hidden": _filled(slots, layer.terms, padded // 2).view(torch.uint32)}
         self.buffers["out"] = torch.full((self.tokens, layer.d), torch.nan, dtype=dtype, device=DEVICE)
@@ -152,10 +157,11 @@ class Runner:
         if weights.biases is not None:
             up, down = [*up, weights.biases[0]], [*down, weights.biases[1]]
         if self.case.kernel == "prefill":
-            x = split_terms(tokens.x, self.case.layer.terms)
+            x, image = split_terms(tokens.x, self.case.layer.terms), [b["image"]] if "image" in b else []
             given: dict[str, list[Tensor]] = {
                 "sort": [ids, b["order"], b["places"], b["tiles"]],
-                "gate_up": [x, b["order"], b["tiles"], *up, b["hidden"]],
+                "arrange": [x, b["order"], b["tiles"], *image],
+                "gate_up": [x, *image, b["order"], b["tiles"], *up, b["hidden"]],
                 "down": [b["hidden"], b["order"], b["tiles"], share, *down, b["y"]],
                 "combine": [b["y"], b["places"], b["out"]],
             }

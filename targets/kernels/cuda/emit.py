@@ -12,7 +12,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.layout import ceil_div
-from moec.targets.kernels.cuda.pipeline import OVERLAP
+from moec.targets.kernels.cuda.pipeline import FITTING, OVERLAP
 
 Expr = Any
 Buffer = Any
@@ -86,7 +86,7 @@ def strided(begin: Expr, end: Expr, step: int) -> Iterator[Expr]:
 
 
 def kernel(name: str, threads: int, arguments: Callable[[], Any], grid: Callable[[Any], Sequence[Expr]], body: Callable[..., None], *,
-           words: int = 0, blocks_per_multiprocessor: int = 0) -> tirx.PrimFunc:  # fmt: skip
+           words: int = 0, blocks_per_multiprocessor: int = 0, cluster: int = 1) -> tirx.PrimFunc:  # fmt: skip
     """A PrimFunc of one kernel that may begin while the one before it ends.
 
     Args:
@@ -95,18 +95,22 @@ def kernel(name: str, threads: int, arguments: Callable[[], Any], grid: Callable
         body: called with the parameters, the block's memory, the index of the block along each axis, and that of the thread.
         words: of 4 bytes, of the block's memory.
         blocks_per_multiprocessor: at least so many fit, which limits the registers; 0 leaves that to the compiler.
+        cluster: blocks along x that run at the same time and reach each other's memory.
     """
     with IRBuilder() as builder, T.prim_func(private=True), ExitStack() as stack:
         T.func_name(name)
         operands = arguments()
         extents = grid(operands)
         tags = [_LAUNCH[axis] for axis in range(len(extents))]
-        launch = [*tags, "threadIdx.x", OVERLAP, _SHARED]
+        together = ["clusterCtaIdx.x"] if cluster > 1 else []
+        launch = [*tags, *together, "threadIdx.x", OVERLAP, _SHARED]
         attributes: dict[str, Any] = {"tirx.noalias": True, "op_pattern": 8, "tirx.kernel_launch_params": launch}
         if blocks_per_multiprocessor:
-            attributes["tirx.launch_bounds_min_blocks_per_sm"] = blocks_per_multiprocessor
+            attributes[FITTING] = blocks_per_multiprocessor
         T.func_attr(attributes)
         blocks = [stack.enter_context(T.launch_thread(tag, extent)) for tag, extent in zip(tags, extents, strict=True)]
+        for tag in together:
+            stack.enter_context(T.launch_thread(tag, cluster))
         thread = stack.enter_context(T.launch_thread("threadIdx.x", threads))
         body(operands, Shared(words), *blocks, thread)
     return builder.get()

@@ -41,7 +41,7 @@ def expected_tiles(experts: int, top_k: int, tokens: int, size: int) -> float:
 
 
 def cost(experts: int, top_k: int, tokens: int, options: Mapping[str, int]) -> float:
-    """The cost of options of `product.Shape`, in products of one column with a tile's rows."""
+    """The cost of options of `gathered.Shape`, in products of one column with a tile's rows."""
     exact, size = bool(options["exact"]), options["tokens"]
     weights = WEIGHTS * (EXACT_WEIGHTS if exact else 1.0)
     columns = size * options["terms"] * (EXACT_COLUMNS if exact else 1.0)

@@ -22,11 +22,10 @@ from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, at, c
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait, read_words, term
 from moec.targets.kernels.cuda.layout import BLOCK, ROWS, ceil_div
+from moec.targets.kernels.cuda.ring import Ring
 from moec.targets.kernels.cuda.routing import NONE, Routing
 from moec.targets.kernels.cuda.share import RaggedShare, Share
 from moec.targets.kernels.cuda.stream import PADDING, Columns, Weights, in_order, stage
-
-MOST_AHEAD = 16  # warps of a block, beyond which registers are too few for the activations of several blocks
 
 
 @dataclass(frozen=True)
@@ -216,14 +215,15 @@ def down_func(spec: DecodeSpec) -> tirx.PrimFunc:
     layout, stack = spec.layout, spec.layout.down
     fragments, warps = spec.fragments, spec.down_warps
     threads, blocks = warps * 32, stack.classes[0].blocks
-    words = threads * 4 * fragments + Routing.words(spec.tokens, spec.top_k, layout.experts)
-    words += RaggedShare.words(spec.ranks) if stack.columns else 0
+    words = threads * 4 * fragments + Routing.words(spec.tokens, spec.top_k, layout.experts) + Ring.words(spec.columns, warps)
+    ragged = bool(stack.columns) or stack.mixed
+    words += RaggedShare.words(spec.ranks) if ragged else 0
 
     def arguments() -> tuple[Buffer, Buffer, Buffer, Weights, Buffer | None, Buffer]:
         hidden = argument("hidden", spec.hidden_shape, "uint32")
         ids = argument("ids", (spec.tokens, spec.top_k), spec.ids_dtype)
         routing_weights = argument("weights", (spec.tokens, spec.top_k), "float32")
-        weights = Weights(stack, "down_", spec.down_unroll, ahead=fragments == 1 and warps <= MOST_AHEAD)
+        weights = Weights(stack, "down_", spec.down_unroll)
         bias = argument("down_bias", (layout.experts, layout.d), "float32") if spec.biases else None
         return hidden, ids, routing_weights, weights, bias, argument("out", (spec.tokens, layout.d), spec.dtype)
 
@@ -234,21 +234,22 @@ def down_func(spec: DecodeSpec) -> tirx.PrimFunc:
         partial = memory.take((warps, 4 * fragments, 32), "float32")
         # gate_up has waited for what wrote the ids, before it let this kernel begin.
         routing = Routing(ids, layout.experts, memory, thread, threads)
+        ring = Ring(lambda row, word: at(hidden, row // spec.terms, row % spec.terms, word), spec.columns, memory, warp, warps, lane)
         factors = local(2 * fragments, "float32")
         columns = Columns(fragments, factors)
-        share = Share(routing, blocks) if not stack.columns else RaggedShare(routing, weights, memory, spec.ranks, thread, threads)
+        share = RaggedShare(routing, weights, memory, spec.ranks, thread, threads) if ragged else Share(routing, blocks)
+
+        def row_of(rank: Expr, column: Expr) -> Expr:
+            slot = T.Bind(routing.slot_of(rank, column // spec.terms))
+            return T.Select(slot >= 0, slot * spec.terms + column % spec.terms, const(NONE, "int32"))
+
         total = T.Bind(share.total)
         begin, end = T.Bind(warp * total // warps), T.Bind((warp + 1) * total // warps)
         with share.each(begin, end) as rank:
             expert = T.Bind(routing.expert(rank))
             with when(expert >= 0):
-                start, stop = share.part(rank, begin, end)
-                slots = local(fragments, "int32")
+                start, stop = share.part(rank, expert, begin, end)
                 for n in range(fragments):
-                    own = (n * 8 + lane // 4) // spec.terms
-                    store(slots, const(NONE, "int32"), n)
-                    with when(own < spec.tokens):
-                        store(slots, routing.slot_of(rank, own), n)
                     for c in range(2):
                         token = (n * 8 + lane % 4 * 2 + c) // spec.terms
                         store(factors, const(0.0, "float32"), 2 * n + c)
@@ -256,16 +257,8 @@ def down_func(spec: DecodeSpec) -> tirx.PrimFunc:
                             slot = T.Bind(routing.slot_of(rank, token))
                             with when(slot >= 0):
                                 store(factors, routing_weights[slot // spec.top_k, slot % spec.top_k], 2 * n + c)
-
-                def load(b: Buffer, block: Expr, j: int) -> None:
-                    for n in range(fragments):
-                        for i in range(4):
-                            store(b, const(0, "uint32"), 4 * n + i)
-                        with when(slots[n] >= 0):
-                            index = (n * 8 + lane // 4) % spec.terms
-                            read_words(at(b, 4 * n), at(hidden, slots[n], index, block * 64 + j * 16 + lane % 4 * 4))
-
-                weights.stream(expert, tile, start, stop, lane, load, columns, grid_wait)
+                ring.locate(lambda column: row_of(rank, column))
+                weights.stream(expert, tile, start, stop, lane, ring, columns, grid_wait)
         for i in range(4 * fragments):
             store(partial, columns.sums[i], warp, i, lane)
         grid_wait()

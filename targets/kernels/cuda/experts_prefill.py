@@ -15,14 +15,19 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
-from moec.targets.kernels.cuda.activation import gated, plain
-from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, at, const, kernel, local, store, strided, sync, when
+from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, kernel, local
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
-from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait, read_words, term
-from moec.targets.kernels.cuda.layout import ROWS, ceil_div
-from moec.targets.kernels.cuda.product import THREADS, Activations, Shape, Weights
+from moec.targets.kernels.cuda.experts_results import write_hidden, write_outputs
+from moec.targets.kernels.cuda.gathered import THREADS, Activations, Shape
+from moec.targets.kernels.cuda.image import Images, cluster_ready
+from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
+from moec.targets.kernels.cuda.layout import BLOCK, ROWS, ceil_div
+from moec.targets.kernels.cuda.product import Weights
 from moec.targets.kernels.cuda.sort import most_tiles
 from moec.targets.kernels.cuda.tiles import Tile, each_tile
+
+TOGETHER = 8
+"""Tiles of tokens that run with the same rows of weights at about the same time, where there are many."""
 
 
 @dataclass(frozen=True)
@@ -54,109 +59,110 @@ class PrefillSpec:
         order = argument("order", (slots,), "int32")
         return order, argument("tiles", (most_tiles(slots, self.layout.experts, self.shape.tokens) + 1, 4), "int32")
 
+    @property
+    def cluster(self) -> int:
+        """Blocks of threads of a cluster."""
+        return max(self.shape.cluster, 1)
+
     def grid(self, rows: int, tokens: Expr) -> list[Expr]:
         """Blocks of threads: as many as run at once, or fewer if there is less to do."""
-        parts = ceil_div(rows, self.shape.rows)
-        work = most_tiles(tokens * self.top_k, self.layout.experts, self.shape.tokens) * parts
-        if most := self.shape.multiprocessors * self.shape.residency:
+        parts, each = ceil_div(rows, self.shape.rows), self.cluster
+        work = most_tiles(tokens * self.top_k, self.layout.experts, self.shape.tokens) * ceil_div(parts, each)
+        if most := self.shape.multiprocessors * self.shape.residency // each:
             work = min(work, most) if isinstance(work, int) else T.min(work, most)
-        return [work if isinstance(work, int) else T.cast(work, "int32")]
+        return [work * each if isinstance(work, int) else T.cast(work * each, "int32")]
+
+    def image(self, name: str, tokens: Expr, columns: int) -> Buffer:
+        """The parameter of an image of so many columns (see `image`)."""
+        most = most_tiles(tokens * self.top_k, self.layout.experts, self.shape.tokens)
+        return argument(name, (most, ceil_div(columns, BLOCK), self.shape.tokens * BLOCK), "uint16")
+
+    def activations(self, name: str, tokens: Expr, rows: Expr, columns: int) -> Buffer:
+        """The parameter of activations [terms, rows, columns], or of their image."""
+        if self.shape.cluster:
+            assert self.shape.terms == 1 and self.shape.tiles == 2 and not self.layout.widths  # whole blocks are written
+            return self.image(name, tokens, columns)
+        return argument(name, (self.shape.terms, rows, columns), "uint16")
+
+
+def barrier_words(shape: Shape) -> int:
+    """Words of the barriers of the stages."""
+    return 4 * shape.stages if shape.cluster else 0
+
+
+def _activations(
+    shape: Shape, ring: Buffer, barriers: Buffer, source: Buffer, columns: int, thread: Expr, rank: Expr
+) -> Activations | Images:
+    """The ring of a block of threads."""
+    if shape.cluster:
+        return Images(shape, ring, barriers, source, thread, rank)
+    return Activations(shape, ring, source, columns, thread)
 
 
 def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
-    """PrimFunc (x uint16 [terms, T, D], order [S], tiles [most + 1, 4], arrays..., [bias], hidden uint16 [terms, S, F])."""
+    """PrimFunc (x uint16 [terms, T, D], order [S], tiles [most + 1, 4], arrays..., [bias], hidden uint16 [terms, S, F]).
+
+    Of a shape with a cluster, hidden is an image, and one of x comes after x.
+    """
     layout, stack, shape = spec.layout, spec.layout.gate_up, spec.shape
     rows = layout.f_tiles * ROWS
     parts, staged_words = ceil_div(rows, shape.rows), 2 * shape.tokens * (2 * layout.tile_rows + 4)
 
     def arguments() -> tuple[Any, ...]:
         tokens = spec.count()
-        x = argument("x", (shape.terms, tokens, layout.d), "uint16")
+        x = argument("x", (shape.terms, tokens, layout.d), "uint16")  # of an image's tokens it says how many
+        if shape.cluster:
+            x = spec.image("image", tokens, layout.d)
         order, tiles = spec.sorted(tokens)
         weights = Weights(stack, "gate_up_")
         bias = argument("gate_up_bias", (layout.experts, stack.n), "float32") if spec.biases else None
-        return x, order, tiles, weights, bias, argument("hidden", (shape.terms, tokens * spec.top_k, layout.padded_f), "uint16"), tokens
+        return x, order, tiles, weights, bias, spec.activations("hidden", tokens, tokens * spec.top_k, layout.padded_f), tokens
 
     def body(operands: tuple[Any, ...], memory: Shared, block: Expr, thread: Expr) -> None:
         x, order, tiles, weights, bias, hidden, tokens = operands
         ring, staged = memory.take((shape.words,), "uint32"), memory.take((staged_words,), "uint32")
         warp, lane, group = T.Bind(thread // 32 % 4), T.Bind(thread % 32), T.Bind(thread // 128)
+        barriers, rank = memory.take((barrier_words(shape),), "uint32"), T.Bind(block % spec.cluster)
         grid_wait()
         grid_launch()
-        tile, activations, sums = (
-            Tile(tiles, parts),
-            Activations(shape, ring, x, layout.d, thread),
-            local(shape.tiles * shape.sums, "float32"),
-        )
+        tile, sums = Tile(tiles, parts, spec.cluster, rank, TOGETHER if shape.tiles > 1 else 1), local(shape.tiles * shape.sums, "float32")
+        activations = _activations(shape, ring, barriers, x, layout.d, thread, rank)
         weights.prepare(shape, lane)
 
         def rows_of(part: Expr, f_tiles: Expr) -> list[Expr]:
             return shape.row_tiles(shape.first_tile(part, group, warp), f_tiles - 1)
 
         def begin(_: bool) -> None:
-            expert, first, count, part = tile.now()
+            expert, first, count, part, number = tile.now()
             with weights.tiles(expert, part * (8 * shape.tiles)) as f_tiles:
                 weights.begin(expert, rows_of(part, f_tiles))
-                activations.locate(lambda token: order[first + token] // spec.top_k, count)
+                if isinstance(activations, Images):
+                    activations.locate(number, count)
+                else:
+                    activations.locate(lambda token: order[first + token] // spec.top_k, count)
                 activations.begin(weights.blocks)
 
         def run() -> None:
-            expert, _, _, part = tile.now()
+            expert, _, _, part, _ = tile.now()
             with weights.tiles(expert, part * (8 * shape.tiles)) as f_tiles:
                 weights.run(expert, rows_of(part, f_tiles), activations, sums)
 
         def finish() -> None:
-            expert, first, count, part = tile.kept()
+            expert, first, count, part, number = tile.kept()
             with weights.tiles(expert, part * (8 * shape.tiles)) as f_tiles:
                 base = T.Bind(shape.first_tile(part, group, warp))
-                _hidden(spec, sums, staged, hidden, bias, expert, first, count, part, base, thread, f_tiles)
+                write_hidden(spec, sums, staged, hidden, bias, expert, first, count, part, number, base, thread, f_tiles)
 
-        total = T.Bind(tiles[tiles.shape[0] - 1, 0] * parts)
-        each_tile(tile, total, block, spec.grid(rows, tokens)[0], begin, run, finish)
+        total = T.Bind(tiles[tiles.shape[0] - 1, 0] * tile.parts)
+        each_tile(tile, total, block // spec.cluster, spec.grid(rows, tokens)[0] // spec.cluster, begin, run, finish)
+        if shape.cluster:
+            cluster_ready()  # its memory is not written any more
 
     def grid(operands: tuple[Any, ...]) -> list[Expr]:
         return spec.grid(rows, operands[-1])
 
-    return kernel("gate_up", THREADS, arguments, grid, body, words=shape.words + staged_words, blocks_per_multiprocessor=shape.residency)
-
-
-def _hidden(
-    spec: PrefillSpec, sums: Buffer, memory: Buffer, hidden: Buffer, bias: Buffer | None, expert: Expr, first: Expr, count: Expr,
-    part: Expr, base: Expr, thread: Expr, f_tiles: Expr,
-) -> None:  # fmt: skip
-    """Apply the activation function and write hidden values, by way of shared memory, 16 bytes at a time."""
-    layout, shape = spec.layout, spec.shape
-    warp, lane, group = thread // 32 % 4, thread % 32, thread // 128
-    per = 4 * layout.tile_rows  # hidden values of a warpgroup for 64 rows
-    width = per // 2 + 4  # words of a token, padded against conflicts
-    staged = T.Bind(group * shape.tokens * width)
-    own = T.Bind(staged + lane % 4 * 2 * width + (warp * layout.tile_rows + lane // 4) // 2)
-    for m in range(shape.tiles):
-        tile = T.Bind(base + 4 * m)
-        for index in range(shape.terms):
-            for n in range(shape.tokens // 8):
-                for c in range(2):
-                    values = []
-                    for half in range(2):
-                        value = sums[m * shape.sums + 4 * n + 2 * half + c]
-                        if bias is not None:
-                            value = value + bias[expert, T.min(tile, f_tiles - 1) * ROWS + half * 8 + lane // 4]
-                        values.append(T.Bind(value))
-                    outs = [gated(spec.activation, values[0], values[1])] if layout.gated else [plain(spec.activation, v) for v in values]
-                    for half, out in enumerate(outs):
-                        out = T.Bind(out)
-                        other = T.Bind(T.tvm_warp_shuffle_down(tirx.const(0xFFFFFFFF, "uint32"), out, 4, 32, 32))
-                        with when(lane // 4 % 2 == 0):
-                            store(memory, term(out, other, index), own + ((n * 8 + c) * width + half * 4))
-            sync()
-            pieces = per // 8
-            f0 = T.Bind((part * 8 * shape.tiles + group * 4 * shape.tiles + 4 * m) * layout.tile_rows)
-            with strided(thread % 128, shape.tokens * pieces, 128) as i:
-                token, piece = i // pieces, i % pieces
-                f = f0 + piece * 8
-                with when(T.And(token < count, f < (f_tiles * layout.tile_rows if layout.widths else layout.f))):
-                    read_words(at(hidden, index, first + token, f), at(memory, staged + token * width + piece * 4))
-            sync()
+    words = shape.words + staged_words + barrier_words(shape)
+    return kernel("gate_up", THREADS, arguments, grid, body, words=words, blocks_per_multiprocessor=shape.residency, cluster=spec.cluster)
 
 
 def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
@@ -167,7 +173,7 @@ def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
     def arguments() -> tuple[Any, ...]:
         tokens = spec.count()
         slots = tokens * spec.top_k
-        hidden = argument("hidden", (shape.terms, slots, layout.padded_f), "uint16")
+        hidden = spec.activations("hidden", tokens, slots, layout.padded_f)
         order, tiles = spec.sorted(tokens)
         routing_weights = argument("weights", (tokens, spec.top_k), "float32")
         weights = Weights(stack, "down_")
@@ -178,9 +184,10 @@ def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
         hidden, order, tiles, routing_weights, weights, bias, y, tokens = operands
         ring, staged = memory.take((shape.words,), "uint32"), memory.take((staged_words,), "uint32")
         warp, lane, group = T.Bind(thread // 32 % 4), T.Bind(thread % 32), T.Bind(thread // 128)
-        tile, sums = Tile(tiles, parts), local(shape.tiles * shape.sums, "float32")
-        activations = Activations(shape, ring, hidden, ceil_div(layout.f, 8) * 8, thread)
-        if stack.columns:
+        barriers, rank = memory.take((barrier_words(shape),), "uint32"), T.Bind(block % spec.cluster)
+        tile, sums = Tile(tiles, parts, spec.cluster, rank, TOGETHER if shape.tiles > 1 else 1), local(shape.tiles * shape.sums, "float32")
+        activations = _activations(shape, ring, barriers, hidden, ceil_div(layout.f, 8) * 8, thread, rank)
+        if stack.columns and isinstance(activations, Activations):
             activations.vary()
         weights.prepare(shape, lane)
 
@@ -188,73 +195,34 @@ def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
             return shape.row_tiles(shape.first_tile(part, group, warp), stack.classes[0].tiles - 1)
 
         def begin(at_first: bool) -> None:
-            expert, first, count, part = tile.now()  # written by the kernel before the last one
+            expert, first, count, part, number = tile.now()  # written by the kernel before the last one
             weights.begin(expert, rows_of(part))
-            activations.locate(lambda token: first + token, count, weights.columns_of(expert))
+            if isinstance(activations, Images):
+                activations.locate(number, count)
+            else:
+                activations.locate(lambda token: first + token, count, weights.columns_of(expert))
             if at_first:
                 grid_wait()
             activations.begin(weights.blocks_of(expert))
 
         def run() -> None:
-            expert, _, _, part = tile.now()
+            expert, _, _, part, _ = tile.now()
             weights.run(expert, rows_of(part), activations, sums)
 
         def finish() -> None:
-            expert, first, count, part = tile.kept()
+            expert, first, count, part, _ = tile.kept()
             base = T.Bind(shape.first_tile(part, group, warp))
-            _outputs(spec, sums, staged, y, bias, order, routing_weights, expert, first, count, base, thread)
+            write_outputs(spec, sums, staged, y, bias, order, routing_weights, expert, first, count, base, thread)
 
-        total = T.Bind(tiles[tiles.shape[0] - 1, 0] * parts)
-        each_tile(tile, total, block, spec.grid(layout.d, tokens)[0], begin, run, finish)
+        total = T.Bind(tiles[tiles.shape[0] - 1, 0] * tile.parts)
+        each_tile(tile, total, block // spec.cluster, spec.grid(layout.d, tokens)[0] // spec.cluster, begin, run, finish)
+        if shape.cluster:
+            cluster_ready()
         grid_wait()
         grid_launch()
 
     def grid(operands: tuple[Any, ...]) -> list[Expr]:
         return spec.grid(layout.d, operands[-1])
 
-    return kernel("down", THREADS, arguments, grid, body, words=shape.words + staged_words, blocks_per_multiprocessor=shape.residency)
-
-
-def _outputs(
-    spec: PrefillSpec, sums: Buffer, memory: Buffer, y: Buffer, bias: Buffer | None, order: Buffer, routing_weights: Buffer, expert: Expr,
-    first: Expr, count: Expr, base: Expr, thread: Expr,
-) -> None:  # fmt: skip
-    """Multiply by the routing weights and write, by way of shared memory, 16 bytes at a time."""
-    layout, shape, wide = spec.layout, spec.shape, spec.dtype == "float32"
-    warp, lane, group = thread // 32 % 4, thread % 32, thread // 128
-    words = 64 if wide else 32  # of a token in a warpgroup's 64 rows
-    width = words + 4
-    staged = T.Bind(group * shape.tokens * width)
-    own = T.Bind(staged + lane % 4 * 2 * width + (warp * 16 + lane // 4) // (1 if wide else 2))
-    factors = local(shape.tokens // 4, "float32")
-    for n in range(shape.tokens // 8):
-        for c in range(2):
-            token = T.Bind(n * 8 + lane % 4 * 2 + c)
-            store(factors, const(0.0, "float32"), 2 * n + c)
-            with when(token < count):
-                slot = T.Bind(order[first + token])
-                store(factors, routing_weights[slot // spec.top_k, slot % spec.top_k], 2 * n + c)
-    for m in range(shape.tiles):
-        for n in range(shape.tokens // 8):
-            for c in range(2):
-                for half in range(2):
-                    value = sums[m * shape.sums + 4 * n + 2 * half + c]
-                    place = own + ((n * 8 + c) * width + half * (8 if wide else 4))
-                    if bias is not None:
-                        value = value + bias[expert, T.min((base + 4 * m) * ROWS + half * 8 + lane // 4, layout.d - 1)]
-                    value = T.Bind(value * factors[2 * n + c])
-                    if wide:
-                        store(memory, T.reinterpret("uint32", value), place)
-                    else:
-                        other = T.Bind(T.tvm_warp_shuffle_down(tirx.const(0xFFFFFFFF, "uint32"), value, 4, 32, 32))
-                        with when(lane // 4 % 2 == 0):
-                            store(memory, term(value, other, 0), place)
-        sync()
-        pieces, elements = words // 4, 4 if wide else 8
-        row0 = T.Bind((base - warp + 4 * m) * ROWS)
-        with strided(thread % 128, shape.tokens * pieces, 128) as i:
-            token, piece = i // pieces, i % pieces
-            row = row0 + piece * elements
-            with when(T.And(token < count, row < layout.d)):
-                read_words(at(y, first + token, row), at(memory, staged + token * width + piece * 4))
-        sync()
+    words = shape.words + staged_words + barrier_words(shape)
+    return kernel("down", THREADS, arguments, grid, body, words=words, blocks_per_multiprocessor=shape.residency, cluster=spec.cluster)

@@ -33,6 +33,7 @@ from moec.targets.kernels.cuda.packing import pack, unpack
 
 ROWS = 16  # of a tile
 BLOCK = 128  # columns of a block
+RING_WORDS = BLOCK // 2 + 16  # of a column of activations in a block, neighbours 64 bytes apart in the banks of shared memory
 FLOATS = ("bf16",)
 
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -43,6 +44,11 @@ Arrays = Mapping[str, NDArray[np.generic]]
 def ceil_div(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
+
+
+def blocks_ahead(columns: int) -> int:
+    """The most blocks of so many columns of activations that a warp has under way: a power of two."""
+    return 4 if columns <= 4 else 2
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from moec.targets.kernels.cuda import product, stream
 from moec.targets.kernels.cuda.calls import Functions, Gpu
 from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, at, const, kernel, local, store, strided, sync, when
 from moec.targets.kernels.cuda.experts_layout import Stack
+from moec.targets.kernels.cuda.gathered import THREADS, Activations, Shape
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait, read_words, term
 from moec.targets.kernels.cuda.layout import BLOCK, ROWS, FragmentLayout, ceil_div
-from moec.targets.kernels.cuda.product import THREADS, Activations, Shape
 from moec.targets.kernels.cuda.space import MOST_DECODE
 
 TERMS = 2

@@ -106,10 +106,36 @@ def copy_commit() -> None:
 
 def copy_wait(groups: int) -> None:
     """Wait until at most so many groups of a thread are under way, and let the tensor cores see the others."""
-    call(f"moec_copy_wait<{groups}>", _COPY)
+    copy_wait_own(groups)
     call("moec_proxy_fence", _COPY)
+
+
+def copy_wait_own(groups: int) -> None:
+    """Wait until at most so many groups of a thread are under way."""
+    call(f"moec_copy_wait<{groups}>", _COPY)
 
 
 def descriptor(address: Expr) -> Expr:
     """The descriptor of rows of 128 swizzled bytes at a multiple of 1024."""
     return call("moec_descriptor", _COPY, address, result="uint64")
+
+
+@lru_cache(maxsize=4)
+def _store_matrix(count: int) -> str:
+    registers = ",".join(f"%{i + 1}" for i in range(count))
+    operands = ", ".join(f'"r"(r[{i}])' for i in range(count))
+    return f"""
+__device__ __forceinline__ void moec_store_matrix{count}(unsigned int d, const unsigned int* r) {{
+  asm volatile("stmatrix.sync.aligned.m8n8.x{count}.trans.shared.b16 [%0], {{{registers}}};" :: "r"(d), {operands} : "memory");
+}}
+"""
+
+
+def store_matrix(target: Expr, registers: Expr, count: int) -> None:
+    """Store 1, 2 or 4 tiles of 8 by 8 numbers of 16 bits, transposed: lane 4 g + t has row g, columns 2 t and 2 t + 1 of each.
+
+    Args:
+        target: where in shared memory lane 8 i + j wants column j of tile i, 16 bytes.
+        registers: uint32 [count].
+    """
+    call(f"moec_store_matrix{count}", _store_matrix(count), target, registers)

@@ -11,6 +11,7 @@ from tvm import s_tir, tirx
 from tvm.ir import IRModule
 
 NAME = "moec.cuda"
+FITTING = "tirx.launch_bounds_min_blocks_per_sm"
 OVERLAP = "tirx.use_programtic_dependent_launch"  # the runtime's spelling
 
 
@@ -25,7 +26,25 @@ def _may_alias(function: tirx.PrimFunc, _: IRModule, __: tvm.transform.PassConte
     return function.with_attr("tirx.noalias", False) if early else function
 
 
+def _kept(name: str) -> tuple[tvm.transform.Pass, tvm.transform.Pass]:
+    """Passes around the split of host and device: an attribute of a function is its kernel's then, which TVM forgets."""
+    values: dict[str, object] = {}
+
+    @tvm.transform.module_pass(opt_level=0, name="Note")  # type: ignore[untyped-decorator]
+    def note(module: IRModule, _: tvm.transform.PassContext) -> IRModule:
+        values.update({var.name_hint: f.attrs[name] for var, f in module.functions.items() if f.attrs and name in f.attrs})
+        return module
+
+    @tirx.transform.prim_func_pass(opt_level=0, name="Set")  # type: ignore[untyped-decorator]
+    def put(function: tirx.PrimFunc, _: IRModule, __: tvm.transform.PassContext) -> tirx.PrimFunc:
+        value = values.get(str(function.attrs.get("global_symbol", "")).removesuffix("_kernel"))
+        return function if value is None or "tirx.is_global_func" not in function.attrs else function.with_attr(name, value)
+
+    return note, put
+
+
 def _factory() -> tuple[tvm.transform.Pass, object, object]:
+    note, put = _kept(FITTING)
     passes = [
         s_tir.transform.CanonicalizeLoop(),
         s_tir.transform.LowerCrossThreadReduction(),
@@ -52,7 +71,9 @@ def _factory() -> tuple[tvm.transform.Pass, object, object]:
         s_tir.transform.ThreadSync("shared"),
         s_tir.transform.ThreadSync("warp"),
         s_tir.transform.LowerThreadAllreduce(),
+        note,
         tirx.transform.SplitHostDevice(),
+        put,
         _may_alias,
         tirx.transform.MakePackedAPI(),
         tirx.transform.FP8StorageLegalize(),

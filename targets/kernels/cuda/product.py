@@ -9,23 +9,18 @@ which takes half of the registers and so allows twice the tokens. What has one s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import lcm
 
 from tvm.tirx.script import builder as T
 
-from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, sync, when
+from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, when
 from moec.targets.kernels.cuda.experts_layout import Stack
 from moec.targets.kernels.cuda.factors import scale
+from moec.targets.kernels.cuda.gathered import Activations, Shape
+from moec.targets.kernels.cuda.image import Images
 from moec.targets.kernels.cuda.intrinsics import dequantize
-from moec.targets.kernels.cuda.layout import BLOCK
 from moec.targets.kernels.cuda.matrix import (
-    copy16,
-    copy_commit,
-    copy_wait,
-    descriptor,
     pin,
-    shared_address,
     wgmma,
     wgmma_commit,
     wgmma_fence,
@@ -33,130 +28,7 @@ from moec.targets.kernels.cuda.matrix import (
 )  # fmt: skip
 from moec.targets.kernels.cuda.stored import Classes, Place, Stored
 
-THREADS = 256  # two warpgroups
 STEPS = 8  # products of 16 columns in a block
-PIECES = 16  # of 16 bytes in a block's row of activations
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The size of a block's product.
-
-    Args:
-        tokens: N, a multiple of 8.
-        tiles: of 64 rows of a warpgroup.
-        stages: of activations.
-        terms: of bfloat16 that add up to an activation.
-        exact: whether codes are multiplied before their scales.
-        residency: blocks that are to fit on a multiprocessor, which limits their registers.
-        depth: sets of registers for weights: all but one are on their way.
-        batch: steps whose weights are made ready before their products start, so that few tokens wait less often.
-        multiprocessors: of the GPU, for blocks of threads that stay for many tiles; 0 for one block a tile.
-    """
-
-    tokens: int = 64
-    tiles: int = 1
-    stages: int = 4
-    terms: int = 1
-    exact: bool = True
-    residency: int = 1
-    depth: int = 2
-    batch: int = 1
-    multiprocessors: int = 132
-
-    @property
-    def rows(self) -> int:
-        """Rows of weights of a block."""
-        return 128 * self.tiles
-
-    @property
-    def stage_bytes(self) -> int:
-        """Bytes of a stage."""
-        return self.terms * self.tokens * BLOCK * 2
-
-    @property
-    def words(self) -> int:
-        """Words of shared memory, those included that bring it to a multiple of 1024 bytes."""
-        return self.stages * self.stage_bytes // 4 + 256
-
-    @property
-    def sums(self) -> int:
-        """Sums of a thread for 64 rows."""
-        return self.tokens // 2
-
-    def first_tile(self, part: Expr, group: Expr, warp: Expr) -> Expr:
-        """The first tile of 16 rows of a warp, in a part of `rows` rows."""
-        return part * (8 * self.tiles) + group * (4 * self.tiles) + warp
-
-    def row_tiles(self, first: Expr, last: int) -> list[Expr]:
-        """All tiles of a warp; beyond the last there are none, and it takes that one again."""
-        return [T.Bind(T.min(first + 4 * m, last)) for m in range(self.tiles)]
-
-
-class Activations:
-    """The ring of stages, and which rows of which memory go into it.
-
-    Args:
-        source: uint16 [terms, rows, k].
-        k: columns that there are, at most.
-    """
-
-    def __init__(self, shape: Shape, memory: Buffer, source: Buffer, k: int, thread: Expr) -> None:
-        self.shape, self._source, self._piece = shape, source, T.Bind(thread % PIECES)
-        self._columns: Expr = k
-        self._own: Buffer | None = None
-        base = T.Bind(shared_address(at(memory, 0)))
-        self.base = T.Bind((base + const(1023, "uint32")) // 1024 * 1024)
-        self._first, self._per = T.Bind(thread // PIECES), THREADS // PIECES
-        self._turns = -(-shape.tokens // self._per)
-        self._rows, self._valid = local(self._turns, "int32"), local(self._turns, "int32")
-
-    def vary(self) -> None:
-        """Tiles differ in their columns, which `locate` is given."""
-        self._own = local(1, "int32")
-
-    @property
-    def _k(self) -> Expr:
-        return self._columns if self._own is None else self._own[0]
-
-    def locate(self, row: Callable[[Expr], Expr], count: Expr, columns: Expr | None = None) -> None:
-        """Of a tile: the row of the source for each token, and how many there are; other tokens are zero, and so are other columns."""
-        if self._own is not None:
-            store(self._own, columns, 0)
-        for i in range(self._turns):
-            token = T.Bind(self._first + i * self._per)
-            store(self._rows, const(0, "int32"), i)
-            store(self._valid, const(0, "int32"), i)
-            with when(token < count):
-                store(self._rows, row(token), i)
-                store(self._valid, const(16, "int32"), i)
-
-    def begin(self, blocks: Expr) -> None:
-        """Ask for the first stages."""
-        for stage in range(self.shape.stages - 2):
-            with when(const(stage, "int32") < blocks):
-                self.fetch(const(stage, "int32"), stage)
-            copy_commit()
-
-    def fetch(self, block: Expr, stage: Expr) -> None:
-        """Copy a block of columns into a stage."""
-        shape, column = self.shape, T.Bind(block * BLOCK + self._piece * 8)
-        half = self._piece // 8 * (shape.tokens * 128)
-        for i in range(self._turns):
-            token = self._first + i * self._per
-            with when(token < shape.tokens):
-                swizzled = (self._piece % 8 ^ token % 8) * 16
-                bytes_here = T.Select(column < self._k, self._valid[i], const(0, "int32"))
-                for index in range(shape.terms):
-                    offset = stage * shape.stage_bytes + index * shape.tokens * 256 + half + token * 128 + swizzled
-                    source = at(self._source, index, self._rows[i], T.Select(column < self._k, column, 0))
-                    copy16(self.base + T.cast(offset, "uint32"), source, bytes_here)
-
-    def operand(self, stage: Expr, step: int, index: int) -> Expr:
-        """The descriptor of 16 columns of a stage."""
-        half = step // 4 * self.shape.tokens * 128 + step % 4 * 32
-        offset = stage * self.shape.stage_bytes + index * self.shape.tokens * 256 + half
-        return descriptor(self.base + T.cast(offset, "uint32"))
 
 
 class Weights(Classes["_Product"]):
@@ -174,7 +46,7 @@ class Weights(Classes["_Product"]):
         """Ask for the first weights of rows `tiles` (of 16 a warp, a tile for each 64 of a warpgroup) of an expert."""
         self.each(expert, lambda found, place: found.begin(place, tiles))
 
-    def run(self, expert: Expr, tiles: list[Expr], activations: Activations, sums: Buffer) -> None:
+    def run(self, expert: Expr, tiles: list[Expr], activations: Activations | Images, sums: Buffer) -> None:
         """sums [tiles, tokens / 2] = W[expert, tiles] @ B, after `begin` of both."""
         self.each(expert, lambda found, place: found.run(place, tiles, activations, sums))
 
@@ -197,9 +69,9 @@ class _Product(Stored):
             with when(block < place.blocks):
                 self._fetch(unit, unit // units, place, tiles, block, unit % units)
 
-    def run(self, place: Place, tiles: list[Expr], activations: Activations, sums: Buffer) -> None:
+    def run(self, place: Place, tiles: list[Expr], activations: Activations | Images, sums: Buffer) -> None:
         layout, shape = self.layout, self._shape
-        units, blocks, ahead = layout.units, place.blocks, shape.stages - 2
+        units, blocks = layout.units, place.blocks
         parts = local(len(tiles) * shape.sums, "float32") if self._folds else sums
         for i in range(len(tiles) * shape.sums):
             store(sums, const(0.0, "float32"), i)
@@ -207,20 +79,21 @@ class _Product(Stored):
             for j in range(self._turn):
                 block = T.Bind(i * self._turn + j)
                 with when(block < blocks):
-                    copy_wait(ahead - 1)
-                    sync()
-                    with when(block + ahead < blocks):
-                        activations.fetch(block + ahead, (block + ahead) % shape.stages)
-                    copy_commit()
+                    stage = activations.step(block, blocks)
                     for unit in range(units):
                         now = j * units + unit
-                        following = now + self._depth - 1
-                        later = following // units
-                        with when(block + (later - j) < blocks):
-                            self._fetch(following, later, place, tiles, block + (later - j), following % units)
-                        self._unit(now, j, place, tiles, block, unit, activations, sums, parts)
+
+                        def ask(following: int = now + self._depth - 1, j: int = j, block: Expr = block) -> None:
+                            later = following // units
+                            with when(block + (later - j) < blocks):
+                                self._fetch(following, later, place, tiles, block + (later - j), following % units)
+
+                        if units == 1:
+                            ask()
+                        self._unit(now, j, place, tiles, block, unit, activations, stage, sums, parts, ask if units > 1 else None)
         wgmma_wait(0)
         pin(at(sums, 0), len(tiles) * shape.sums)
+        activations.finish(blocks)
         if self._late:
             self._scale(sums, len(tiles), shape.sums)
 
@@ -243,14 +116,17 @@ class _Product(Stored):
                 self.fetch_scales(self._sides[side % self._turn], m * layout.side_words, place, tile, block, lane)
 
     def _unit(
-        self, which: int, side: int, place: Place, tiles: list[Expr], block: Expr, unit: int, activations: Activations, sums: Buffer,
-        parts: Buffer,
+        self, which: int, side: int, place: Place, tiles: list[Expr], block: Expr, unit: int, activations: Activations | Images,
+        stage: Expr, sums: Buffer, parts: Buffer, ask: Callable[[], None] | None,
     ) -> None:  # fmt: skip
-        """Multiply with a unit of a block."""
+        """Multiply with a unit of a block.
+
+        Args:
+            ask: for later weights, called when no product reads registers of the unit before any more: those may be operands themselves.
+        """
         layout, shape, count = self.layout, self._shape, len(tiles)
         sides, groups, steps = self._sides[side], layout.block_groups, STEPS // layout.units
         exact = self._folds
-        stage = T.Bind(block % shape.stages)
         batch = min(shape.batch, steps, STEPS // groups if exact else steps)
         a = [local(4 * count * batch, "uint32") for _ in range(2)]
         for first in range(0, steps, batch):
@@ -279,7 +155,12 @@ class _Product(Stored):
                 pin(at(parts, 0), count * shape.sums)
                 self._fold(sums, parts, sides, (step + batch - 1) * groups // STEPS, count, shape.sums)
             else:  # what the next batch but one overwrites is free
-                wgmma_wait(0 if first + batch == steps and layout.units > 1 else 1)
+                wgmma_wait(1)
+            if first == 0 and ask is not None:
+                ask()
+            if unit == 0 and first == 0:  # all products of the block before are done
+                with when(block > 0):
+                    activations.release(block - 1)
 
     def _scale(self, sums: Buffer, count: int, width: int) -> None:
         """sums *= the scales of rows."""

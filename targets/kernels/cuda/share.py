@@ -41,14 +41,15 @@ class Share:
         with T.serial((end + blocks - 1) // blocks - begin // blocks) as i:
             yield T.Bind(begin // blocks + i)
 
-    def part(self, rank: Expr, begin: Expr, end: Expr) -> tuple[Expr, Expr]:
-        """Which of a rank's blocks are from begin to end."""
+    def part(self, rank: Expr, expert: Expr, begin: Expr, end: Expr) -> tuple[Expr, Expr]:
+        """Which of the blocks of a rank, that runs an expert, are from begin to end."""
+        del expert
         first = rank * self._blocks
         return T.Bind(T.max(begin - first, 0)), T.Bind(T.min(end - first, self._blocks))
 
 
 class RaggedShare(Share):
-    """Experts that differ in their blocks: where each rank's begin is in a table of the block's memory.
+    """Experts that differ in their blocks, or in the work of one: where each rank's work begins is in a table of the block's memory.
 
     Args:
         memory: has `words(ranks)` left.
@@ -56,7 +57,7 @@ class RaggedShare(Share):
     """
 
     def __init__(self, routing: Routing, weights: Weights, memory: Shared, ranks: int, thread: Expr, threads: int) -> None:
-        self._ranks = ranks
+        self._ranks, self._weights = ranks, weights
         sizes = memory.take((ranks,), "int32")
         self._begins: Buffer = memory.take((ranks + 1,), "int32")
         with strided(thread, ranks, threads) as rank:
@@ -64,7 +65,7 @@ class RaggedShare(Share):
             with when(rank < routing.count):
                 expert = T.Bind(routing.expert(rank))
                 with when(expert >= 0):
-                    store(sizes, weights.blocks_of(expert), rank)
+                    store(sizes, weights.blocks_of(expert) * weights.cost(expert), rank)
         sync()
         with strided(thread, ranks + 1, threads) as rank:
             total = local(1, "int32")
@@ -91,7 +92,11 @@ class RaggedShare(Share):
         with T.serial(T.max(stop - first, 0)) as i:
             yield T.Bind(first + i)
 
-    def part(self, rank: Expr, begin: Expr, end: Expr) -> tuple[Expr, Expr]:
+    def part(self, rank: Expr, expert: Expr, begin: Expr, end: Expr) -> tuple[Expr, Expr]:
         """See `Share`."""
-        first, after = T.Bind(self._begins[rank]), T.Bind(self._begins[rank + 1])
-        return T.Bind(T.max(begin - first, 0)), T.Bind(T.min(end, after) - first)
+        first, after, cost = T.Bind(self._begins[rank]), T.Bind(self._begins[rank + 1]), T.Bind(self._weights.cost(expert))
+
+        def block(place: Expr) -> Expr:
+            return T.Bind((place - first + cost - 1) // cost)
+
+        return block(T.max(begin, first)), block(T.min(end, after))

@@ -1,7 +1,7 @@
 """What can be chosen for the experts kernels: the layers, the options of each kernel, and which of them fit. Data only, no compiler.
 
 Kernels are named by what a measurement times: `gate_up` and `down` are the two of a few tokens, `decode` both in a row, and `prefill` the
-four of many tokens. Options are the fields of `DecodeSpec` and of `product.Shape`.
+four of many tokens. Options are the fields of `DecodeSpec` and of `gathered.Shape`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 from moec.targets import Target
 from moec.targets.kernels.cuda.expected import cost
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
-from moec.targets.kernels.cuda.layout import BLOCK, ROWS, FragmentLayout, ceil_div
+from moec.targets.kernels.cuda.layout import BLOCK, RING_WORDS, ROWS, FragmentLayout, blocks_ahead, ceil_div
 
 Options = dict[str, int]
 
-PREFILL_OPTIONS = ("tokens", "tiles", "stages", "exact", "residency", "depth", "batch", "multiprocessors")
+PREFILL_OPTIONS = ("tokens", "tiles", "stages", "exact", "residency", "depth", "batch", "multiprocessors", "cluster")
 PREFILL = (
     (8, 1, 6, 1, 2, 2, 1, 0), (8, 1, 6, 1, 2, 4, 1, 0), (8, 1, 6, 1, 2, 8, 1, 0), (8, 1, 6, 1, 2, 8, 1, 1), (8, 1, 6, 1, 3, 4, 1, 1),
     (16, 1, 6, 1, 2, 2, 1, 0), (16, 1, 6, 1, 2, 4, 1, 0), (16, 1, 6, 1, 2, 4, 1, 1), (16, 1, 6, 1, 2, 4, 4, 1),
@@ -31,11 +31,12 @@ PREFILL = (
     (40, 1, 4, 1, 2, 3, 1, 0), (40, 1, 4, 1, 2, 3, 2, 1), (48, 1, 4, 1, 2, 3, 1, 0), (48, 1, 4, 1, 2, 3, 1, 1),
     (64, 1, 4, 1, 2, 2, 1, 0), (64, 1, 4, 0, 2, 2, 1, 0), (64, 2, 4, 0, 1, 3, 1, 1), (72, 2, 4, 0, 1, 2, 2, 1),
     (80, 2, 4, 0, 1, 2, 1, 1), (96, 2, 4, 0, 1, 2, 1, 1), (128, 2, 4, 0, 1, 2, 1, 0), (128, 2, 4, 0, 1, 2, 1, 1),
-    (144, 1, 4, 1, 1, 2, 2, 1),
+    (96, 2, 4, 0, 1, 2, 1, 1, 2), (128, 2, 4, 0, 1, 2, 1, 1, 2), (144, 1, 4, 1, 1, 2, 2, 1),
 )  # fmt: skip
 """What a sweep tries of the kernels of many tokens, by columns: the product is too large, and most of it does not fit in registers.
 
-The last column says whether blocks of threads stay for many tiles: as an option it is how many multiprocessors the GPU has.
+The column of multiprocessors says whether blocks of threads stay for many tiles: as an option it is how many the GPU has. The last column
+may be left out.
 """
 
 PREFILL_TERMS = ((64, 1, 4, 1, 1, 2, 1, 0), (64, 1, 4, 1, 1, 2, 1, 1), (96, 1, 3, 1, 1, 2, 1, 1))
@@ -193,13 +194,13 @@ def _all(kernel: str, layer: Layer, size: int) -> list[Options]:
     if kernel == "gate_up":
         return [
             {"warps": warps, "splits": splits, "unroll": unroll, "residency": 0}
-            for (warps, splits), unroll in product(((4, 2), (4, 4), (8, 2), (8, 4), (8, 8), (16, 4)), (64, 128))
+            for (warps, splits), unroll in product(((4, 4), (8, 4), (8, 8)), (64, 128))
         ]
     if kernel == "down":
         return [{"down_warps": warps, "down_unroll": unroll} for warps, unroll in product((16, 32), (32, 64, 128))]
-    rest = {"terms": layer.terms}
     shapes = PREFILL if layer.terms == 1 else (*PREFILL, *PREFILL_TERMS)
-    return [dict(zip(PREFILL_OPTIONS, (*shape, stays * size), strict=True)) | rest for *shape, stays in shapes]
+    found = [dict(zip(PREFILL_OPTIONS, shape, strict=False)) | {"terms": layer.terms} for shape in shapes]
+    return [options | {"multiprocessors": options["multiprocessors"] * size} for options in found]
 
 
 def fits(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int], limit: int = MOST_SHARED) -> bool:
@@ -211,6 +212,8 @@ def fits(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int], lim
     if threads > 1024 or shared > limit:
         return False
     if kernel == "prefill":
+        if options.get("cluster") and (options["terms"] > 1 or options["tiles"] != 2 or layer.widths):
+            return False
         each = tokens * layer.top_k / layer.experts  # tiles of which next to nothing would be used
         useful = options["tokens"] <= 8 or options["tokens"] <= 8 * each
         precise = bool(options["exact"]) or layer.terms == 1  # two terms would be for nothing
@@ -222,19 +225,21 @@ def needs(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int]) ->
     """Threads and bytes of shared memory of a block.
 
     >>> needs("down", Layer(64, 8, 2048, 1024, "int4_g128", "int4_g128"), 1, {"down_warps": 16, "down_unroll": 64})
-    (512, 8192)
+    (512, 28672)
     """
     if kernel == "prefill":
-        stages = options["stages"] * options["terms"] * options["tokens"] * BLOCK * 2 + 1024
+        stages = options["stages"] * (options["terms"] * options["tokens"] * BLOCK * 2 + (16 if options.get("cluster") else 0)) + 1024
         return 256, stages + 8 * options["tokens"] * ((32 if layer.dtype == "bfloat16" else 64) + 4)
     columns = tokens * layer.terms
     fragments, slots = ceil_div(columns, 8), tokens * layer.top_k
     routing = 0 if tokens == 1 else sum(ceil_div(n, 4) * 4 for n in (layer.experts * layer.top_k, slots, slots * tokens, 1))
     threads = 32 * options["warps" if kernel == "gate_up" else "down_warps"]
     words = threads * 4 * fragments + routing
-    if kernel == "down" and layer.widths:  # where each rank's blocks begin
+    if kernel == "gate_up":
+        return threads, 4 * (words + columns * (ceil_div(layer.d, BLOCK) * BLOCK // 2 + 16))
+    if layer.widths or layer.layout.down.mixed:  # where each rank's work begins
         words += 4 * (ceil_div(slots, 4) + ceil_div(slots + 1, 4))
-    return threads, 4 * (words + (columns * (ceil_div(layer.d, BLOCK) * BLOCK // 2 + 16) if kernel == "gate_up" else 0))
+    return threads, 4 * (words + threads // 32 * blocks_ahead(columns) * columns * RING_WORDS)
 
 
 def bits(layer: Layer) -> float:

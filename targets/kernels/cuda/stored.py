@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -127,6 +127,16 @@ class Classes(Generic[Kind]):
         self.kinds = [kind(stack, index, prefix) for index in range(len(stack.classes))]
         self._table = argument(f"{prefix}table", *stack.arrays()["table"]) if stack.tabled else None
 
+    def cost(self, expert: Expr) -> Expr:
+        """How much work a block of an expert's rows is: of several formats its bits, and one for what any block takes."""
+        if self._table is None or not self.stack.mixed:
+            return const(1, "int32")
+        costs = [found.layout.block_words // 64 + 1 for found in self.kinds]
+        kind, found = T.Bind(self._table[expert, 0]), const(costs[-1], "int32")
+        for index, cost in enumerate(costs[:-1]):
+            found = T.Select(kind == index, const(cost, "int32"), found)
+        return found
+
     @contextmanager
     def tiles(self, expert: Expr, first: Expr) -> Iterator[Expr]:
         """The body with the number of an expert's tiles, only where that has some from `first` on."""
@@ -155,6 +165,10 @@ class Classes(Generic[Kind]):
         if not self.stack.mixed:
             act(self.kinds[0], place)
             return
-        for index, found in enumerate(self.kinds):
-            with when(kind == index):
-                act(found, place)
+        with ExitStack() as stack:  # the last format is what is left
+            for index, found in enumerate(self.kinds[:-1]):
+                stack.enter_context(T.If(kind == index))
+                with T.Then():
+                    act(found, place)
+                stack.enter_context(T.Else())
+            act(self.kinds[-1], place)

@@ -10,6 +10,7 @@ from tvm.tirx.script import builder as T
 from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, strided, when
 from moec.targets.kernels.cuda.experts_layout import Stack
 from moec.targets.kernels.cuda.intrinsics import dequantize, load_pair, mma, term
+from moec.targets.kernels.cuda.ring import Ring
 from moec.targets.kernels.cuda.stored import Classes, Place, Stored
 
 STEPS = 8  # products of 16 columns in a block
@@ -77,24 +78,23 @@ class Weights(Classes["_Stream"]):
 
     Args:
         unroll: blocks that are under way at a time, so many for each format: `unroll` bytes of a lane.
-        ahead: B of all these blocks is read before the first product, for B that is far away.
     """
 
-    def __init__(self, stack: Stack, prefix: str, unroll: int, ahead: bool = False) -> None:
+    def __init__(self, stack: Stack, prefix: str, unroll: int) -> None:
         super().__init__(stack, prefix, _Stream)
-        self._bytes, self._ahead = unroll, ahead
+        self._bytes = unroll
 
     def stream(
-        self, expert: Expr, tile: Expr, start: Expr, stop: Expr, lane: Expr, load: LoadB, columns: Columns,
+        self, expert: Expr, tile: Expr, start: Expr, stop: Expr, lane: Expr, load: LoadB | Ring, columns: Columns,
         loaded: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         """columns += W[expert, tile, start:stop blocks] @ B.
 
         Args:
+            load: how B is read, or the ring that it comes by.
             loaded: called once the first loads of weights are under way, before B is read.
         """
-        options = loaded, self._bytes, self._ahead
-        self.each(expert, lambda found, place: found.stream(place, tile, start, stop, lane, load, columns, *options))
+        self.each(expert, lambda found, place: found.stream(place, tile, start, stop, lane, load, columns, loaded, self._bytes))
 
 
 class _Stream(Stored):
@@ -108,10 +108,14 @@ class _Stream(Stored):
         return self.layout.block_words // 32
 
     def stream(
-        self, place: Place, tile: Expr, start: Expr, stop: Expr, lane: Expr, load: LoadB, columns: Columns,
-        loaded: Callable[[], None] | None, size: int, ahead: bool,
+        self, place: Place, tile: Expr, start: Expr, stop: Expr, lane: Expr, load: LoadB | Ring, columns: Columns,
+        loaded: Callable[[], None] | None, size: int,
     ) -> None:  # fmt: skip
         depth = max(1, min(size // (4 * self.lane_words), self.layout.blocks))
+        ahead = 0
+        if isinstance(load, Ring):
+            ahead = load.depth(depth)
+            depth -= depth % ahead
         words = local(depth * self.lane_words, "uint32")
         sides = local(depth * self.layout.side_words, "uint32")
         for u in range(depth):
@@ -119,14 +123,18 @@ class _Stream(Stored):
                 self._fetch(words, sides, u, place, tile, start + u, lane)
         if loaded is not None:
             loaded()
+        if isinstance(load, Ring):
+            for u in range(ahead):
+                load.ask(start + u, stop, u)
         with T.serial((stop - start + depth - 1) // depth) as turn:
-            first = T.Bind(start + turn * depth)
-            fragments = [self._load(first + u, stop, load, columns) for u in range(depth)] if ahead else None
             for u in range(depth):
-                block = T.Bind(first + u)
+                block = T.Bind(start + turn * depth + u)
                 with when(block < stop):
-                    b = self._load(block, None, load, columns) if fragments is None else fragments[u]
+                    b = self._b(load, block, u % max(ahead, 1), ahead, columns.count)
                     self._multiply(words, sides, u, place, tile, block, lane, b, columns)
+                    if isinstance(load, Ring):  # not before: the compiler reads B late, so that it takes few registers
+                        load.leave()
+                        load.ask(block + ahead, stop, u % ahead)
                     with when(block + depth < stop):
                         self._fetch(words, sides, u, place, tile, block + depth, lane)
 
@@ -136,11 +144,15 @@ class _Stream(Stored):
         self.fetch_scales(sides, u * self.layout.side_words, place, tile, block, lane)
 
     @staticmethod
-    def _load(block: Expr, stop: Expr | None, load: LoadB, columns: Columns) -> list[Buffer]:
-        """Ask for B of a block, if that is in front of `stop`."""
-        b = [local(4 * columns.count, "uint32") for _ in range(4)]
-        with when(T.bool(True) if stop is None else block < stop):
-            for j in range(4):  # all before the first product, which waits for one of them only
+    def _b(load: LoadB | Ring, block: Expr, slot: int, ahead: int, fragments: int) -> list[Buffer]:
+        """The B fragments of a block, all asked for before the first product, which waits for one of them only."""
+        b = [local(4 * fragments, "uint32") for _ in range(4)]
+        if isinstance(load, Ring):
+            load.arrive(ahead)
+        for j in range(4):
+            if isinstance(load, Ring):
+                load.read(b[j], fragments, slot, j)
+            else:
                 load(b[j], block, j)
         return b
 

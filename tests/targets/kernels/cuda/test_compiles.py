@@ -45,6 +45,7 @@ FOR_HOPPER = [
     case("prefill", MIXED, 8, "clamped_swiglu", biases=True),
     case("prefill", WIDE, 4),
     case("prefill", PLAIN, 96, "quick_gelu"),
+    Case.of("prefill", PLAIN, {**default("prefill", PLAIN, 96), "tiles": 2, "exact": 0, "residency": 1, "cluster": 2}),
     case("decode", FP8, 2),
     case("prefill", FP8, 32),
     case("decode", RAGGED, 3, biases=True),
@@ -86,6 +87,11 @@ def test_kernels_compile_for_hopper(wanted: Case) -> None:
 
 
 @needs_compiler
+def test_blocks_that_are_to_fit_on_a_multiprocessor_limit_registers() -> None:
+    wanted = Case.of("gate_up", PLAIN, {**default("gate_up", PLAIN, 1), "residency": 3}, 1)
+    assert "__launch_bounds__(256, 3) gate_up_kernel(" in generate(wanted, get_target("h100"))[1]
+
+
 def test_linear_layers_compile() -> None:
     import tvm
     from tvm.target import Target as TvmTarget

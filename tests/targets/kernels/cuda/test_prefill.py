@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.experts_prefill import PrefillSpec, down_func, gate_up_func
-from moec.targets.kernels.cuda.product import Shape
+from moec.targets.kernels.cuda.gathered import Shape
+from moec.targets.kernels.cuda.image import arrange_func
 from moec.targets.kernels.cuda.sort import combine_func, most_tiles, sort_func
 from tests.targets.kernels import emulator
 from tests.targets.kernels.cuda.test_decode import relative, stack
@@ -42,9 +43,13 @@ def run(spec: PrefillSpec, x: NDArray[np.float32], ids: NDArray[Any], routing: N
     most = most_tiles(slots, layout.experts, size)
     sort = CudaKernel(sort_func(layout.experts, top_k, spec.ids_dtype, size, tokens))
     order, places, tiles = sort(ids, outputs=[((slots,), "int32"), ((slots,), "int32"), ((most + 1, 4), "int32")])
-    hidden = np.full((spec.shape.terms, slots, layout.padded_f), 0x7FC0, np.uint16)  # NaN where nothing is written
+    terms, images, shape = split(x, spec.shape.terms), [], (spec.shape.terms, slots, layout.padded_f)
+    if spec.shape.cluster:
+        shapes = [(most, -(-columns // 128), 128 * size) for columns in (layout.d, layout.f)]
+        images, shape = CudaKernel(arrange_func(spec))(terms, order, tiles, outputs=[(shapes[0], "uint16")]), shapes[1]
+    hidden = np.full(shape, 0x7FC0, np.uint16)  # NaN where nothing is written
     y = np.full((slots, layout.d), np.nan, spec.dtype)
-    CudaKernel(gate_up_func(spec))(split(x, spec.shape.terms), order, tiles, *up, hidden)
+    CudaKernel(gate_up_func(spec))(terms, *images, order, tiles, *up, hidden)
     CudaKernel(down_func(spec))(hidden, order, tiles, routing, *down, y)
     (out,) = CudaKernel(combine_func(layout.d, top_k, spec.dtype, tokens))(y, places, outputs=[((tokens, layout.d), spec.dtype)])
     return out
@@ -53,6 +58,7 @@ def run(spec: PrefillSpec, x: NDArray[np.float32], ids: NDArray[Any], routing: N
 @pytest.mark.parametrize(("kind", "shape", "limit"), [
     ("folded", Shape(16, 1, 4, 2, multiprocessors=0), 2e-5),
     ("folded", Shape(16, 2, 4, 1, exact=False, depth=3, multiprocessors=2), 8e-3),
+    ("folded", Shape(16, 2, 4, 1, exact=False, multiprocessors=2, cluster=1), 8e-3),
     ("at the end", Shape(16, 1, 3, 2, exact=False, depth=2, multiprocessors=1), 2e-5),
 ])  # fmt: skip
 def test_the_experts_of_many_tokens(kind: str, shape: Shape, limit: float) -> None:

@@ -68,11 +68,42 @@ inline void mma(int& d0, int& d1, int& d2, int& d3, uint32_t a0, uint32_t a1, ui
   });
 }
 
+// An mbarrier of a cluster of one block. Copies are done at once, so that bytes are not waited for.
+struct MBarrier { uint16_t phase; int16_t count, pending; };
+inline MBarrier& mbarrier(uint32_t b) { return *(MBarrier*)(emulator::shared + b); }
+inline void barrier_init(uint32_t b, int count) { mbarrier(b) = {0, int16_t(count), int16_t(count)}; }
+inline void barrier_arrive(uint32_t b, int) {
+  MBarrier& barrier = mbarrier(b);
+  if (--barrier.pending == 0) barrier.pending = barrier.count, ++barrier.phase;
+  ++emulator::progress;
+}
+inline void barrier_expect(uint32_t b, int) { barrier_arrive(b, 0); }
+inline void barrier_wait(uint32_t b, int parity) {
+  while ((mbarrier(b).phase & 1) == parity) emulator::yield();
+}
+inline void bulk_copy(uint32_t d, const void* p, int bytes, uint32_t) { memcpy(emulator::shared + d, p, bytes); }
+inline void cluster_wait() { __syncthreads(); }
+
 // The address of shared memory as 32 bits is the place in it.
 inline void copy16(uint32_t d, const void* p, int bytes) {
   memset(emulator::shared + d, 0, 16);
   memcpy(emulator::shared + d, p, bytes);
 }
+
+// stmatrix, transposed: lane 8 i + j says where column j of tile i goes, whose element of row g is in lane 4 g + j / 2.
+inline void store_tiles(uint32_t d, const Fragments& own, int count) {
+  const int me = emulator::current, lane = me % 32, tile = lane / 8, column = lane % 8;
+  const Fragments* warp = share(own);
+  if (tile < count)
+    for (int g = 0; g < 8; ++g) {
+      const uint32_t pair = warp[4 * g + column / 2].a[tile];
+      const uint16_t bits = column % 2 ? pair >> 16 : pair & 0xffff;
+      memcpy(emulator::shared + d + 2 * g, &bits, 2);
+    }
+}
+inline void store_matrix(uint32_t d, uint32_t a) { store_tiles(d, {{a, 0, 0, 0}, {}}, 1); }
+inline void store_matrix(uint32_t d, uint32_t a, uint32_t b) { store_tiles(d, {{a, b, 0, 0}, {}}, 2); }
+inline void store_matrix(uint32_t d, uint32_t a, uint32_t b, uint32_t c, uint32_t e) { store_tiles(d, {{a, b, c, e}, {}}, 4); }
 
 // wgmma.m64nNk16 of bfloat16: a warp has 16 of the rows, A like that of mma; B is rows of 128 bytes in shared memory, their 16-byte pieces
 // exchanged (piece i of row r is at i ^ (r mod 8)).

@@ -24,12 +24,23 @@ KNOWN = {
     "cvt.rn.bf16x2.f32 %0, %1, %2;": "pack_bf16x2",
     "cvt.rn.bf16x2.f32 %0, %1, %1;": "pack_bf16x2",
     "{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}": "unpack_f16x2",
+    "mbarrier.init.shared::cta.b64 [%0], %1;": "barrier_init",
+    "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;": "barrier_expect",
+    "{.reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra done; bra again; done: }": "barrier_wait",
+    "{.reg .b32 r; mapa.shared::cluster.u32 r, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [r];}": "barrier_arrive",
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];": "bulk_copy",
+    "barrier.cluster.wait.aligned;": "cluster_wait",
+    **{
+        f"stmatrix.sync.aligned.m8n8.x{n}.trans.shared.b16 [%0], {{{','.join(f'%{i + 1}' for i in range(n))}}};": "store_matrix"
+        for n in (1, 2, 4)
+    },
     "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;": "copy16",
 }
 """The function of each text of instructions."""
 
 ORDER = (
-    "", "cp.async.commit_group;", "cp.async.wait_group %0;", "fence.proxy.async.shared::cta;", "wgmma.fence.sync.aligned;",
+    "", "cp.async.commit_group;", "cp.async.wait_group %0;", "fence.proxy.async.shared::cta;", "fence.mbarrier_init.release.cluster;",
+    "barrier.cluster.arrive.aligned;", "wgmma.fence.sync.aligned;",
     "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;", "wgmma.wait_group.sync.aligned 1;",
 )  # fmt: skip
 """What only says when something is done, where everything is done at once."""

@@ -1,0 +1,150 @@
+"""What comes out of the products of many tokens: hidden values and outputs, as they leave a block's registers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from moec.targets.kernels.cuda.activation import gated, plain
+from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, strided, sync, when
+from moec.targets.kernels.cuda.image import clear, place
+from moec.targets.kernels.cuda.intrinsics import read_words, term
+from moec.targets.kernels.cuda.layout import ROWS
+from moec.targets.kernels.cuda.matrix import shared_address, store_matrix
+
+if TYPE_CHECKING:
+    from moec.targets.kernels.cuda.experts_prefill import PrefillSpec
+
+
+def write_hidden(
+    spec: PrefillSpec, sums: Buffer, memory: Buffer, hidden: Buffer, bias: Buffer | None, expert: Expr, first: Expr, count: Expr,
+    part: Expr, number: Expr, base: Expr, thread: Expr, f_tiles: Expr,
+) -> None:  # fmt: skip
+    """Apply the activation function and write hidden values, by way of shared memory, 16 bytes at a time."""
+    layout, shape = spec.layout, spec.shape
+    warp, lane, group = thread // 32 % 4, thread % 32, thread // 128
+    per = 4 * layout.tile_rows  # hidden values of a warpgroup for 64 rows
+    width = per // 2 + 4  # words of a token, padded against conflicts
+    staged = T.Bind(group * shape.tokens * width)
+    own = T.Bind(staged + lane % 4 * 2 * width + (warp * layout.tile_rows + lane // 4) // 2)
+    for m in range(shape.tiles):
+        tile = T.Bind(base + 4 * m)
+        for index in range(shape.terms):
+            if shape.terms == 1:
+                hidden_of = partial(_hidden_values, spec, sums, m, T.min(tile, f_tiles - 1), bias, expert, lane)
+                _store(shape.tokens // 8, 1 if layout.gated else 2, hidden_of, memory, staged + warp * (layout.tile_rows // 2), width, lane)
+            else:
+                for n in range(shape.tokens // 8):
+                    for c in range(2):
+                        for half, out in enumerate(_hidden_values(spec, sums, m, T.min(tile, f_tiles - 1), bias, expert, lane, n, c)):
+                            other = T.Bind(T.tvm_warp_shuffle_down(tirx.const(0xFFFFFFFF, "uint32"), out, 4, 32, 32))
+                            with when(lane // 4 % 2 == 0):
+                                store(memory, term(out, other, index), own + ((n * 8 + c) * width + half * 4))
+            sync()
+            pieces = per // 8
+            f0 = T.Bind((part * 8 * shape.tiles + group * 4 * shape.tiles + 4 * m) * layout.tile_rows)
+            with strided(thread % 128, shape.tokens * pieces, 128) as i:
+                token, piece = i // pieces, i % pieces
+                f = f0 + piece * 8
+                if shape.cluster:
+                    with when(T.And(token < count, f < layout.padded_f)):
+                        target = place(hidden, shape.tokens, number, token, f)
+                        with T.If(f < layout.f):
+                            with T.Then():
+                                read_words(target, at(memory, staged + token * width + piece * 4))
+                            with T.Else():
+                                clear(target)
+                else:
+                    with when(T.And(token < count, f < (f_tiles * layout.tile_rows if layout.widths else layout.f))):
+                        read_words(at(hidden, index, first + token, f), at(memory, staged + token * width + piece * 4))
+            sync()
+
+
+def _hidden_values(
+    spec: PrefillSpec, sums: Buffer, m: int, tile: Expr, bias: Buffer | None, expert: Expr, lane: Expr, n: int, c: int
+) -> list[Expr]:
+    """The hidden values of a lane for one token: one where there is a gate, else of both rows."""
+    layout = spec.layout
+    values = []
+    for half in range(2):
+        value = sums[m * spec.shape.sums + 4 * n + 2 * half + c]
+        if bias is not None:
+            value = value + bias[expert, tile * ROWS + half * 8 + lane // 4]
+        values.append(T.Bind(value))
+    outs = [gated(spec.activation, values[0], values[1])] if layout.gated else [plain(spec.activation, v) for v in values]
+    return [T.Bind(out) for out in outs]
+
+
+def _store(
+    count: int, halves: int, values: Callable[[int, int], Sequence[Expr]], memory: Buffer, first: Expr, width: int, lane: Expr
+) -> None:
+    """Write a warp's numbers as bfloat16, a row of `width` words a token: 8 by 8 of them as a tile.
+
+    Args:
+        count: times 8 tokens.
+        halves: of 8 numbers of a token; `values(n, c)` are those of token 8 n + 2 t + c, one of each half.
+        first: the word at which the first token's begin.
+    """
+    n = 0
+    while n < count:
+        size = next(s for s in (4, 2, 1) if s <= count - n)
+        packed = [local(size, "uint32") for _ in range(halves)]
+        for i in range(size):
+            for half, (low, high) in enumerate(zip(values(n + i, 0), values(n + i, 1), strict=True)):
+                store(packed[half], term(low, high, 0), i)
+        token = (n + lane // 8 % size) * 8 + lane % 8
+        for half in range(halves):
+            store_matrix(shared_address(at(memory, first + token * width + half * 4)), at(packed[half], 0), size)
+        n += size
+
+
+def write_outputs(
+    spec: PrefillSpec, sums: Buffer, memory: Buffer, y: Buffer, bias: Buffer | None, order: Buffer, routing_weights: Buffer, expert: Expr,
+    first: Expr, count: Expr, base: Expr, thread: Expr,
+) -> None:  # fmt: skip
+    """Multiply by the routing weights and write, by way of shared memory, 16 bytes at a time."""
+    layout, shape, wide = spec.layout, spec.shape, spec.dtype == "float32"
+    warp, lane, group = thread // 32 % 4, thread % 32, thread // 128
+    words = 64 if wide else 32  # of a token in a warpgroup's 64 rows
+    width = words + 4
+    staged = T.Bind(group * shape.tokens * width)
+    own = T.Bind(staged + lane % 4 * 2 * width + warp * 16 + lane // 4)
+    factors = local(shape.tokens // 4, "float32")
+    for n in range(shape.tokens // 8):
+        for c in range(2):
+            token = T.Bind(n * 8 + lane % 4 * 2 + c)
+            store(factors, const(0.0, "float32"), 2 * n + c)
+            with when(token < count):
+                slot = T.Bind(order[first + token])
+                store(factors, routing_weights[slot // spec.top_k, slot % spec.top_k], 2 * n + c)
+    for m in range(shape.tiles):
+
+        def outputs(n: int, c: int, m: int = m) -> list[Expr]:
+            found = []
+            for half in range(2):
+                value = sums[m * shape.sums + 4 * n + 2 * half + c]
+                if bias is not None:
+                    value = value + bias[expert, T.min((base + 4 * m) * ROWS + half * 8 + lane // 4, layout.d - 1)]
+                found.append(T.Bind(value * factors[2 * n + c]))
+            return found
+
+        if wide:
+            for n in range(shape.tokens // 8):
+                for c in range(2):
+                    for half, value in enumerate(outputs(n, c)):
+                        store(memory, T.reinterpret("uint32", value), own + ((n * 8 + c) * width + half * 8))
+        else:
+            _store(shape.tokens // 8, 2, outputs, memory, staged + warp * (ROWS // 2), width, lane)
+        sync()
+        pieces, elements = words // 4, 4 if wide else 8
+        row0 = T.Bind((base - warp + 4 * m) * ROWS)
+        with strided(thread % 128, shape.tokens * pieces, 128) as i:
+            token, piece = i // pieces, i % pieces
+            row = row0 + piece * elements
+            with when(T.And(token < count, row < layout.d)):
+                read_words(at(y, first + token, row), at(memory, staged + token * width + piece * 4))
+        sync()

@@ -1,0 +1,154 @@
+"""The size of a block's product, and the activations that it multiplies with, copied from where they are into shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tvm.tirx.script import builder as T
+
+from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, sync, when
+from moec.targets.kernels.cuda.layout import BLOCK
+from moec.targets.kernels.cuda.matrix import copy16, copy_commit, copy_wait, descriptor, shared_address
+
+THREADS = 256  # two warpgroups
+PIECES = 16  # of 16 bytes in a block's row of activations
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of a block's product.
+
+    Args:
+        tokens: N, a multiple of 8.
+        tiles: of 64 rows of a warpgroup.
+        stages: of activations.
+        terms: of bfloat16 that add up to an activation.
+        exact: whether codes are multiplied before their scales.
+        residency: blocks that are to fit on a multiprocessor, which limits their registers.
+        depth: sets of registers for weights: all but one are on their way.
+        batch: steps whose weights are made ready before their products start, so that few tokens wait less often.
+        multiprocessors: of the GPU, for blocks of threads that stay for many tiles; 0 for one block a tile.
+        cluster: blocks that share activations, 1 or 2, which are in images then; 0 for activations as they are.
+    """
+
+    tokens: int = 64
+    tiles: int = 1
+    stages: int = 4
+    terms: int = 1
+    exact: bool = True
+    residency: int = 1
+    depth: int = 2
+    batch: int = 1
+    multiprocessors: int = 132
+    cluster: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of weights of a block."""
+        return 128 * self.tiles
+
+    @property
+    def stage_bytes(self) -> int:
+        """Bytes of a stage."""
+        return self.terms * self.tokens * BLOCK * 2
+
+    @property
+    def words(self) -> int:
+        """Words of shared memory, those included that bring it to a multiple of 1024 bytes."""
+        return self.stages * self.stage_bytes // 4 + 256
+
+    @property
+    def sums(self) -> int:
+        """Sums of a thread for 64 rows."""
+        return self.tokens // 2
+
+    def first_tile(self, part: Expr, group: Expr, warp: Expr) -> Expr:
+        """The first tile of 16 rows of a warp, in a part of `rows` rows."""
+        return part * (8 * self.tiles) + group * (4 * self.tiles) + warp
+
+    def row_tiles(self, first: Expr, last: int) -> list[Expr]:
+        """All tiles of a warp; beyond the last there are none, and it takes that one again."""
+        return [T.Bind(T.min(first + 4 * m, last)) for m in range(self.tiles)]
+
+
+class Activations:
+    """The ring of stages, and which rows of which memory go into it.
+
+    Args:
+        source: uint16 [terms, rows, k].
+        k: columns that there are, at most.
+    """
+
+    def __init__(self, shape: Shape, memory: Buffer, source: Buffer, k: int, thread: Expr) -> None:
+        self.shape, self._source, self._piece = shape, source, T.Bind(thread % PIECES)
+        self._columns: Expr = k
+        self._own: Buffer | None = None
+        base = T.Bind(shared_address(at(memory, 0)))
+        self.base = T.Bind((base + const(1023, "uint32")) // 1024 * 1024)
+        self._first, self._per = T.Bind(thread // PIECES), THREADS // PIECES
+        self._turns = -(-shape.tokens // self._per)
+        self._rows, self._valid = local(self._turns, "int32"), local(self._turns, "int32")
+
+    def vary(self) -> None:
+        """Tiles differ in their columns, which `locate` is given."""
+        self._own = local(1, "int32")
+
+    @property
+    def _k(self) -> Expr:
+        return self._columns if self._own is None else self._own[0]
+
+    def locate(self, row: Callable[[Expr], Expr], count: Expr, columns: Expr | None = None) -> None:
+        """Of a tile: the row of the source for each token, and how many there are; other tokens are zero, and so are other columns."""
+        if self._own is not None:
+            store(self._own, columns, 0)
+        for i in range(self._turns):
+            token = T.Bind(self._first + i * self._per)
+            store(self._rows, const(0, "int32"), i)
+            store(self._valid, const(0, "int32"), i)
+            with when(token < count):
+                store(self._rows, row(token), i)
+                store(self._valid, const(16, "int32"), i)
+
+    def begin(self, blocks: Expr) -> None:
+        """Ask for the first stages."""
+        for stage in range(self.shape.stages - 2):
+            with when(const(stage, "int32") < blocks):
+                self.fetch(const(stage, "int32"), stage)
+            copy_commit()
+
+    def fetch(self, block: Expr, stage: Expr) -> None:
+        """Copy a block of columns into a stage."""
+        shape, column = self.shape, T.Bind(block * BLOCK + self._piece * 8)
+        half = self._piece // 8 * (shape.tokens * 128)
+        for i in range(self._turns):
+            token = self._first + i * self._per
+            with when(token < shape.tokens):
+                swizzled = (self._piece % 8 ^ token % 8) * 16
+                bytes_here = T.Select(column < self._k, self._valid[i], const(0, "int32"))
+                for index in range(shape.terms):
+                    offset = stage * shape.stage_bytes + index * shape.tokens * 256 + half + token * 128 + swizzled
+                    source = at(self._source, index, self._rows[i], T.Select(column < self._k, column, 0))
+                    copy16(self.base + T.cast(offset, "uint32"), source, bytes_here)
+
+    def step(self, block: Expr, blocks: int) -> Expr:
+        """Wait for a block's stage, and ask for a later one's: the stage."""
+        ahead = self.shape.stages - 2
+        copy_wait(ahead - 1)
+        sync()
+        with when(block + ahead < blocks):
+            self.fetch(block + ahead, (block + ahead) % self.shape.stages)
+        copy_commit()
+        return T.Bind(block % self.shape.stages)
+
+    def release(self, block: Expr) -> None:
+        """Nothing: all threads meet at each step."""
+
+    def finish(self, blocks: int) -> None:
+        """Nothing."""
+
+    def operand(self, stage: Expr, step: int, index: int) -> Expr:
+        """The descriptor of 16 columns of a stage."""
+        half = step // 4 * self.shape.tokens * 128 + step % 4 * 32
+        offset = stage * self.shape.stage_bytes + index * self.shape.tokens * 256 + half
+        return descriptor(self.base + T.cast(offset, "uint32"))
