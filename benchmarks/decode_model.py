@@ -82,22 +82,31 @@ def _scale(name: str) -> float:
 
 
 def random_weights(found: Mapping[str, Any], seed: int = 0) -> Arrays:
-    """Arrays of the stored shapes by (parameter, component): random codes and values, constant scales, norms of one."""
-    draw, weights = np.random.default_rng(seed), Arrays()
+    """Arrays of the stored shapes by (parameter, component): random codes and values, constant scales, norms of one.
+
+    What is alike in all layers is made once; on a GPU each parameter has memory of its own all the same.
+    """
+    draw, made, weights = np.random.default_rng(seed), dict[object, NDArray[np.generic]](), Arrays()
     for param, component, shape, dtype in found["arrays"]:
-        size = int(np.prod(shape))
         if param in found["constants"]:
-            array = np.array(found["constants"][param], dtype)
-        elif component == "scale":
-            array = np.full(size, found["scales"].get(param, 1e-3), dtype)
-        elif dtype == "float32":
-            array = np.ones(size, np.float32) if len(shape) == 1 else SPREAD * draw.standard_normal(size, np.float32)
-        elif component == "values" and dtype == "uint16":  # bfloat16
-            array = (SPREAD * draw.standard_normal(size, np.float32)).view(np.uint32).__rshift__(16).astype(np.uint16)
-        else:
-            array = np.frombuffer(draw.bytes(size * np.dtype(dtype).itemsize), dtype)
-        weights[param, component] = array.reshape(shape)
+            weights[param, component] = np.array(found["constants"][param], dtype).reshape(shape)
+            continue
+        key = component, tuple(shape), dtype, found["scales"].get(param, 1e-3)
+        if key not in made:
+            made[key] = _random(draw, *key).reshape(shape)
+        weights[param, component] = made[key]
     return weights
+
+
+def _random(draw: np.random.Generator, component: str, shape: tuple[int, ...], dtype: str, scale: float) -> NDArray[np.generic]:
+    size = int(np.prod(shape))
+    if component == "scale":
+        return np.full(size, scale, dtype)
+    if dtype == "float32":
+        return np.ones(size, np.float32) if len(shape) == 1 else SPREAD * draw.standard_normal(size, np.float32)
+    if component == "values" and dtype == "uint16":  # bfloat16
+        return (SPREAD * draw.standard_normal(size, np.float32)).view(np.uint32).__rshift__(16).astype(np.uint16)
+    return np.frombuffer(draw.bytes(size * np.dtype(dtype).itemsize), dtype)
 
 
 def load(folder: Path, max_sequences: int) -> tuple[Any, dict[str, Any]]:
