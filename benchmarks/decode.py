@@ -8,14 +8,14 @@ MODEL is an artifact, or a folder of `build`, which compiles a published shape w
 model's speed is measured on a machine that needs neither the compiler nor the checkpoint. `--experts` are formats that the experts of a
 layer have in turn.
 
-tokens/s   of greedy decoding, logits on the host at every step, counted over all sequences of the batch
+tokens/s   of greedy decoding, a call of the executor for each step, counted over all sequences of the batch
 MB/token   weights that one sequence reads for a token
 roofline   tokens/s of one sequence times bytes a token, over the bandwidth of a device-to-device copy (a GPU) or of reading memory
            (a processor), measured in the same run; of several sequences, which share the weights that they read, it is not stated
 prompt     milliseconds to the first logits of one prompt
 
 --transformers runs the checkpoint with transformers in bfloat16 beside them: eager, with its default cache. --kernels adds what a decode
-step of one sequence launches, from torch's profiler: how often, and the microseconds of all of them.
+step launches, from torch's profiler: how often, and the microseconds of all of them.
 """
 
 from __future__ import annotations
@@ -47,13 +47,12 @@ def decode_speed(executor: Executor, batch: int, context: int, tokens: int) -> f
     draw = np.random.default_rng(0)
     handles = [executor.add() for _ in range(batch)]
     try:
-        logits = np.concatenate([executor.forward([(h, draw.integers(0, executor.vocab_size, context))]) for h in handles])
+        ids = np.concatenate([executor.best([(h, draw.integers(0, executor.vocab_size, context))]).ids for h in handles])
         warm = 8
         for step in range(tokens + warm):
             if step == warm:
                 start = time.perf_counter()
-            best = logits.argmax(-1)
-            logits = executor.forward([(h, best[i : i + 1]) for i, h in enumerate(handles)])
+            ids = executor.best([(h, ids[i : i + 1]) for i, h in enumerate(handles)]).ids
         return batch * tokens / (time.perf_counter() - start)
     finally:
         for handle in handles:
@@ -89,8 +88,8 @@ def opened(path: Path, max_sequences: int) -> tuple[Executor, int]:
     return load_executor(artifact, None, max_sequences), bytes_per_token(artifact.manifest) or 0
 
 
-def kernels(executor: Executor, context: int, steps: int = 8) -> list[tuple[str, float, float]]:
-    """(kernel, launches, microseconds of a step) of decoding one sequence, those that take longest first.
+def kernels(executor: Executor, batch: int, context: int, steps: int = 8) -> list[tuple[str, float, float]]:
+    """(kernel, launches, microseconds) of a decode step, those that take longest first.
 
     A kernel is there before the one in front of it has ended, and waits. So its time is from the end of that one to its own end.
     """
@@ -98,14 +97,17 @@ def kernels(executor: Executor, context: int, steps: int = 8) -> list[tuple[str,
     from torch.profiler import ProfilerActivity, profile
 
     torch.zeros(1, device="cuda")
-    handle, times = executor.add(), dict[str, list[float]]()
-    executor.forward([(handle, np.arange(context) % executor.vocab_size)])
+    handles, times = [executor.add() for _ in range(batch)], dict[str, list[float]]()
+    for handle in handles:
+        executor.forward([(handle, np.arange(context) % executor.vocab_size)])
+    step = [(handle, np.array([1])) for handle in handles]
     for _ in range(4):  # from the third on it is one recorded graph
-        executor.forward([(handle, np.array([1]))])
+        executor.best(step)
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         for _ in range(steps):
-            executor.forward([(handle, np.array([1]))])
-    executor.remove(handle)
+            executor.best(step)
+    for handle in handles:
+        executor.remove(handle)
     events = [event for event in profiled.events() or () if "CUDA" in str(event.device_type)]
     ended = 0.0
     for event in sorted(events, key=lambda event: event.time_range.end):
@@ -130,7 +132,7 @@ def measure(path: Path, batches: list[int], args: argparse.Namespace) -> Iterato
         row: Row = {"model": path.name, "batch": batch, "tokens_per_s": speed, "bytes_per_token": read}
         row |= {"bandwidth_gb_s": memory / 1e9, "roofline": speed * read / memory if batch == 1 else None}
         row |= {"prompt": prompt, "first_token_ms": first, "load_s": loaded}
-        yield {**row, "kernels": kernels(executor, context)} if args.kernels and batch == 1 else row
+        yield {**row, "kernels": kernels(executor, batch, context)} if args.kernels else row
 
 
 def transformers_rows(checkpoint: Path, batches: list[int], args: argparse.Namespace) -> Iterator[Row]:
@@ -182,7 +184,7 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join(map(text, rows)))
     for row in rows:
         for name, count, mean in row.get("kernels", ()):
-            print(f"{row['model']}: {count:6.1f} launches {mean:8.1f} us  {name}")
+            print(f"{row['model']}, batch {row['batch']}: {count:6.1f} launches {mean:8.1f} us  {name}")
 
 
 def main() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from moec.runtime.executor import Step
 
 Arrays = dict[str, NDArray[np.int64]]
 """The inputs of a call by role: `ids`, `positions` [T], `rows` [R] and `blocks` [NB, 4]."""
@@ -27,6 +29,28 @@ def latest(kept: dict[Key, Kept], key: Key, make: Callable[[], Kept], most: int 
     if len(kept) > most:
         del kept[next(iter(kept))]
     return found
+
+
+Piece = tuple[int, int, int]
+"""Part of a step: its index, the first token, and the end."""
+
+
+def chunks(steps: Sequence[Step], most: int) -> Iterator[list[Piece]]:
+    """Cut the steps into calls of at most `most` tokens."""
+    pieces: list[Piece] = []
+    room = most
+    for index, (_, tokens) in enumerate(steps):
+        begin = 0
+        while begin < len(tokens):
+            end = min(begin + room, len(tokens))
+            pieces.append((index, begin, end))
+            room -= end - begin
+            begin = end
+            if not room:
+                yield pieces
+                pieces, room = [], most
+    if pieces:
+        yield pieces
 
 
 @dataclass(frozen=True)

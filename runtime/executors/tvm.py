@@ -10,7 +10,7 @@ import ctypes
 import importlib.util
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from moec.runtime.host import available_cores, physical_cores
 from moec.runtime.sampler import Best
 from moec.runtime.tvm_arrays import aligned
 from moec.runtime.tvm_device import Device, Gpu, Host
-from moec.runtime.tvm_functions import Arrays, Function, Functions
+from moec.runtime.tvm_functions import Arrays, Function, Functions, Piece, chunks
 from moec.runtime.tvm_pages import Pages
 
 RUNTIME = "libtvm_runtime.so"
@@ -44,9 +44,6 @@ BLOCK = 16
 
 LOGITS_BYTES = 1 << 26
 """Logits that one call may return."""
-
-Piece = tuple[int, int, int]
-"""Part of a step: its index, the first token, and the end."""
 
 
 def load_executor(artifact: Artifact, threads: int | None, max_sequences: int) -> TvmExecutor:
@@ -229,11 +226,10 @@ class TvmExecutor:
         return self.device.run(functions, inputs, [self._pages.table(), *self._pages.pools, self._weights])
 
     def _run(self, steps: Sequence[Step], before: Mapping[int, int], all_logits: bool, then: tuple[str, ...]) -> NDArray[np.float32]:
-        rows = sum(len(tokens) for _, tokens in steps) if all_logits else len(steps)
-        out = np.empty((rows, 3 if then else self.vocab_size), np.float32)  # three numbers of `best`
+        shape = sum(len(tokens) for _, tokens in steps) if all_logits else len(steps), 3 if then else self.vocab_size  # 3: of `best`
+        out, done = np.empty(shape, np.float32), 0
         most = min(self._chunk, max(BLOCK, LOGITS_BYTES // (4 * self.vocab_size))) if all_logits else self._chunk
-        done = 0
-        for pieces in _chunks(steps, most):
+        for pieces in chunks(steps, most):
             arrays, wanted = self._stream(steps, before, pieces, all_logits)
             function, arrays = self._filled(arrays)
             inputs = [arrays[role].astype(np.int32 if role == "rows" else np.int64) for role in self._inputs]
@@ -281,21 +277,3 @@ class TvmExecutor:
             tvm_ffi.get_global_func("runtime.config_threadpool")(1, self._threads)
             self._configured.add(caller)
         os.environ["TVM_NUM_THREADS"] = str(self._threads)
-
-
-def _chunks(steps: Sequence[Step], most: int) -> Iterator[list[Piece]]:
-    """Cut the steps into calls of at most `most` tokens."""
-    pieces: list[Piece] = []
-    room = most
-    for index, (_, tokens) in enumerate(steps):
-        begin = 0
-        while begin < len(tokens):
-            end = min(begin + room, len(tokens))
-            pieces.append((index, begin, end))
-            room -= end - begin
-            begin = end
-            if not room:
-                yield pieces
-                pieces, room = [], most
-    if pieces:
-        yield pieces

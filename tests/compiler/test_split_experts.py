@@ -54,6 +54,15 @@ def test_the_function_and_the_bytes_stay() -> None:
     torch.testing.assert_close(logits(split, ids), logits(model, ids), rtol=1e-5, atol=1e-5)
 
 
+def test_only_layers_with_factors_are_split_where_others_run_mixed() -> None:
+    model = mixed()
+    assert uniform_experts(model, factored_only=True) is model
+    factored = graphs.factored(graphs.model())
+    params = [replace(factored.graph.params[name], format=formats) for name, formats in zip(STACKS, FORMATS, strict=True)]
+    split = uniform_experts(Model(factored.graph.with_params(params), factored.weights), factored_only=True)
+    assert sum(node.op == "experts" for node in split.graph.nodes) == 4
+
+
 def test_one_format_stays_one_node() -> None:
     model = graphs.model()
     same = [replace(model.graph.params[name], format=("int4_g32",) * 6) for name in STACKS]

@@ -127,7 +127,7 @@ def test_few_tokens_are_filled_up(emulated: Gpu, tmp_path: Path, monkeypatch: py
     model = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", emulated)
     called = list[str]()
     run = emulated.run
-    monkeypatch.setattr(emulated, "run", lambda name, *rest: (called.append(name), run(name, *rest))[1])
+    monkeypatch.setattr(emulated, "run", lambda names, *rest: (called.append(names[0]), run(names, *rest))[1])
     executor, rng = model.executor, np.random.default_rng(3)
     texts = [rng.integers(0, executor.vocab_size, 8) for _ in range(3)]
     expected = [model.expected(text) for text in texts]
