@@ -48,7 +48,7 @@ def ceil_div(a: int, b: int) -> int:
 
 def blocks_ahead(columns: int) -> int:
     """The most blocks of so many columns of activations that a warp has under way: a power of two."""
-    return 4 if columns <= 4 else 2
+    return next((ahead for ahead, most in ((4, 4), (2, 8)) if columns <= most), 1)
 
 
 @dataclass(frozen=True)

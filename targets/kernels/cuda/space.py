@@ -169,7 +169,8 @@ def default(kernel: str, layer: Layer, tokens: int, limit: int = MOST_SHARED, si
         return min(fitting, key=rank)
     splits = next(n for n in (4, 2, 1) if n <= ceil_div(layer.d, BLOCK))
     gate_up = {"warps": 8, "splits": splits, "unroll": 128, "residency": 0}
-    down = {"down_warps": 16, "down_unroll": 64}
+    downs = [{"down_warps": warps, "down_unroll": 64} for warps in (16, 8, 4)]
+    down = next((options for options in downs if needs("down", layer, tokens, options)[1] <= limit), downs[-1])
     return {"gate_up": gate_up, "down": down, "decode": {**gate_up, **down}}[kernel]
 
 
