@@ -1,7 +1,7 @@
 """What compiling with calibration costs: seconds, peak memory of the process, peak memory of a GPU.
 
-    python -m benchmarks.compile_cost CHECKPOINT --calibration TEXT... [--recipe FILE] [--calibration-tokens N]
-        [--device cuda] [--backend onnx]
+    python -m benchmarks.compile_cost CHECKPOINT --calibration TEXT... [--recipe FILE] [--calibration-tokens N] [--device cuda]
+        [--backend onnx] [-o OUT.moec]
 
 The whole of `moec compile` in this process, tracing and writing included, into a folder that is removed again unless `-o` names one.
 Prints one JSON object.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import re
 from collections.abc import Iterator, MutableMapping
@@ -84,10 +85,18 @@ class CodesOnDisk(MutableMapping[Key, Quantized]):
             raise MoecError(f"cannot write codes to {path}: {error}; free some space and start again to go on from here") from error
         self._stored |= dict.fromkeys(self._fresh, path)
         self._fresh.clear()
+        give_back()
 
     def _path(self, work: str) -> Path:
         digest = hashlib.sha256(f"{self._fingerprint} {work}".encode()).hexdigest()[:16]
         return self._folder / f"codes-{re.sub('[^A-Za-z0-9_]+', '-', work)[-80:]}-{digest}.safetensors"
+
+
+def give_back() -> None:
+    """Return freed memory to the system: threads made the codes, and what a thread has freed the C library keeps for it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)
 
 
 def _label(key: Key) -> str:

@@ -215,9 +215,10 @@ class AssignBits:
         model = Model(model.graph.with_params(changed), model.weights)
         roles = parameter_roles(model.graph)
         integer = [p for p in changed if is_quantized(p)]
+        corrects = any(roles[p.name] == "experts" for p in integer)  # where all experts keep their values there is nothing to correct
         return apply_quantizer(
             model, {p.name: roles[p.name] for p in integer}, get_quantizer(self.method, self.options), context,
-            weighted=self.weighted, correction=Correction.of(self.low_rank),
+            weighted=self.weighted, correction=Correction.of(self.low_rank) if corrects else None,
         )  # fmt: skip
 
 

@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from moec.compiler.context import Context
 from moec.compiler.errors import MoecError
 from moec.compiler.layers import MoeLayer, need_layers
@@ -26,7 +28,7 @@ from moec.compiler.model import Model
 from moec.passes.routing.allocate import Fractions, allocate, within_limit
 from moec.passes.routing.insert import insert_skip, per_layer
 from moec.passes.routing.protect import insert_protected_skip, norm_thresholds
-from moec.passes.routing.trace import kept_fraction, trace_of
+from moec.passes.routing.trace import kept_fraction, skipped_on_text, trace_of
 from moec.passes.rules import get_rule
 
 
@@ -94,10 +96,17 @@ class SkipExperts:
         thresholds = {n.name: {k: v for k, v in n.attrs.items() if k in ("ratio", "top_p")} for n in result.graph.nodes if n.op == "skip"}
         context.note(
             "skip_experts", rule=self.rule, target=self.target, fractions=fractions, thresholds=thresholds,
-            # How many tokens are protected, the trace of routing weights does not say.
-            skipped={n: None if n in protect else round(1 - kept_fraction(result.graph, n, trace), 4) for n, trace in traces.items()},
+            skipped=self._skipped(result, layers, traces, context),
         )  # fmt: skip
         return result
+
+    def _skipped(self, result: Model, layers: Sequence[MoeLayer], traces: Mapping[str, Tensor], context: Context) -> dict[str, float]:
+        """The fraction of activations that a layer skips, by layer."""
+        if self.protect:  # how many tokens are protected, the trace of routing weights does not say
+            found = skipped_on_text(result, layers, context.need_text("skip_experts with protect"))
+        else:
+            found = {name: 1 - kept_fraction(result.graph, name, trace) for name, trace in traces.items()}
+        return {name: round(fraction, 4) for name, fraction in found.items()}
 
     def _to_target(
         self, model: Model, layers: Sequence[MoeLayer], target: float, rewrite: Any, context: Context

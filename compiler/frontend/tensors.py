@@ -21,6 +21,9 @@ _DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F64": "f64", "I64": "i64
 
 _OPEN_FILES = 2
 
+_READ_BYTES = 1 << 28
+"""So much is read of a file before it is opened anew: what was read of a mapped file counts as this process's memory."""
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
@@ -55,6 +58,7 @@ class Tensors:
         self._file: dict[str, Path] = {}
         self._kind: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._open: dict[Path, Any] = {}
+        self._read_bytes: dict[Path, int] = {}
         index = folder / "model.safetensors.index.json"
         if index.is_file():
             self._read_index(index)
@@ -88,14 +92,16 @@ class Tensors:
                     self._file[name] = file
 
     def _handle(self, file: Path) -> Any:
-        if file not in self._open:
-            while len(self._open) >= _OPEN_FILES:  # what was read of a mapped file counts as this process's memory
-                self._open.pop(next(iter(self._open)))
+        handle = self._open.get(file)
+        if handle is None:  # several threads may read: what one of them closes here stays open for those that have it
+            while len(self._open) >= _OPEN_FILES:
+                self._open.pop(next(iter(self._open)), None)
             try:
-                self._open[file] = safe_open(file, framework="pt", device="cpu").__enter__()  # type: ignore[no-untyped-call]  # kept open
+                handle = safe_open(file, framework="pt", device="cpu").__enter__()  # type: ignore[no-untyped-call]  # kept open
             except (SafetensorError, OSError, ValueError) as error:
                 raise MoecError(f"{file}: truncated or damaged ({error}); download the file again") from error
-        return self._open[file]
+            self._open[file], self._read_bytes[file] = handle, 0
+        return handle
 
     def _names(self, file: Path) -> Iterable[str]:
         names: Iterable[str] = self._handle(file).keys()
@@ -145,8 +151,12 @@ class Tensors:
         Raises:
             MoecError: a value is NaN or infinite.
         """
-        view = self._handle(self._file[name]).get_slice(name)
+        file = self._file[name]
+        view = self._handle(file).get_slice(name)
         value: Tensor = view[...] if row is None else view[row : row + 1]
+        self._read_bytes[file] += value.nbytes
+        if self._read_bytes[file] > _READ_BYTES:
+            self._open.pop(file, None)
         if value.dtype == torch.float8_e4m3fn and self._block is not None:
             scale = self.read(name + fp8.SCALE, row if value.ndim > 2 else None)
             scale = fp8.rows_of(scale, row, self._block) if row is not None and value.ndim == 2 else scale
@@ -155,6 +165,6 @@ class Tensors:
             where = (~torch.isfinite(value)).nonzero()[0].tolist()
             if row is not None:
                 where[0] = row
-            at = f"{self._file[name]}: the tensor {name}"
+            at = f"{file}: the tensor {name}"
             raise MoecError(f"{at} has a value that is NaN or infinite, at {where}; the checkpoint is damaged")
         return value

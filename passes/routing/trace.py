@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from moec.compiler import ops
+from moec.compiler.calibration.collect import batches_of
 from moec.compiler.calibration.statistics import LayerStatistics
+from moec.compiler.calibration.text import Text
+from moec.compiler.interpreter import Interpreter
 from moec.compiler.ir import Graph
 from moec.compiler.layers import MoeLayer
+from moec.compiler.model import Model
 
 
 def trace_of(statistics: LayerStatistics, layer: MoeLayer) -> Tensor:
@@ -26,3 +32,23 @@ def kept_fraction(graph: Graph, experts: str, weights: Tensor) -> float:
     ids = torch.zeros(weights.shape, dtype=torch.int64)
     found = ops.skip(weights, ids, **skip.attrs)[1]
     return float(((found == 0) & (weights > 0)).sum() / max(1, int((weights > 0).sum())))
+
+
+def skipped_on_text(after: Model, layers: Sequence[MoeLayer], text: Text) -> dict[str, float]:
+    """By layer the fraction of its activations that a model skips on text, whatever decides about them.
+
+    Args:
+        after: the model with the skipping, which is in the earlier layers too.
+        layers: as they are without it.
+    """
+    graph = after.graph
+    pairs = [(layer.experts.inputs[1], graph.producers[layer.name].inputs[1]) for layer in layers]
+    counts = torch.zeros(len(layers), 2, dtype=torch.int64)
+
+    def consume(_: int, outputs: tuple[Tensor, ...]) -> None:
+        for index, (layer, *ids) in enumerate(zip(layers, outputs[::2], outputs[1::2], strict=True)):
+            counts[index] += torch.stack([((i >= 0) & (i < layer.count)).sum() for i in ids])
+
+    names = [name for pair in pairs for name in pair]
+    Interpreter(graph.with_nodes(graph.nodes, names), after.weights).run(batches_of(text), consume)
+    return {layer.name: 1 - int(kept) / max(1, int(ran)) for layer, (ran, kept) in zip(layers, counts, strict=True)}

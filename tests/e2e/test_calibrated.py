@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from moec.compiler.artifact_weights import open_artifact
+from moec.compiler.backends import make_backend
 from moec.compiler.cli.main import main
 from moec.compiler.errors import MoecError
 from moec.compiler.export import export_model
@@ -51,6 +53,35 @@ def test_an_artifact_says_what_it_cost(tmp_path: Path, capsys: pytest.CaptureFix
     assert (tmp_path / "hf/tokenizer.json").is_file()
     with pytest.raises(MoecError, match="an artifact has been through its own"):
         export_model(out, tmp_path / "b", recipe="int4")
+
+
+def test_a_killed_run_goes_on_from_its_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes lie beside the output while a run lasts, and stay where it was killed; an error takes them away."""
+    (tmp_path / "r.yaml").write_text("passes:\n  - quantize: {experts: int4_g64, method: gptq, options: {sweeps: 0}}\n")
+    out, work = tmp_path / "a.moec", tmp_path / "a.moec.work"
+    options: dict[str, Any] = {"calibration": tiny.TEXT, "calibration_tokens": 1024, "backend": "onnx", "progress": QUIET}
+    calls = 0
+
+    def lowered(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        stamps.append([p.stat().st_mtime_ns for p in sorted(work.rglob("codes-*.safetensors"))])
+        if calls == 1:
+            raise KeyboardInterrupt
+        return make_backend(*args)
+
+    stamps: list[list[int]] = []
+    monkeypatch.setattr("moec.compiler.pipeline.make_backend", lowered)
+    with tiny.traced_once():
+        with pytest.raises(KeyboardInterrupt):
+            compile_model(tiny.MODEL, out, recipe=tmp_path / "r.yaml", **options)
+        assert stamps[0]
+        compile_model(tiny.MODEL, out, recipe=tmp_path / "r.yaml", **options)
+        assert stamps[0] == stamps[1]  # read, not made again
+        assert not work.exists()
+        with pytest.raises(MoecError, match="more than --memory"):
+            compile_model(tiny.MODEL, out, recipe=tmp_path / "r.yaml", memory=1000, **options)
+    assert not work.exists()
 
 
 def test_inspect_with_text(tmp_path: Path) -> None:

@@ -181,6 +181,14 @@ def test_factors_of_experts_are_in_the_budget_of_all(rank: float, model: Model, 
         assert stored == note["bytes"]
 
 
+def test_experts_that_keep_their_values_need_no_factors(model: Model, context: Context) -> None:
+    low_rank = {"rank": 2, "format": "int4_channel", "weighted": False}
+    step = AssignBits(budget=16.0, formats=["bf16"], units="expert", others={"dense": ["int4_channel"]}, low_rank=low_rank)
+    result = step.run(model, context)
+    assert set(result.graph.params) == set(model.graph.params)
+    assert result.graph.params["layers.1.up.weight"].format == "int4_channel"
+
+
 def test_bad_others(model: Model, context: Context) -> None:
     tied = graphs.model()
     others = {"embedding": ["int8_channel"], "head": ["int4_channel"]}

@@ -75,8 +75,10 @@ def test_weights_that_are_left() -> None:
 
 def test_protected_tokens_keep_all_experts() -> None:
     subject = model()
-    changed = SkipExperts(rule="ratio", target=0.4, protect=0.25, per_layer=False).run(subject, graphs.context(subject))
+    context = graphs.context(subject)
+    changed = SkipExperts(rule="ratio", target=0.4, protect=0.25, per_layer=False).run(subject, context)
     verify(changed.graph)
+    assert context.journal[-1]["skipped"] == pytest.approx(dropped(changed, IDS), abs=1e-4)
     found = routing(changed, IDS)
     norm = found.x["e"].abs().sum(-1)  # in this model experts read the residual stream itself
     runs = (found.ids["e"] < 6).sum(-1)

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from moec.compiler.context import Context
 from moec.compiler.errors import MoecError
 from moec.compiler.frontend.families_table import difference
 from moec.compiler.frontend.huggingface import load
+from moec.compiler.frontend.tensors import Tensors
 from moec.compiler.frontend.tiny_models import tiny_model
 from moec.compiler.model import Model
 from moec.compiler.stored import as_stored
@@ -50,6 +52,18 @@ def test_one_expert_reads_only_its_own_tensors(tmp_path: Path) -> None:
     name = next(n.inputs[3] for n in graph.nodes if n.op == "experts")
     weights.load(name, expert=3)
     assert len(read) == 2 and all(".experts.3." in name for name in read)  # gate and up
+
+
+def test_what_was_read_of_a_mapped_file_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is opened anew after so many bytes, and tensors that were read before keep their values."""
+    whole = load_file(TINY / "model.safetensors")
+    monkeypatch.setattr("moec.compiler.frontend.tensors._READ_BYTES", 1000)
+    tensors, opened = Tensors(TINY), list[Path]()
+    monkeypatch.setattr("moec.compiler.frontend.tensors.safe_open", lambda file, **kw: (opened.append(file), safe_open(file, **kw))[1])
+    found = {name: tensors.read(name) for name in tensors.names()}
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    assert sum(value.nbytes > 1000 for value in whole.values()) - 1 <= len(opened) <= len(whole)
 
 
 def _copy(folder: Path) -> Path:
