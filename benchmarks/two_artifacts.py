@@ -86,9 +86,8 @@ def main() -> None:
     if args.json:
         print(json.dumps(found))
         return
-    print(
-        f"logits: largest difference {found['largest_difference']:.1e} of the largest, best token the same at {100 * found['same_best']:.2f} %"
-    )
+    difference, best = found["largest_difference"], found["same_best"]
+    print(f"logits: largest difference {difference:.1e} of the largest, the same best token at {best:.2%}")
     print(f"continued: {found['same']} of {found['prompts']} the same for {args.n} tokens, {found['parted_at_ties']} part at ties")
     for row in found["different"]:
         print(f"prompt {row['prompt']} parts at token {row['token']}, where the best two logits differ by {row['margin']:.4f}")
