@@ -1,23 +1,26 @@
-"""Backends: a folder each, found by its name, with a `make(graph, target, portable)` that returns a `base.Backend`."""
+"""Backends: a folder each, found by its name, with a `make(graph, target, portable)` that returns a `base.Backend`.
+
+It may also have a `takes_mixed_experts(target)`, where a layer whose experts differ in format can be one node.
+"""
 
 from __future__ import annotations
 
 from moec.compiler.backends.base import Backend
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph
-from moec.compiler.plugins import file_names, load_file
+from moec.compiler.plugins import load_file
 from moec.runtime.errors import unknown
 from moec.targets import Target
 
 
-def known_backends() -> list[str]:
-    """The names of all backends."""
-    return file_names(__name__, folders=True)
-
-
 def takes_mixed_experts(name: str, target: Target) -> bool:
-    """Whether a backend runs a layer whose experts differ in format as one node, unless it has low-rank factors; others get several."""
-    return name == "tvm" and target.kind == "cuda"
+    """Whether a backend runs a layer whose experts differ in format as one node, unless it has low-rank factors; others get several.
+
+    Raises:
+        MoecError: there is no such backend.
+    """
+    takes = getattr(load_file(__name__, "backend", name, folders=True), "takes_mixed_experts", None)
+    return takes is not None and bool(takes(target))
 
 
 def make_backend(

@@ -52,7 +52,7 @@ def kernel_functions(case: Case) -> dict[str, Any]:
     layer, options = case.layer, dict(case.options)
     activation = ExpertActivation(case.activation)
     if case.kernel == "prefill":
-        shape = Shape(**{**options, "exact": bool(options["exact"])})  # type: ignore[arg-type]
+        shape = Shape.of(options)
         many = experts_prefill.PrefillSpec(layer.layout, activation, None, layer.top_k, "int32", case.biases, layer.dtype, shape)
         arrange = {"arrange": image.arrange_func(many)} if shape.cluster else {}
         return {

@@ -15,3 +15,8 @@ def make(graph: Graph, target: Target, portable: bool = False) -> TvmBackend:  #
     from moec.compiler.backends.tvm.backend import TvmBackend  # importing TVM takes a second
 
     return TvmBackend(graph, target)
+
+
+def takes_mixed_experts(target: Target) -> bool:
+    """Whether a layer whose experts differ in format can be one node: the GPU's kernels have a table of them."""
+    return target.kind == "cuda"

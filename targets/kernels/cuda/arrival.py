@@ -15,11 +15,7 @@ _ARRIVE = r"""
 #define MOEC_ARRIVE
 __device__ __forceinline__ bool moec_arrives_last(void* semaphore, int total) {
   unsigned int before = 0, *s = (unsigned int*)semaphore;
-#ifdef __CUDA_ARCH__
   asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(s), "r"((unsigned int)total - 1) : "memory");
-#else
-  before = atomicInc(s, (unsigned int)total - 1);
-#endif
   return before + 1 == (unsigned int)total;
 }
 __device__ __forceinline__ int moec_last_arrival(void* semaphore, int total) {

@@ -12,7 +12,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.attend_tile import SHARE, THREADS, TILE, Tile
-from moec.targets.kernels.cuda.attention_parts import PAGE, page_shapes
+from moec.targets.kernels.cuda.attention_parts import LOWEST, PAGE, first_seen, pool_arguments
 from moec.targets.kernels.cuda.emit import WARP, Expr, Shared, argument, kernel, local, store, strided, sync, when
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import ceil_div
@@ -20,7 +20,6 @@ from moec.targets.kernels.specs import AttentionSpec
 
 BLOCK_TOKENS = 16  # the most tokens of a block
 MOST_ROWS = 16  # of a thread block
-LOWEST = -5e29  # where a running maximum starts: exp(HIDDEN - LOWEST) is 0
 
 
 class Attend(Tile):
@@ -44,11 +43,8 @@ class Attend(Tile):
 
     def arguments(self) -> Any:
         spec = self.spec
-        tokens, blocks, pages = T.int64(), T.int64(), T.int64()
-        k_page, v_page = page_shapes(spec)
-        stored = {"float32": "float32", "bfloat16": "uint16"}[self.dtype]
-        self.k_pool = argument("k_pool", (pages, *k_page), stored)
-        self.v_pool = argument("v_pool", (pages, *v_page), stored)
+        tokens, blocks = T.int64(), T.int64()
+        self.k_pool, self.v_pool = pool_arguments(spec, self.dtype)
         self.q = argument("q", (tokens, spec.heads * spec.d), "float32")
         self.blocks = argument("blocks", (blocks, 4), "int32")
         self.page_table = argument("page_table", (T.int64(), T.int64()), "int32")
@@ -92,12 +88,7 @@ class Attend(Tile):
             store(self.result, T.float32(0), i)
         self._own_rows(self._begin)
         self.last = T.Bind(self.first_position + self._row(rows - 1) // self.group)
-        start: Expr = T.int32(0)
-        earliest = self.first_position + self._row(0) // self.group
-        if spec.window:
-            start = T.max(start, earliest - (spec.window - 1))
-        if spec.chunk:
-            start = T.max(start, earliest // spec.chunk * spec.chunk)
+        start = first_seen(spec, self.first_position + self._row(0) // self.group)
         begin, end = T.Bind(start // TILE), T.Bind(self.last // TILE + 1)
         if self.tiles > 1:  # a short block has fewer rows
             end = T.Bind(T.Select(self.tile * self.rows < self.count, end, begin))

@@ -13,13 +13,14 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from moec.targets.kernels.cuda.attend import BLOCK_TOKENS, LOWEST, Attend
+from moec.targets.kernels.cuda.attend import BLOCK_TOKENS, Attend
 from moec.targets.kernels.cuda.attend_tile import THREADS
-from moec.targets.kernels.cuda.attention_parts import PAGE, load4
-from moec.targets.kernels.cuda.copies import sync_warp
+from moec.targets.kernels.cuda.attention_parts import LOWEST, PAGE, first_seen
 from moec.targets.kernels.cuda.emit import WARP, Expr, Shared, at, kernel, local, store, strided, sync, when
 from moec.targets.kernels.cuda.intrinsics import SPLIT, call, grid_launch, grid_wait, mma, term
 from moec.targets.kernels.cuda.layout import ceil_div
+from moec.targets.kernels.cuda.loads import load4
+from moec.targets.kernels.cuda.warp import sync_warp
 from moec.targets.kernels.specs import AttentionSpec
 
 ROWS = 64  # of a thread block
@@ -131,7 +132,7 @@ class AttendProduct(Attend):
         most = T.min(self.blocks[end, 2] - 1, (self.tile * ROWS + ROWS - 1) // self.group)
         self.last = T.Bind(self.blocks[end, 3] + most)
         own_last = T.Bind(self.blocks[mine, 3] + T.min((row + OWN - 1) // self.group, tokens - 1))
-        begin = T.Bind(self._start(lowest) // PAGE)
+        begin = T.Bind(first_seen(spec, lowest) // PAGE)
         stop = T.Bind(T.Select(lowest <= self.last, self.last // PAGE + 1, begin))
         with when(there):
             self._load_queries(row, tokens, mine)
@@ -152,15 +153,6 @@ class AttendProduct(Attend):
                     for i in range(2):
                         column = T.Bind(self.heads[half] * spec.dv + n * 8 + 2 * self.t + i)
                         store(self.out, self.result[4 * n + 2 * half + i] * inverse, self.tokens[half], column)
-
-    def _start(self, position: Expr) -> Expr:
-        """The first position that a token sees."""
-        start: Expr = T.int32(0)
-        if self.spec.window:
-            start = T.max(start, position - (self.spec.window - 1))
-        if self.spec.chunk:
-            start = T.max(start, position // self.spec.chunk * self.spec.chunk)
-        return start
 
     def _clear(self) -> None:
         """The state of rows g and g + 8 of a warp: maximum, sum (of a lane's part), and results."""
@@ -259,7 +251,7 @@ class AttendProduct(Attend):
     def _weigh(self, first: Expr, logits: Any, half: int) -> None:
         """Turn a row's logits into weights against the running maximum, and scale what there is."""
         own, index = self.positions[half], [4 * n + 2 * half + i for n in range(PAGE // 8) for i in range(2)]
-        start = T.Bind(self._start(own))
+        start = T.Bind(first_seen(self.spec, own))
         peak: Any = self.maximum[half]
         for i in index:
             position = T.Bind(first + i // 4 * 8 + 2 * self.t + i % 2)

@@ -6,10 +6,10 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from moec.targets.kernels.cuda.attention_parts import PAGE, from_cache, load4
+from moec.targets.kernels.cuda.attention_parts import HIDDEN, PAGE, from_cache, softcapped
 from moec.targets.kernels.cuda.emit import WARP, Buffer, Expr, at, local, store, when
-from moec.targets.kernels.cuda.intrinsics import call
 from moec.targets.kernels.cuda.layout import ceil_div
+from moec.targets.kernels.cuda.loads import load4
 from moec.targets.kernels.cuda.warp import warp_max, warp_sum
 from moec.targets.kernels.specs import AttentionSpec
 
@@ -19,14 +19,6 @@ SHARE = 8  # threads that compute a logit together
 TURNS = TILE // (THREADS // SHARE)  # positions of a tile that a thread helps with
 MOST_KEYS = 64  # registers of a thread for keys
 VALUES = 8  # that a thread has under way
-HIDDEN = -1e30  # the logit of a position that a token does not see
-
-_TANH = r"""
-#ifndef MOEC_TANH
-#define MOEC_TANH
-__device__ __forceinline__ float moec_tanh(float x) { return tanhf(x); }
-#endif
-"""
 
 
 class Tile:
@@ -128,9 +120,7 @@ class Tile:
 
     def _masked(self, logit: Expr, seen: Expr) -> Expr:
         """A logit after the softcap, or what hides it."""
-        if cap := self.spec.softcap:
-            logit = call("moec_tanh", _TANH, logit * T.float32(1 / cap), result="float32") * T.float32(cap)
-        return T.Select(seen, logit, T.float32(HIDDEN))
+        return T.Select(seen, softcapped(logit, self.spec.softcap), T.float32(HIDDEN))
 
     def _softmax(self, i: int, j: Expr) -> None:
         """Turn the logits of a row into weights against the running maximum, and note what older weights lose by it."""

@@ -1,4 +1,4 @@
-"""What attention needs beside its main kernel: its cache, and writing new keys and values into it."""
+"""What the kernels of attention share: the cache, writing new keys and values into it, and which positions a token sees."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from moec.targets.kernels.cuda.emit import Expr, Shared, argument, kernel, store, strided
+from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, kernel, store, strided
 from moec.targets.kernels.cuda.intrinsics import call, grid_launch, grid_wait
 from moec.targets.kernels.specs import AttentionSpec
 
@@ -16,18 +16,16 @@ PAGE = 32
 
 THREADS = 256
 
-_LOAD4 = r"""
-#ifndef MOEC_LOAD4
-#define MOEC_LOAD4
-__device__ __forceinline__ void moec_load4_float32(float* d, const void* p) {
-  const float4 v = *(const float4*)p;
-  d[0] = v.x; d[1] = v.y; d[2] = v.z; d[3] = v.w;
-}
-__device__ __forceinline__ void moec_load4_bfloat16(float* d, const void* p) {
-  const uint2 v = *(const uint2*)p;
-  d[0] = __uint_as_float(v.x << 16); d[1] = __uint_as_float(v.x & 0xffff0000u);
-  d[2] = __uint_as_float(v.y << 16); d[3] = __uint_as_float(v.y & 0xffff0000u);
-}
+HIDDEN = -1e30  # the logit of a position that a token does not see
+LOWEST = -5e29  # where a running maximum starts: exp(HIDDEN - LOWEST) is 0
+
+STORED = {"float32": "float32", "bfloat16": "uint16"}
+"""The element type of the cache's arrays, by that of the numbers."""
+
+_TANH = r"""
+#ifndef MOEC_TANH
+#define MOEC_TANH
+__device__ __forceinline__ float moec_tanh(float x) { return tanhf(x); }
 #endif
 """
 
@@ -37,9 +35,25 @@ def page_shapes(spec: AttentionSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (spec.kv_heads, PAGE, spec.d), (spec.kv_heads, PAGE, spec.dv)
 
 
-def load4(target: Expr, source: Expr, dtype: str) -> None:
-    """Read four neighbours, float32 or bfloat16, as float32."""
-    call(f"moec_load4_{dtype}", _LOAD4, target, source)
+def first_seen(spec: AttentionSpec, position: Expr) -> Expr:
+    """The first position that the token at a position sees."""
+    start: Expr = T.int32(0)
+    if spec.window:
+        start = T.max(start, position - (spec.window - 1))
+    if spec.chunk:
+        start = T.max(start, position // spec.chunk * spec.chunk)
+    return start
+
+
+def softcapped(logit: Expr, cap: float) -> Expr:
+    """A logit within -cap to cap; 0: as it is."""
+    return call("moec_tanh", _TANH, logit * T.float32(1 / cap), result="float32") * T.float32(cap) if cap else logit
+
+
+def pool_arguments(spec: AttentionSpec, dtype: str) -> list[Buffer]:
+    """The next two parameters: the pools of K and of V, with as many pages each."""
+    pages, shapes = T.int64(), page_shapes(spec)
+    return [argument(name, (pages, *shape), STORED[dtype]) for name, shape in zip(("k_pool", "v_pool"), shapes, strict=True)]
 
 
 def to_cache(x: Expr, dtype: str) -> Expr:
@@ -58,11 +72,10 @@ def from_cache(x: Expr, dtype: str) -> Expr:
 
 def append_func(spec: AttentionSpec, dtype: str) -> tirx.PrimFunc:
     """PrimFunc (k_pool, v_pool, k [T, HK*d], v [T, HK*dv], blocks [NB, 4], page_table [S, MP]): the pools change."""
-    stored = {"float32": "float32", "bfloat16": "uint16"}[dtype]
 
     def arguments() -> Any:
-        pages, tokens, blocks = T.int64(), T.int64(), T.int64()
-        pools = [argument(name, (pages, *shape), stored) for name, shape in zip(("k_pool", "v_pool"), page_shapes(spec), strict=True)]
+        tokens, blocks = T.int64(), T.int64()
+        pools = pool_arguments(spec, dtype)
         news = [argument(name, (tokens, spec.kv_heads * size), "float32") for name, size in (("k", spec.d), ("v", spec.dv))]
         table = (T.int64(), T.int64())
         return blocks, pools, news, argument("blocks", (blocks, 4), "int32"), argument("page_table", table, "int32")

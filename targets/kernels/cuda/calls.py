@@ -6,15 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-Expr = Any
-
 
 class Functions(Protocol):
     """The PrimFuncs of a module, each built once however many layers call it."""
 
     bb: Any
 
-    def call(self, name: str, key: object, make: Callable[[], Any], args: Sequence[Expr], *outs: tuple[Sequence[Any], str]) -> list[Expr]:
+    def call(self, name: str, key: object, make: Callable[[], Any], args: Sequence[Any], *outs: tuple[Sequence[Any], str]) -> list[Any]:
         """Emit a call of the kernel of this name and key; returns its outputs, whose shapes and dtypes are given."""
         ...
 

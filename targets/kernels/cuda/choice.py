@@ -17,8 +17,8 @@ HIGHEST, LOWEST, MASKED = 3.0e38, -2.0e38, -3.0e38  # what compares as NaN, as -
 
 # Unsigned integers in the order of the values, so that one instruction finds the highest one of a warp; 0 is below all.
 _ORDER = r"""
-#ifndef MOEC_SCORE_ORDER
-#define MOEC_SCORE_ORDER
+#ifndef MOEC_ORDER
+#define MOEC_ORDER
 __device__ __forceinline__ unsigned int moec_order(float x) {
   const unsigned int u = __float_as_uint(x + 0.f);  // 0 for -0
   return u & 0x80000000u ? ~u : u | 0x80000000u;

@@ -5,47 +5,42 @@ from __future__ import annotations
 from moec.targets.kernels.cuda.emit import Expr
 from moec.targets.kernels.cuda.intrinsics import call
 
-_FETCH = r"""
-#ifndef MOEC_FETCH
-#define MOEC_FETCH
-__device__ __forceinline__ void moec_fetch16(void* d, const void* p, int bytes) {
-#ifdef __CUDA_ARCH__
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-    :: "r"((unsigned int)__cvta_generic_to_shared(d)), "l"(p), "r"(bytes) : "memory");
-#else
-  for (int i = 0; i < 16; ++i) ((char*)d)[i] = i < bytes ? ((const char*)p)[i] : 0;
-#endif
+_COPY = r"""
+#ifndef MOEC_COPY
+#define MOEC_COPY
+__device__ __forceinline__ unsigned int moec_shared(const void* p) { return (unsigned int)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void moec_copy16(unsigned int d, const void* p, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(d), "l"(p), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ void moec_fetch_commit() {
-#ifdef __CUDA_ARCH__
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
+__device__ __forceinline__ void moec_copy16_ahead(unsigned int d, const void* p, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" :: "r"(d), "l"(p), "r"(bytes) : "memory");
 }
-template <int N> __device__ __forceinline__ void moec_fetch_wait() {
-#ifdef __CUDA_ARCH__
-  asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
-#endif
-  __syncwarp();
-}
+__device__ __forceinline__ void moec_copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void moec_copy_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
 #endif
 """
 
 
-def fetch16(target: Expr, source: Expr, count: Expr) -> None:
-    """Begin to copy 16 bytes, of which `count` are read; the others become zeros."""
-    call("moec_fetch16", _FETCH, target, source, count)
+def shared_address(p: Expr) -> Expr:
+    """The address of shared memory as 32 bits."""
+    return call("moec_shared", _COPY, p, result="uint32")
 
 
-def fetch_commit() -> None:
-    """What a thread began to copy since the last time is a group."""
-    call("moec_fetch_commit", _FETCH)
+def copy16(target: Expr, source: Expr, count: Expr, ahead: bool = True) -> None:
+    """Begin to copy 16 bytes: `count` of them, and zeros for the rest.
+
+    Args:
+        target: as `shared_address` has it.
+        ahead: the L2 cache fetches the 128 bytes that they are in, of which others are copied next.
+    """
+    call("moec_copy16_ahead" if ahead else "moec_copy16", _COPY, target, source, count)
 
 
-def fetch_wait(groups: int) -> None:
-    """Wait until at most so many groups of each of a warp's threads are on their way; the warp sees the others."""
-    call(f"moec_fetch_wait<{groups}>", _FETCH)
+def copy_commit() -> None:
+    """What a thread began to copy since the last commit is a group."""
+    call("moec_copy_commit", _COPY)
 
 
-def sync_warp() -> None:
-    """Wait for the threads of the warp, and see what they wrote."""
-    call("__syncwarp", "")
+def copy_wait(groups: int) -> None:
+    """Wait until at most so many groups of this thread are on their way."""
+    call(f"moec_copy_wait<{groups}>", _COPY)

@@ -14,10 +14,10 @@ from moec.targets.kernels.cuda.intrinsics import call
 COUNTS = 8
 TOKENS, EXPERTS = 0, 1
 
-_ADD = r"""
-#ifndef MOEC_ADD
-#define MOEC_ADD
-__device__ __forceinline__ void moec_add(void* p, long long x) { atomicAdd((unsigned long long*)p, (unsigned long long)x); }
+_COUNT_UP = r"""
+#ifndef MOEC_COUNT_UP
+#define MOEC_COUNT_UP
+__device__ __forceinline__ void moec_count_up(void* p, long long x) { atomicAdd((unsigned long long*)p, (unsigned long long)x); }
 #endif
 """
 
@@ -29,7 +29,7 @@ def counts_argument(counted: bool) -> Buffer | None:
 
 def count(counts: Buffer, which: int, amount: Expr) -> None:
     """Add to one of the counts, atomically."""
-    call("moec_add", _ADD, at(counts, which), T.cast(amount, "int64"))
+    call("moec_count_up", _COUNT_UP, at(counts, which), T.cast(amount, "int64"))
 
 
 def call_counting(bb: relax.BlockBuilder, function: Any, args: Sequence[Any], counts: Any, *outs: relax.TensorType) -> list[relax.Var]:

@@ -78,7 +78,7 @@ def _many(
 ) -> relax.Expr:  # fmt: skip
     x, ids, routing_weights = routed
     t, top_k, dtype = tensor_shape(ids)[0], int(tensor_shape(ids)[1]), tensor_dtype(ids)
-    shape = Shape(**{**options, "exact": bool(options["exact"])})  # type: ignore[arg-type]
+    shape = Shape.of(options)
     spec = prefill.PrefillSpec(layout, activation, None, top_k, dtype, biases, "float32", shape)
     slots, experts, d = t * top_k, layout.experts, layout.d
     most = most_tiles(slots, experts, shape.tokens)

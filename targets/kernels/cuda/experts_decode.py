@@ -20,12 +20,13 @@ from moec.targets.kernels.cuda.activation import gated, plain
 from moec.targets.kernels.cuda.counting import EXPERTS, TOKENS, count, counts_argument
 from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, at, const, kernel, local, store, strided, sync, when
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
-from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait, read_words, term
-from moec.targets.kernels.cuda.layout import BLOCK, ROWS, ceil_div
+from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait, term
+from moec.targets.kernels.cuda.layout import BLOCK, PADDING, ROWS, ceil_div
 from moec.targets.kernels.cuda.ring import Ring
 from moec.targets.kernels.cuda.routing import NONE, Routing
 from moec.targets.kernels.cuda.share import RaggedShare, Share
-from moec.targets.kernels.cuda.stream import PADDING, Columns, Weights, in_order, stage
+from moec.targets.kernels.cuda.stream import Columns, Weights, in_order, stage, staged_columns
+from moec.targets.kernels.cuda.warp import warp_down
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,8 @@ class DecodeSpec:
 
     @property
     def slots(self) -> int:
-        """Pairs of a token and one of its experts."""
+        """Pairs of a token and one of its experts: the most experts that run."""
         return self.tokens * self.top_k
-
-    @property
-    def ranks(self) -> int:
-        """The most experts that run."""
-        return self.slots
 
     @property
     def hidden_shape(self) -> tuple[int, int, int]:
@@ -128,11 +124,7 @@ def gate_up_func(spec: DecodeSpec) -> tirx.PrimFunc:
                             stage(staged, stride, token * spec.terms, spec.terms, x, token, thread, threads)
                     sync()
 
-                def load(b: Buffer, block: Expr, j: int) -> None:
-                    for n in range(fragments):
-                        column = T.min(n * 8 + lane // 4, spec.columns - 1)  # what the others compute is not used
-                        read_words(at(b, 4 * n), at(staged, column * stride + block * 64 + j * 16 + lane % 4 * 4))
-
+                load = staged_columns(staged, stride, spec.columns, fragments, lane)
                 start, stop = T.Bind(share * blocks // spec.splits), T.Bind((share + 1) * blocks // spec.splits)
                 weights.stream(expert, T.min(tile, f_tiles - 1), start, stop, lane, load, columns, arrive)
                 for i in range(4 * fragments):
@@ -145,7 +137,7 @@ def gate_up_func(spec: DecodeSpec) -> tirx.PrimFunc:
                     _finish(spec, partial, bias, hidden, routing, rank, expert, warp, lane, tile, f_tiles)
 
     def grid(_: object) -> list[Expr]:
-        return [ceil_div(layout.f_tiles, tiles_here), spec.ranks]
+        return [ceil_div(layout.f_tiles, tiles_here), spec.slots]
 
     return kernel("gate_up", threads, arguments, grid, body, words=words, blocks_per_multiprocessor=spec.residency)
 
@@ -203,7 +195,7 @@ def _place(pair: Expr) -> Expr:
 def _keep(spec: DecodeSpec, hidden: Buffer, slot: Expr, f: Expr, value: Expr) -> None:
     """Write a hidden value of a slot, if there is one: neighbours are in lanes 4 apart, of which the even one writes both."""
     value = T.Bind(value)
-    other = T.Bind(T.tvm_warp_shuffle_down(tirx.const(0xFFFFFFFF, "uint32"), value, 4, 32, 32))
+    other = T.Bind(warp_down(value, 4))
     with when(T.And(f % 2 == 0, slot >= 0)):
         pair = T.Bind(f // 2)
         for index in range(spec.terms):
@@ -217,7 +209,7 @@ def down_func(spec: DecodeSpec) -> tirx.PrimFunc:
     threads, blocks = warps * 32, stack.classes[0].blocks
     words = threads * 4 * fragments + Routing.words(spec.tokens, spec.top_k, layout.experts) + Ring.words(spec.columns, warps)
     ragged = bool(stack.columns) or stack.mixed
-    words += RaggedShare.words(spec.ranks) if ragged else 0
+    words += RaggedShare.words(spec.slots) if ragged else 0
 
     def arguments() -> tuple[Buffer, Buffer, Buffer, Weights, Buffer | None, Buffer]:
         hidden = argument("hidden", spec.hidden_shape, "uint32")
@@ -237,7 +229,7 @@ def down_func(spec: DecodeSpec) -> tirx.PrimFunc:
         ring = Ring(lambda row, word: at(hidden, row // spec.terms, row % spec.terms, word), spec.columns, memory, warp, warps, lane)
         factors = local(2 * fragments, "float32")
         columns = Columns(fragments, factors)
-        share = RaggedShare(routing, weights, memory, spec.ranks, thread, threads) if ragged else Share(routing, blocks)
+        share = RaggedShare(routing, weights, memory, spec.slots, thread, threads) if ragged else Share(routing, blocks)
 
         def row_of(rank: Expr, column: Expr) -> Expr:
             slot = T.Bind(routing.slot_of(rank, column // spec.terms))

@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.activation import gated, plain
+from moec.targets.kernels.cuda.copies import shared_address
 from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, strided, sync, when
 from moec.targets.kernels.cuda.image import clear, place
-from moec.targets.kernels.cuda.intrinsics import read_words, term
+from moec.targets.kernels.cuda.intrinsics import term
 from moec.targets.kernels.cuda.layout import ROWS
-from moec.targets.kernels.cuda.matrix import shared_address, store_matrix
+from moec.targets.kernels.cuda.loads import read_words
+from moec.targets.kernels.cuda.matrix import store_matrix
+from moec.targets.kernels.cuda.warp import warp_down
 
 if TYPE_CHECKING:
     from moec.targets.kernels.cuda.experts_prefill import PrefillSpec
@@ -41,7 +43,7 @@ def write_hidden(
                 for n in range(shape.tokens // 8):
                     for c in range(2):
                         for half, out in enumerate(_hidden_values(spec, sums, m, T.min(tile, f_tiles - 1), bias, expert, lane, n, c)):
-                            other = T.Bind(T.tvm_warp_shuffle_down(tirx.const(0xFFFFFFFF, "uint32"), out, 4, 32, 32))
+                            other = T.Bind(warp_down(out, 4))
                             with when(lane // 4 % 2 == 0):
                                 store(memory, term(out, other, index), own + ((n * 8 + c) * width + half * 4))
             sync()

@@ -17,11 +17,10 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
+from moec.targets.kernels.cuda.emit import Expr
 from moec.targets.kernels.cuda.intrinsics import call
 from moec.targets.kernels.cuda.layout import BLOCK
 from moec.targets.kernels.cuda.packing import Field, packing
-
-Expr = Any
 
 TERMS = 3
 STEPS = 4  # products of 32 columns in a block

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from tvm.tirx.script import builder as T
 
+from moec.targets.kernels.cuda.copies import copy16, copy_commit, copy_wait, shared_address
 from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, sync, when
-from moec.targets.kernels.cuda.layout import BLOCK
-from moec.targets.kernels.cuda.matrix import copy16, copy_commit, copy_wait, descriptor, shared_address
+from moec.targets.kernels.cuda.layout import BLOCK, ceil_div
+from moec.targets.kernels.cuda.matrix import descriptor, proxy_fence
 
 THREADS = 256  # two warpgroups
 PIECES = 16  # of 16 bytes in a block's row of activations
@@ -42,6 +43,11 @@ class Shape:
     batch: int = 1
     multiprocessors: int = 132
     cluster: int = 0
+
+    @classmethod
+    def of(cls, options: Mapping[str, int]) -> Shape:
+        """The shape that options of `space` are; what they leave out has its default."""
+        return cls(**{**options, "exact": bool(options["exact"])})  # type: ignore[arg-type]
 
     @property
     def rows(self) -> int:
@@ -87,7 +93,7 @@ class Activations:
         base = T.Bind(shared_address(at(memory, 0)))
         self.base = T.Bind((base + const(1023, "uint32")) // 1024 * 1024)
         self._first, self._per = T.Bind(thread // PIECES), THREADS // PIECES
-        self._turns = -(-shape.tokens // self._per)
+        self._turns = ceil_div(shape.tokens, self._per)
         self._rows, self._valid = local(self._turns, "int32"), local(self._turns, "int32")
 
     def vary(self) -> None:
@@ -135,6 +141,7 @@ class Activations:
         """Wait for a block's stage, and ask for a later one's: the stage."""
         ahead = self.shape.stages - 2
         copy_wait(ahead - 1)
+        proxy_fence()
         sync()
         with when(block + ahead < blocks):
             self.fetch(block + ahead, (block + ahead) % self.shape.stages)

@@ -15,10 +15,12 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from moec.targets.kernels.cuda.copies import shared_address
 from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, at, const, kernel, local, store, strided, when
-from moec.targets.kernels.cuda.intrinsics import call, grid_launch, grid_wait, read_words
+from moec.targets.kernels.cuda.intrinsics import call, grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import BLOCK, ceil_div
-from moec.targets.kernels.cuda.matrix import descriptor, shared_address
+from moec.targets.kernels.cuda.loads import read_words
+from moec.targets.kernels.cuda.matrix import descriptor
 
 WARPS = 8  # that read a stage
 

@@ -33,7 +33,8 @@ from moec.targets.kernels.cuda.packing import pack, unpack
 
 ROWS = 16  # of a tile
 BLOCK = 128  # columns of a block
-RING_WORDS = BLOCK // 2 + 16  # of a column of activations in a block, neighbours 64 bytes apart in the banks of shared memory
+PADDING = 16  # words after a column of activations: neighbours are 64 bytes apart in the banks of shared memory
+COLUMN_WORDS = BLOCK // 2 + PADDING  # of a column of a block
 FLOATS = ("bf16",)
 
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -179,7 +180,7 @@ class FragmentLayout:
         integer = self.integer
         assert self.coded is not None
         assert (codes.shape[-2:], scale.shape[-2:]) == ((self.n, self.k), (self.n, self.groups))
-        lanes = _to_lanes(_padded(codes, self.tiles * ROWS, self.blocks * BLOCK))
+        lanes = _to_lanes(padded(codes, self.tiles * ROWS, self.blocks * BLOCK))
         kind = np.float16 if integer else np.float32
         sides = self._half_tiles(scale) if self.fp8 and self.fp8.block else self._sides(scale.astype(kind))
         arrays = {"codes": pack(lanes, self.bits), "scale": sides}
@@ -202,7 +203,7 @@ class FragmentLayout:
 
     def tile_values(self, values: NDArray[np.generic]) -> dict[str, NDArray[np.generic]]:
         """Values [..., N, K] as bits -> the array of a floating-point format."""
-        lanes = _to_lanes(_padded(values.view(np.uint16), self.tiles * ROWS, self.blocks * BLOCK))  # [..., 2, 32, 4 j, 8]
+        lanes = _to_lanes(padded(values.view(np.uint16), self.tiles * ROWS, self.blocks * BLOCK))  # [..., 2, 32, 4 j, 8]
         chunks = np.moveaxis(lanes.reshape(*lanes.shape[:-1], 4, 8), -2, -4)  # [..., 4 j, 2, 32, 8]
         return {"values": np.ascontiguousarray(chunks).reshape(*chunks.shape[:-4], 2 * self.block_words)}
 
@@ -216,7 +217,7 @@ class FragmentLayout:
     def _sides(self, x: NDArray[np.generic]) -> NDArray[np.generic]:
         """[..., N, groups] -> [..., tiles, S, 8, B, 2], zeros added."""
         count = self.scale_blocks * self.block_groups
-        x = _padded(x, self.tiles * ROWS, count).reshape(*x.shape[:-2], self.tiles, 2, 8, self.scale_blocks, self.block_groups)
+        x = padded(x, self.tiles * ROWS, count).reshape(*x.shape[:-2], self.tiles, 2, 8, self.scale_blocks, self.block_groups)
         return np.ascontiguousarray(np.moveaxis(np.moveaxis(x, -4, -1), -4, -3))
 
     def _rows(self, x: NDArray[np.generic]) -> NDArray[np.generic]:
@@ -226,7 +227,7 @@ class FragmentLayout:
 
     def _half_tiles(self, scale: Scales) -> NDArray[np.generic]:
         """Scales [..., N, groups] that 8 neighbouring rows share -> float32 [..., tiles, blocks, 2]; rows without one have 0."""
-        rows = _padded(scale.astype(np.float32), self.tiles * ROWS, self.blocks).reshape(*scale.shape[:-2], self.tiles, 2, 8, -1)
+        rows = padded(scale.astype(np.float32), self.tiles * ROWS, self.blocks).reshape(*scale.shape[:-2], self.tiles, 2, 8, -1)
         first = rows[..., :1, :]
         if not ((rows == first) | (rows == 0)).all():
             raise MoecError(
@@ -241,7 +242,7 @@ class FragmentLayout:
         return np.ascontiguousarray(rows[..., : self.n, : self.groups])
 
 
-def _padded(x: NDArray[Scalar], rows: int, columns: int) -> NDArray[Scalar]:
+def padded(x: NDArray[Scalar], rows: int, columns: int) -> NDArray[Scalar]:
     """[..., n, m] -> [..., rows, columns], zeros added."""
     widths = [(0, 0)] * (x.ndim - 2) + [(0, rows - x.shape[-2]), (0, columns - x.shape[-1])]
     return np.pad(x, widths) if any(high for _, high in widths) else x

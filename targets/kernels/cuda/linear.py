@@ -16,11 +16,11 @@ from tvm.tirx.script import builder as T
 from moec.targets.kernels.cpu.emit import tensor_shape
 from moec.targets.kernels.cuda import product, stream
 from moec.targets.kernels.cuda.calls import Functions, Gpu
-from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, at, const, kernel, local, store, strided, sync, when
+from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, const, kernel, local, store, strided, sync, when
 from moec.targets.kernels.cuda.experts_layout import Stack
 from moec.targets.kernels.cuda.gathered import THREADS, Activations, Shape
-from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait, read_words, term
-from moec.targets.kernels.cuda.layout import BLOCK, ROWS, FragmentLayout, ceil_div
+from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait, term
+from moec.targets.kernels.cuda.layout import BLOCK, PADDING, ROWS, FragmentLayout, ceil_div
 from moec.targets.kernels.cuda.space import MOST_DECODE
 
 TERMS = 2
@@ -58,7 +58,7 @@ class LinearSpec:
     @property
     def stride(self) -> int:
         """Words of a row of activations in shared memory."""
-        return self.layout.blocks * BLOCK // 2 + stream.PADDING
+        return self.layout.blocks * BLOCK // 2 + PADDING
 
     @property
     def fragments(self) -> int:
@@ -104,11 +104,7 @@ def decode_func(spec: LinearSpec) -> tirx.PrimFunc:
                 stream.stage(staged, spec.stride, token * TERMS, TERMS, x, row, thread, threads)
             sync()
 
-        def load(b: Buffer, block: Expr, j: int) -> None:
-            for n in range(fragments):
-                column = T.min(n * 8 + lane // 4, columns_used - 1)  # what the others compute is not used
-                read_words(at(b, 4 * n), at(staged, column * spec.stride + block * 64 + j * 16 + lane % 4 * 4))
-
+        load = stream.staged_columns(staged, spec.stride, columns_used, fragments, lane)
         start, stop = T.Bind(share * layout.blocks // spec.splits), T.Bind((share + 1) * layout.blocks // spec.splits)
         weights.stream(const(0, "int32"), T.min(tile, layout.tiles - 1), start, stop, lane, load, columns, arrive)
         for i in range(4 * fragments):
@@ -142,13 +138,13 @@ def _outputs(
             store(out, total[0] if bias is None else total[0] + bias[row], token, row)
 
 
-def split_func(k: int, terms: int = TERMS) -> tirx.PrimFunc:
-    """PrimFunc (x f32 [T, K], out uint16 [terms, T, K]): float32 as terms of bfloat16."""
+def split_func(k: int) -> tirx.PrimFunc:
+    """PrimFunc (x f32 [T, K], out uint16 [TERMS, T, K]): float32 as terms of bfloat16."""
     threads = 256
 
     def arguments() -> tuple[Buffer, Buffer, Expr]:
         tokens = T.int64()
-        return argument("x", (tokens, k), "float32"), argument("out", (terms, tokens, k), "uint16"), tokens
+        return argument("x", (tokens, k), "float32"), argument("out", (TERMS, tokens, k), "uint16"), tokens
 
     def body(operands: tuple[Buffer, Buffer, Expr], memory: Shared, token: Expr, thread: Expr) -> None:
         x, out, _ = operands
@@ -156,7 +152,7 @@ def split_func(k: int, terms: int = TERMS) -> tirx.PrimFunc:
         grid_wait()
         grid_launch()
         with strided(thread, k // 2, threads) as pair:
-            for index in range(terms):
+            for index in range(TERMS):
                 both = T.Bind(term(x[token, 2 * pair], x[token, 2 * pair + 1], index))
                 store(out, T.cast(both % 65536, "uint16"), index, token, 2 * pair)
                 store(out, T.cast(both // 65536, "uint16"), index, token, 2 * pair + 1)

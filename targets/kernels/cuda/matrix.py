@@ -1,4 +1,4 @@
-"""Device functions of the large products: `wgmma` with the weights in registers and the activations in shared memory, and copies into it.
+"""Device functions of the large products: `wgmma` with the weights in registers and the activations in shared memory.
 
 A stage of activations [N tokens, 128] bfloat16 lies as two halves of 64 columns, rows of 128 bytes whose 16-byte pieces are exchanged
 (piece i of row r is at i ^ (r mod 8)), which is the tensor cores' 128-byte swizzle (PTX ISA, "Asynchronous warpgroup-level matrix shared
@@ -34,8 +34,8 @@ def wgmma(columns: int, d: Expr, a: Expr, b: Expr, add: Expr) -> None:
 
 
 _ORDER = r"""
-#ifndef MOEC_ORDER
-#define MOEC_ORDER
+#ifndef MOEC_WGMMA_ORDER
+#define MOEC_WGMMA_ORDER
 __device__ __forceinline__ void moec_wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void moec_wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void moec_wgmma_wait0() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
@@ -72,15 +72,9 @@ def pin(d: Expr, count: int) -> None:
     call(f"moec_pin{count}", _pin(count), d)
 
 
-_COPY = r"""
-#ifndef MOEC_COPY
-#define MOEC_COPY
-__device__ __forceinline__ unsigned int moec_shared(const void* p) { return (unsigned int)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ void moec_copy16(unsigned int d, const void* p, int bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" :: "r"(d), "l"(p), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void moec_copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> __device__ __forceinline__ void moec_copy_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
+_OPERAND = r"""
+#ifndef MOEC_OPERAND
+#define MOEC_OPERAND
 __device__ __forceinline__ void moec_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ unsigned long long moec_descriptor(unsigned int address) {
   return (unsigned long long)((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
@@ -89,35 +83,14 @@ __device__ __forceinline__ unsigned long long moec_descriptor(unsigned int addre
 """
 
 
-def shared_address(p: Expr) -> Expr:
-    """The address of shared memory as 32 bits."""
-    return call("moec_shared", _COPY, p, result="uint32")
-
-
-def copy16(target: Expr, source: Expr, count: Expr) -> None:
-    """Copy 16 bytes into shared memory, asynchronously: `count` of them, and zeros for the rest."""
-    call("moec_copy16", _COPY, target, source, count)
-
-
-def copy_commit() -> None:
-    """The copies since the last commit are a group."""
-    call("moec_copy_commit", _COPY)
-
-
-def copy_wait(groups: int) -> None:
-    """Wait until at most so many groups of a thread are under way, and let the tensor cores see the others."""
-    copy_wait_own(groups)
-    call("moec_proxy_fence", _COPY)
-
-
-def copy_wait_own(groups: int) -> None:
-    """Wait until at most so many groups of a thread are under way."""
-    call(f"moec_copy_wait<{groups}>", _COPY)
+def proxy_fence() -> None:
+    """What this thread wrote to shared memory, or has copied there, the tensor cores see."""
+    call("moec_proxy_fence", _OPERAND)
 
 
 def descriptor(address: Expr) -> Expr:
     """The descriptor of rows of 128 swizzled bytes at a multiple of 1024."""
-    return call("moec_descriptor", _COPY, address, result="uint64")
+    return call("moec_descriptor", _OPERAND, address, result="uint64")
 
 
 @lru_cache(maxsize=4)

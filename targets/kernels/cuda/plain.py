@@ -16,7 +16,7 @@ from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cuda.activation import gated, plain
 from moec.targets.kernels.cuda.calls import Functions
 from moec.targets.kernels.cuda.counting import EXPERTS, TOKENS, call_counting, count, counts_argument
-from moec.targets.kernels.cuda.embedding import element, weight_arguments
+from moec.targets.kernels.cuda.element import element, weight_arguments
 from moec.targets.kernels.cuda.emit import WARP, Expr, argument, const, kernel, local, store, strided, when
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout, Stack
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait

@@ -13,19 +13,13 @@ from math import lcm
 
 from tvm.tirx.script import builder as T
 
+from moec.targets.kernels.cuda.dequantize import dequantize
 from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, when
 from moec.targets.kernels.cuda.experts_layout import Stack
-from moec.targets.kernels.cuda.factors import scale
 from moec.targets.kernels.cuda.gathered import Activations, Shape
 from moec.targets.kernels.cuda.image import Images
-from moec.targets.kernels.cuda.intrinsics import dequantize
-from moec.targets.kernels.cuda.matrix import (
-    pin,
-    wgmma,
-    wgmma_commit,
-    wgmma_fence,
-    wgmma_wait,
-)  # fmt: skip
+from moec.targets.kernels.cuda.intrinsics import scale
+from moec.targets.kernels.cuda.matrix import pin, wgmma, wgmma_commit, wgmma_fence, wgmma_wait
 from moec.targets.kernels.cuda.stored import Classes, Place, Stored
 
 STEPS = 8  # products of 16 columns in a block

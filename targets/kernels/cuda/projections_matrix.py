@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tvm.tirx.script import builder as T
@@ -111,7 +110,7 @@ class Matrices:
             name: _pick(self._which, [arrays[name] for arrays in self._arrays], (1, *shape), dtype)
             for name, (shape, dtype) in self._layout.arrays().items()
         }
-        self._weights = _Picked(replace(self._layout), buffers)
+        self._weights = _Picked(self._layout, buffers)
         self._out = _pick(self._which, self._outs, (1, self._layout.n), "float32")
 
     def _block(self, slot: int, turn: Expr) -> Expr:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda import fixed_point
+from moec.targets.kernels.cuda.dequantize import dequantize
 from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, when
-from moec.targets.kernels.cuda.intrinsics import dequantize, mma, read_words, widen
-from moec.targets.kernels.cuda.layout import FragmentLayout
-from moec.targets.kernels.cuda.projections_row import BF16_STRIDE, BF16_TERMS, Row
+from moec.targets.kernels.cuda.intrinsics import mma, widen
+from moec.targets.kernels.cuda.layout import COLUMN_WORDS, FragmentLayout
+from moec.targets.kernels.cuda.loads import read_words
+from moec.targets.kernels.cuda.projections_row import BF16_TERMS, Row
 from moec.targets.kernels.cuda.stream import STEPS
+from moec.targets.kernels.cuda.warp import warp_down
 
 Activations = Any
 """What `activations` returns."""
@@ -55,7 +57,7 @@ class Bfloat16:
 
     def __init__(self, layout: FragmentLayout, row: Row, lane: Expr) -> None:
         self._layout, self._row = layout, row
-        self._from = T.Bind(T.min(lane // 4, BF16_TERMS - 1) * BF16_STRIDE + lane % 4 * 4)
+        self._from = T.Bind(T.min(lane // 4, BF16_TERMS - 1) * COLUMN_WORDS + lane % 4 * 4)
 
     def activations(self, block: Expr, missing: Expr | None) -> Buffer:
         found = local(16, "uint32")
@@ -151,4 +153,4 @@ class FixedPoint:
 
     def total(self, value: Expr) -> Expr:
         kept = T.Bind(value)
-        return T.Bind(kept + T.tvm_warp_shuffle_down(tirx.const(0xFFFFFFFF, "uint32"), kept, 1, 32, 32))
+        return T.Bind(kept + warp_down(kept, 1))

@@ -9,23 +9,21 @@ from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda import fixed_point
 from moec.targets.kernels.cuda.emit import WARP, Buffer, Expr, Shared, at, local, store, sync, when
-from moec.targets.kernels.cuda.intrinsics import call, load_pair, term
-from moec.targets.kernels.cuda.layout import BLOCK, FragmentLayout, ceil_div
+from moec.targets.kernels.cuda.intrinsics import term
+from moec.targets.kernels.cuda.layout import BLOCK, COLUMN_WORDS, FragmentLayout, ceil_div
+from moec.targets.kernels.cuda.loads import load_pair
 from moec.targets.kernels.cuda.stream import in_order
-from moec.targets.kernels.cuda.warp import warp_sum
+from moec.targets.kernels.cuda.warp import sync_warp, warp_sum
 
 if TYPE_CHECKING:
     from moec.targets.kernels.cuda.projections import ProjectionsSpec
 
 BF16_TERMS = 2
-BF16_STRIDE = BLOCK // 2 + 16  # words from term to term: 64 bytes apart in the banks of shared memory
-
-_SYNC = "__device__ __forceinline__ void moec_sync_warp() { __syncwarp(); }\n"
 
 
 def staged_words(layout: FragmentLayout) -> int:
     """Words of a staged block of columns."""
-    return BF16_TERMS * BF16_STRIDE if layout.integer is None else fixed_point.WORDS
+    return BF16_TERMS * COLUMN_WORDS if layout.integer is None else fixed_point.WORDS
 
 
 class Row:
@@ -181,8 +179,8 @@ class Row:
                 to = T.Bind(in_order(pair, T.Bind(pair % 16)))
                 for index in range(BF16_TERMS):
                     both = term(self._values[4 * block + 2 * i], self._values[4 * block + 2 * i + 1], index)
-                    store(self._staged, both, place + index * BF16_STRIDE + to)
-        call("moec_sync_warp", _SYNC)
+                    store(self._staged, both, place + index * COLUMN_WORDS + to)
+        sync_warp()
 
     def finish(self) -> None:
         """After a barrier: `factor`."""

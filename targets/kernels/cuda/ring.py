@@ -6,19 +6,13 @@ from collections.abc import Callable
 
 from tvm.tirx.script import builder as T
 
+from moec.targets.kernels.cuda.copies import copy16, copy_commit, copy_wait, shared_address
 from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, at, const, local, store, when
-from moec.targets.kernels.cuda.intrinsics import call, read_words
-from moec.targets.kernels.cuda.layout import BLOCK, RING_WORDS, blocks_ahead, ceil_div
-from moec.targets.kernels.cuda.matrix import copy16, copy_commit, copy_wait_own, shared_address
+from moec.targets.kernels.cuda.layout import BLOCK, COLUMN_WORDS, blocks_ahead, ceil_div
+from moec.targets.kernels.cuda.loads import read_words
+from moec.targets.kernels.cuda.warp import sync_warp
 
 PIECES = 16  # of 16 bytes of a column's block
-
-_SYNC = r"""
-#ifndef MOEC_WARP_SYNC
-#define MOEC_WARP_SYNC
-__device__ __forceinline__ void moec_warp_sync() { __syncwarp(); }
-#endif
-"""
 
 
 class Ring:
@@ -33,14 +27,14 @@ class Ring:
     def __init__(self, source: Callable[[Expr, Expr], Expr], columns: int, memory: Shared, warp: Expr, warps: int, lane: Expr) -> None:
         self._source, self._columns, self._lane = source, columns, lane
         self._memory = memory.take((self.words(columns, warps),), "uint32")
-        self._first = T.Bind(warp * (blocks_ahead(columns) * columns * RING_WORDS))
+        self._first = T.Bind(warp * (blocks_ahead(columns) * columns * COLUMN_WORDS))
         self._turns = ceil_div(columns * PIECES, 32)
         self._rows = local(self._turns, "int32")
 
     @staticmethod
     def words(columns: int, warps: int) -> int:
         """Words of a block's memory."""
-        return warps * blocks_ahead(columns) * columns * RING_WORDS
+        return warps * blocks_ahead(columns) * columns * COLUMN_WORDS
 
     def depth(self, most: int) -> int:
         """Blocks that are on their way where at most so many are of weights: a power of two."""
@@ -62,21 +56,18 @@ class Ring:
                 with when(index < self._columns * PIECES):
                     target = self._place(slot, index // PIECES) + index % PIECES * 4
                     source = self._source(T.max(self._rows[i], 0), block * (BLOCK // 2) + index % PIECES * 4)
-                    copy16(
-                        shared_address(at(self._memory, target)),
-                        source,
-                        T.Select(self._rows[i] >= 0, const(16, "int32"), const(0, "int32")),
-                    )
+                    count = T.Select(self._rows[i] >= 0, const(16, "int32"), const(0, "int32"))
+                    copy16(shared_address(at(self._memory, target)), source, count)
         copy_commit()
 
     def arrive(self, depth: int) -> None:
         """Wait for the oldest of `depth` blocks."""
-        copy_wait_own(depth - 1)
-        call("moec_warp_sync", _SYNC)
+        copy_wait(depth - 1)
+        sync_warp()
 
     def leave(self) -> None:
         """All lanes have read what the next `ask` overwrites."""
-        call("moec_warp_sync", _SYNC)
+        sync_warp()
 
     def read(self, b: Buffer, fragments: int, slot: int, j: int) -> None:
         """The B fragments of columns 32 j to 32 j + 31 of a slot's block."""
@@ -85,4 +76,4 @@ class Ring:
             read_words(at(b, 4 * n), at(self._memory, self._place(slot, column) + j * 16 + self._lane % 4 * 4))
 
     def _place(self, slot: int, column: Expr) -> Expr:
-        return self._first + (slot * self._columns + column) * RING_WORDS
+        return self._first + (slot * self._columns + column) * COLUMN_WORDS

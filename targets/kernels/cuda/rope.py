@@ -9,6 +9,7 @@ from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.emit import Expr, Shared, argument, kernel, store, when
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
+from moec.targets.kernels.cuda.layout import ceil_div
 
 THREADS = 128
 
@@ -36,4 +37,4 @@ def rope_func(heads: int, d: int, tokens: int | None) -> tirx.PrimFunc:
             store(out, low * cos[token, i] - high * sin[token, i], token, at)
             store(out, high * cos[token, i + d // 2] + low * sin[token, i + d // 2], token, at + d // 2)
 
-    return kernel("rope", THREADS, arguments, lambda o: [(pairs + THREADS - 1) // THREADS, o[0]], body)
+    return kernel("rope", THREADS, arguments, lambda o: [ceil_div(pairs, THREADS), o[0]], body)

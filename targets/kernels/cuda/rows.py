@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from moec.targets.kernels.cuda.layout import Arrays, FragmentLayout
+from moec.targets.kernels.cuda.layout import Arrays, FragmentLayout, padded
 
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "uint16"}
 
@@ -34,8 +34,7 @@ class RowLayout(FragmentLayout):
     def tile_values(self, values: NDArray[np.generic]) -> dict[str, NDArray[np.generic]]:
         """Values [..., N, K] -> the array; rows that are missing are zero."""
         values = values.view(DTYPES[self.format])
-        widths = [(0, 0)] * (values.ndim - 2) + [(0, self.n - values.shape[-2]), (0, 0)]
-        return {"data": np.ascontiguousarray(np.pad(values, widths))}
+        return {"data": np.ascontiguousarray(padded(values, self.n, self.k))}
 
     def untile_values(self, arrays: Arrays) -> NDArray[np.generic]:
         """The inverse of `tile_values`."""

@@ -19,7 +19,7 @@ from typing import Any
 from moec.targets import Target
 from moec.targets.kernels.cuda.expected import cost
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
-from moec.targets.kernels.cuda.layout import BLOCK, RING_WORDS, ROWS, FragmentLayout, blocks_ahead, ceil_div
+from moec.targets.kernels.cuda.layout import BLOCK, COLUMN_WORDS, PADDING, ROWS, FragmentLayout, blocks_ahead, ceil_div
 
 Options = dict[str, int]
 
@@ -66,9 +66,7 @@ def sources(family: str) -> tuple[Path, ...]:
     while new:
         found |= new
         texts = [Path(__file__).with_name(f"{name}.py").read_text() for name in new]
-        new = {
-            name for text in texts for name in re.findall(r"^from moec\.targets\.kernels\.cuda\.(\w+) import", text, re.MULTILINE)
-        } - found
+        new = {name for text in texts for name in _IMPORT.findall(text)} - found
     return tuple(Path(__file__).with_name(f"{name}.py") for name in sorted(found))
 
 
@@ -237,10 +235,10 @@ def needs(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int]) ->
     threads = 32 * options["warps" if kernel == "gate_up" else "down_warps"]
     words = threads * 4 * fragments + routing
     if kernel == "gate_up":
-        return threads, 4 * (words + columns * (ceil_div(layer.d, BLOCK) * BLOCK // 2 + 16))
+        return threads, 4 * (words + columns * (ceil_div(layer.d, BLOCK) * BLOCK // 2 + PADDING))
     if layer.widths or layer.layout.down.mixed:  # where each rank's work begins
         words += 4 * (ceil_div(slots, 4) + ceil_div(slots + 1, 4))
-    return threads, 4 * (words + threads // 32 * blocks_ahead(columns) * columns * RING_WORDS)
+    return threads, 4 * (words + threads // 32 * blocks_ahead(columns) * columns * COLUMN_WORDS)
 
 
 def bits(layer: Layer) -> float:

@@ -12,11 +12,12 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.arrival import SEMAPHORES, last_arrival
-from moec.targets.kernels.cuda.attention_parts import load4, page_shapes
+from moec.targets.kernels.cuda.attention_parts import LOWEST, first_seen, pool_arguments
 from moec.targets.kernels.cuda.emit import WARP, Buffer, Expr, Shared, argument, at, kernel, local, store, sync, when
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import ceil_div
-from moec.targets.kernels.cuda.step_loop import LOWEST, Loop, lanes_sum
+from moec.targets.kernels.cuda.loads import load4
+from moec.targets.kernels.cuda.step_loop import Loop, lanes_sum
 from moec.targets.kernels.cuda.step_spec import SHARE, StepOptions, StepSpec, padded
 from moec.targets.kernels.specs import NormSpec
 
@@ -31,11 +32,7 @@ class Step(Loop):
 
     def arguments(self) -> None:
         spec, a = self.spec, self.spec.attention
-        pages = T.int64()
-        stored = {"float32": "float32", "bfloat16": "uint16"}[self.dtype]
-        self.k_pool, self.v_pool = (
-            argument(name, (pages, *shape), stored) for name, shape in zip(("k_pool", "v_pool"), page_shapes(a), strict=True)
-        )
+        self.k_pool, self.v_pool = pool_arguments(a, self.dtype)
         self.q = argument("q", (1, a.heads * a.d), "float32")
         self.k = argument("k", (1, a.kv_heads * a.d), "float32")
         self.v = argument("v", (1, a.kv_heads * a.dv), "float32")
@@ -82,13 +79,8 @@ class Step(Loop):
 
     def _cut(self) -> tuple[Expr, Expr, Expr]:
         """The chunks of positions of this part of the context, and the number of parts."""
-        a, o = self.spec.attention, self.options
-        start: Expr = T.int32(0)
-        if a.window:
-            start = T.max(start, self.first_position - (a.window - 1))
-        if a.chunk:
-            start = T.max(start, self.first_position // a.chunk * a.chunk)
-        self.start = T.Bind(start)
+        o = self.options
+        self.start = T.Bind(first_seen(self.spec.attention, self.first_position))
         first = T.Bind(self.start // o.positions)
         chunks = T.Bind((self.first_position + o.positions - 1) // o.positions - first)
         each = T.Bind(T.max((chunks + o.splits - 1) // o.splits, ceil_div(o.least, o.positions)))

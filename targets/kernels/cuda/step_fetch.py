@@ -9,7 +9,7 @@ from __future__ import annotations
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.attention_parts import PAGE, from_cache
-from moec.targets.kernels.cuda.copies import fetch16, fetch_commit
+from moec.targets.kernels.cuda.copies import copy16, copy_commit, shared_address
 from moec.targets.kernels.cuda.emit import WARP, Buffer, Expr, at, local, store, when
 from moec.targets.kernels.cuda.layout import ceil_div
 from moec.targets.kernels.cuda.step_rows import Rows
@@ -47,7 +47,7 @@ class Fetch(Rows):
                 with when(index < c * pieces):
                     if raw:
                         source = at(pool, page, self.kv_head, position % PAGE, element)
-                        fetch16(at(self.memory, target), source, T.Select(counts, T.int32(16), T.int32(0)))
+                        copy16(shared_address(at(self.memory, target)), source, T.Select(counts, T.int32(16), T.int32(0)), ahead=False)
                     else:
                         value = from_cache(pool[page, self.kv_head, position % PAGE, element], self.dtype)
                         store(self.memory, T.if_then_else(counts, value, T.float32(0)), target)
@@ -63,7 +63,7 @@ class Fetch(Rows):
             with when(i < self.count):
                 self._look(i)
                 self._fetch(self.first + i * warps, i)
-            fetch_commit()
+            copy_commit()
         self._look(self.options.stages)
 
     def _look(self, i: Expr) -> None:

@@ -10,16 +10,16 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from moec.targets.kernels.cuda.attend_tile import _TANH, HIDDEN
-from moec.targets.kernels.cuda.attention_parts import PAGE, from_cache, load4, to_cache
-from moec.targets.kernels.cuda.copies import fetch_commit, fetch_wait, sync_warp
+from moec.targets.kernels.cuda.attention_parts import HIDDEN, LOWEST, PAGE, from_cache, softcapped, to_cache
+from moec.targets.kernels.cuda.copies import copy_commit, copy_wait
 from moec.targets.kernels.cuda.emit import WARP, Buffer, Expr, at, local, store, strided, when
-from moec.targets.kernels.cuda.intrinsics import call, load_words
+from moec.targets.kernels.cuda.intrinsics import call
 from moec.targets.kernels.cuda.layout import ceil_div
+from moec.targets.kernels.cuda.loads import load4, load_words
 from moec.targets.kernels.cuda.step_fetch import Fetch
 from moec.targets.kernels.cuda.step_spec import SHARE, padded, vector, whole
+from moec.targets.kernels.cuda.warp import sync_warp
 
-LOWEST = -5e29  # where a running maximum starts: exp(HIDDEN - LOWEST) is 0
 MOST_KEYS = 64  # registers of a lane for keys
 MOST_QUERIES = 32  # and for q, where it stays in registers
 
@@ -149,7 +149,7 @@ class Loop(Fetch):
 
     def _logits(self, keys: Buffer, turns: int) -> list[list[Expr]]:
         """For each of some keys, the logits of the rows that a lane has, one of each set."""
-        spec, a, own = self.spec, self.spec.attention, sum(self.sets)
+        spec, own = self.spec, sum(self.sets)
         totals, query = local(turns * own, "float32"), self.kept
         if query is None:
             query = local(self.each, "float32")
@@ -169,10 +169,7 @@ class Loop(Fetch):
             found.append([])
             for s, n in enumerate(self.sets):
                 call("moec_fold", _FOLD, at(totals, t * own + 8 * s), n)
-                logit = T.Bind(totals[t * own + 8 * s])
-                if a.softcap:
-                    logit = call("moec_tanh", _TANH, logit * T.float32(1 / a.softcap), result="float32") * T.float32(a.softcap)
-                found[-1].append(T.Bind(logit))
+                found[-1].append(T.Bind(softcapped(T.Bind(totals[t * own + 8 * s]), spec.attention.softcap)))
         return found
 
     def _new(self) -> None:
@@ -199,7 +196,8 @@ class Loop(Fetch):
         """Go through the warp's positions."""
         stages, warps, c = self.options.stages, self.options.warps, self.options.positions
         with strided(0, self.count, 1) as i:
-            fetch_wait(stages - 1)
+            copy_wait(stages - 1)
+            sync_warp()
             base = T.Bind(self.warp * self.region + i % stages * self.stage)
             self._softmax(self.first + i * warps, self._step_logits(base))
             sync_warp()
@@ -208,7 +206,7 @@ class Loop(Fetch):
             with when(i + stages < self.count):
                 self._fetch(self.first + (i + stages) * warps, i % stages)
                 self._look(i + stages + 1)
-            fetch_commit()
+            copy_commit()
 
     def _step_logits(self, base: Expr) -> list[list[Expr]]:
         dtype = self.dtype if whole(self.spec.attention.d, self.dtype) else "float32"

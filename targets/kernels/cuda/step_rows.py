@@ -8,8 +8,8 @@ from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.attention_parts import PAGE, from_cache, to_cache
 from moec.targets.kernels.cuda.emit import WARP, Buffer, Expr, Shared, at, local, store, sync, when
-from moec.targets.kernels.cuda.intrinsics import load_words
 from moec.targets.kernels.cuda.layout import ceil_div
+from moec.targets.kernels.cuda.loads import load_words
 from moec.targets.kernels.cuda.step_spec import StepOptions, StepSpec, padded, vector
 from moec.targets.kernels.cuda.warp import warp_sum
 from moec.targets.kernels.specs import NormSpec

@@ -9,11 +9,11 @@ from typing import Generic, TypeVar
 
 from tvm.tirx.script import builder as T
 
-from moec.targets.kernels.cuda.emit import Buffer, Expr, argument, at, const, store, when
+from moec.targets.kernels.cuda.emit import Buffer, Expr, argument, at, const, local, store, when
 from moec.targets.kernels.cuda.experts_layout import Stack
-from moec.targets.kernels.cuda.factors import bf16_factors
-from moec.targets.kernels.cuda.intrinsics import load_words, term, widen
+from moec.targets.kernels.cuda.intrinsics import term, widen
 from moec.targets.kernels.cuda.layout import BLOCK, FragmentLayout
+from moec.targets.kernels.cuda.loads import load_words
 from moec.targets.kernels.cuda.packing import vectors
 
 
@@ -98,12 +98,10 @@ class Stored:
 
     def factors(self, target: Buffer, sides: Buffer, first: int, group: int) -> None:
         """The same as pairs of equal bfloat16."""
-        if self.layout.fp8 is not None:
-            for half in range(2):
-                value = T.Bind(T.reinterpret("float32", sides[first + half]))
-                store(target, term(value, value, 0), half)
-        else:
-            bf16_factors(at(target, 0), sides[first + group])
+        values = local(2, "float32")
+        self.scales(values, sides, first, group)
+        for half in range(2):
+            store(target, term(values[half], values[half], 0), half)
 
     def zeros(self, place: Place, tile: Expr, block: Expr, lane: Expr, group: int) -> tuple[Expr, Expr]:
         """The zero points of a lane's two rows."""

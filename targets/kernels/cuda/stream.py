@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 from tvm.tirx.script import builder as T
 
+from moec.targets.kernels.cuda.dequantize import dequantize
 from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, strided, when
 from moec.targets.kernels.cuda.experts_layout import Stack
-from moec.targets.kernels.cuda.intrinsics import dequantize, load_pair, mma, term
+from moec.targets.kernels.cuda.intrinsics import mma, term
+from moec.targets.kernels.cuda.layout import BLOCK, PADDING
+from moec.targets.kernels.cuda.loads import load_pair, read_words
 from moec.targets.kernels.cuda.ring import Ring
 from moec.targets.kernels.cuda.stored import Classes, Place, Stored
 
 STEPS = 8  # products of 16 columns in a block
-PADDING = 16  # words: rows that are neighbours are 64 bytes apart in the banks of shared memory
 
 LoadB = Callable[[Buffer, Expr, int], None]
 """Reads the B fragments of columns 32 j to 32 j + 31 of a block: (registers uint32 [columns / 8 * 4], block, j)."""
@@ -42,6 +44,17 @@ def stage(staged: Buffer, stride: int, row: int, terms: int, x: Buffer, token: i
             load_pair(at(values, 0), at(x, token, pair * 2), str(x.dtype))
         for index in range(terms):
             store(staged, term(values[0], values[1], index), (row + index) * stride + place)
+
+
+def staged_columns(staged: Buffer, stride: int, columns: int, fragments: int, lane: Expr) -> LoadB:
+    """How B is read from so many staged rows, which are its columns."""
+
+    def load(b: Buffer, block: Expr, j: int) -> None:
+        for n in range(fragments):
+            column = T.min(n * 8 + lane // 4, columns - 1)  # what the others compute is not used
+            read_words(at(b, 4 * n), at(staged, column * stride + block * (BLOCK // 2) + j * 16 + lane % 4 * 4))
+
+    return load
 
 
 @dataclass

@@ -1,7 +1,8 @@
-"""Reductions over the 32 lanes of a warp, and over the threads of a block."""
+"""What the 32 lanes of a warp tell each other, and sums over the threads of a block."""
 
 from __future__ import annotations
 
+from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.emit import WARP, Expr, Shared, store, sync, when
@@ -65,6 +66,16 @@ def warp_across(x: Expr, distance: int, dtype: str) -> Expr:
 def warp_sum_first(x: Expr, count: int) -> Expr:
     """The sum of float32 over the first lanes, in their order, in each lane."""
     return T.Bind(call("moec_sum_first", _REDUCE, x, count, result="float32"))
+
+
+def warp_down(x: Expr, distance: int) -> Expr:
+    """What the lane has that is so many further; the last lanes get something of no use."""
+    return T.tvm_warp_shuffle_down(tirx.const(0xFFFFFFFF, "uint32"), x, distance, WARP, WARP)
+
+
+def sync_warp() -> None:
+    """Wait for the threads of the warp, and see what they wrote."""
+    call("__syncwarp", "")
 
 
 def block_sum(x: Expr, memory: Shared, thread: Expr, threads: int) -> Expr:

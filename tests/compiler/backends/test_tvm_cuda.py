@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from moec.compiler import cuda_code
 from moec.compiler.artifact_weights import open_artifact
@@ -64,7 +65,7 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> Gpu:
 @pytest.mark.parametrize("name", ["bf16", "int4_g32", "int3_channel_asym", "fp8_block128", "fp8_channel"])
 def test_a_model_on_the_emulated_gpu(name: str, emulated: Gpu, tmp_path: Path) -> None:
     graph = with_format(moe(), name)
-    model = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", emulated)
+    model = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", emulated, (1, 8, 40))
     ids = np.random.default_rng(0).integers(0, model.executor.vocab_size, 40)
     expected = model.expected(ids)
     np.testing.assert_allclose(model.logits(ids), expected, atol=1e-4)
@@ -78,6 +79,17 @@ def test_a_model_on_the_emulated_gpu(name: str, emulated: Gpu, tmp_path: Path) -
     model.executor.counters.reset()
     model.executor.forward([(first, ids[:3])])
     assert [(c.tokens, c.experts) for c in model.executor.counters.read()] == [(3, 6)]
+    check_likeliest(model, ids)
+
+
+def check_likeliest(model: Compiled, ids: NDArray[np.int64]) -> None:
+    """The likeliest tokens are found on the GPU, of several sequences and of one token."""
+    expected = Best.of(model.expected(ids))
+    first, second = model.executor.add(), model.executor.add()
+    for steps, rows in (([(first, ids[:5]), (second, ids[:3])], [4, 2]), ([(first, ids[5:6])], [5])):
+        found = model.executor.best(steps)
+        np.testing.assert_array_equal(found.ids, expected.ids[rows])
+        np.testing.assert_allclose(found.logprobs, expected.logprobs[rows], atol=1e-4)
 
 
 UP, DOWN = "layers.0.experts.up", "layers.0.experts.down"
@@ -96,8 +108,13 @@ def mixed() -> Graph:
 @needs_emulator
 def test_experts_of_different_formats_are_one_node(whole: Gpu, tmp_path: Path) -> None:
     graph = mixed()
-    model = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", whole)
-    ids = np.random.default_rng(0).integers(0, model.executor.vocab_size, 40)
+    model = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", whole, (1, 40))
+    check_many_and_one(model, 40)
+
+
+def check_many_and_one(model: Compiled, tokens: int) -> None:
+    """The logits of some tokens, and of the first of them alone."""
+    ids = np.random.default_rng(0).integers(0, model.executor.vocab_size, tokens)
     expected = model.expected(ids)
     np.testing.assert_allclose(model.logits(ids), expected, atol=1e-4)
     np.testing.assert_allclose(model.logits(ids[:1]), expected[:1], atol=1e-4)
@@ -113,12 +130,9 @@ def test_what_has_plain_kernels_only(kind: str, emulated: Gpu, tmp_path: Path) -
         subject = replace(subject, graph=graph)
     else:
         subject = factored(subject, (3, 8), whole=kind == "factors", fmt="bf16")
-    model = Compiled(subject.graph, subject.weights, tmp_path, "h100-sxm", emulated)
+    model = Compiled(subject.graph, subject.weights, tmp_path, "h100-sxm", emulated, (1, 11))
     assert "plain kernels" in model.section["notes"][0]
-    ids = np.random.default_rng(0).integers(0, model.executor.vocab_size, 11)
-    expected = model.expected(ids)
-    np.testing.assert_allclose(model.logits(ids), expected, atol=1e-4)
-    np.testing.assert_allclose(model.logits(ids[:1]), expected[:1], atol=1e-4)
+    check_many_and_one(model, 11)
 
 
 @needs_emulator
@@ -189,19 +203,6 @@ def test_an_artifact_of_experts_of_different_formats(monkeypatch: pytest.MonkeyP
                 np.testing.assert_array_equal(stored.load(name, expert), weights.load(name, expert).bfloat16().float())
             else:
                 assert_equal(found, expected)
-
-
-@needs_emulator
-def test_the_likeliest_tokens_are_found_there(emulated: Gpu, tmp_path: Path) -> None:
-    graph = with_format(moe(), "bf16")
-    model = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", emulated)
-    ids = np.random.default_rng(0).integers(0, model.executor.vocab_size, 8)
-    expected = Best.of(model.expected(ids))
-    first, second = model.executor.add(), model.executor.add()
-    for steps, rows in (([(first, ids[:5]), (second, ids[:3])], [4, 2]), ([(first, ids[5:6])], [5])):
-        found = model.executor.best(steps)
-        np.testing.assert_array_equal(found.ids, expected.ids[rows])
-        np.testing.assert_allclose(found.logprobs, expected.logprobs[rows], atol=1e-4)
 
 
 @needs_compiler

@@ -131,7 +131,7 @@ def test_rope_of_one_of_them_is_left_out() -> None:
 def test_a_model_on_the_emulated_gpu(dtype: str, atol: float, emulated: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CudaPlatform, "cache_dtype", dtype)
     graph = with_format(changed(), "bf16")
-    model = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", emulated)
+    model = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", emulated, (1, 59))
     ids = np.random.default_rng(0).integers(0, model.executor.vocab_size, 70)
     expected = model.expected(ids)
     sequence = model.executor.add()

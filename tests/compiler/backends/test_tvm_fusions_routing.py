@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moec.compiler.backends.tvm import cuda
 from moec.compiler.backends.tvm.fusions import routing
 from moec.compiler.backends.tvm.platform import platform_of
 from moec.compiler.backends.tvm.storage import plan_storage
@@ -16,9 +15,11 @@ from moec.compiler.text import parse_graph, print_graph
 from moec.runtime.tvm_device import Gpu
 from moec.targets import get_target
 from tests.compiler.backends.test_tvm import with_format
+from tests.compiler.backends.test_tvm_cuda import emulated, needs_emulator, whole
 from tests.compiler.backends.tvm_model import Compiled
 from tests.graphs import MOE, random_weights
-from tests.targets.kernels import emulator
+
+__all__ = ["emulated", "whole"]
 
 NORM = "  %x: f32[B, T, 16] = rms_norm(%h1, @norm.weight) {eps=1e-05}\n"
 SKIP = "  %w: f32[B, T, 2], %i: i64[B, T, 2] = skip(%w0, %i0) {experts=6, ratio=0.7, normalize=true}\n"
@@ -62,18 +63,14 @@ def test_what_is_matched() -> None:
     assert matched(with_format(parse_graph(between), "bf16")) == []
 
 
-@pytest.mark.skipif(not emulator.available(), reason="no C++ compiler to emulate a GPU with")
+@needs_emulator
 @pytest.mark.parametrize(
     "graph",
     [model(skip=True), model(router="%logits, @choice", attrs='score="sigmoid", groups=3, top_groups=2, scale=1.5')],
     ids=["skip", "groups"],
 )
-def test_a_model_on_the_emulated_gpu(graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    emulator.install()
-    monkeypatch.setattr(cuda, "PRODUCTS", "none")  # it has no `wgmma`
-    monkeypatch.setattr(cuda, "need_cuda_compiler", lambda: "none")
-    monkeypatch.setattr(cuda, "machine_code", lambda source, arch, compiler: b"")
-    compiled = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", Gpu("", b"", None))
+def test_a_model_on_the_emulated_gpu(graph: Graph, emulated: Gpu, tmp_path: Path) -> None:
+    compiled = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", emulated, (1,))
     ids = np.random.default_rng(0).integers(0, 40, 12)
     sequence = compiled.executor.add()
     found = [compiled.executor.forward([(sequence, ids[i : i + 1])])[0] for i in range(12)]

@@ -24,10 +24,21 @@ Arrays = dict[tuple[str, str], NDArray[np.generic]]
 
 
 class Compiled:
-    """A compiled graph, and the values that its packed weights stand for."""
+    """A compiled graph, and the values that its packed weights stand for.
 
-    def __init__(self, graph: Graph, weights: WeightSource, folder: Path, target: str = "cpu", device: Device | None = None) -> None:
+    Args:
+        sizes: tokens of calls: functions that none of these takes are not compiled, which takes long; of any number unless given.
+    """
+
+    def __init__(
+        self, graph: Graph, weights: WeightSource, folder: Path, target: str = "cpu", device: Device | None = None,
+        sizes: Sequence[int] = (),
+    ) -> None:  # fmt: skip
         self.backend = TvmBackend(graph, get_target(target))
+        if sizes:
+            every = self.backend.platform.functions(self.backend.graph)
+            taken = dict.fromkeys(next(f for f in every if f.most is None or size <= f.most) for size in sizes)
+            setattr(self.backend.platform, "functions", lambda _: list(taken))  # noqa: B010  # a method, for mypy
         self.arrays: Arrays = {}
         values: dict[str, torch.Tensor] = {}
         for param in graph.params.values():

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
+#include <setjmp.h>
 #include <ucontext.h>
 #include <vector>
 
@@ -60,7 +61,7 @@ extern Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 struct Barrier { int waiting = 0, size = 0; long generation = 0; };
-struct Thread { ucontext_t context; std::vector<char> stack; Index index; int id; bool done; };
+struct Thread { ucontext_t context; jmp_buf place; std::vector<char> stack; Index index; bool begun, done; };
 extern std::vector<Thread> threads;
 extern std::vector<Barrier> warps;
 extern Barrier block;

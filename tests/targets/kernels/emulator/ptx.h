@@ -84,6 +84,8 @@ inline void barrier_wait(uint32_t b, int parity) {
 inline void bulk_copy(uint32_t d, const void* p, int bytes, uint32_t) { memcpy(emulator::shared + d, p, bytes); }
 inline void cluster_wait() { __syncthreads(); }
 
+inline void atomic_inc(uint32_t& before, uint32_t* p, uint32_t most) { before = atomicInc(p, most); }
+
 // The address of shared memory as 32 bits is the place in it.
 inline void copy16(uint32_t d, const void* p, int bytes) {
   memset(emulator::shared + d, 0, 16);

@@ -22,7 +22,6 @@ KNOWN = {
     },
     "fma.rn.bf16x2 %0, %1, %2, %3;": "fma_bf16x2",
     "cvt.rn.bf16x2.f32 %0, %1, %2;": "pack_bf16x2",
-    "cvt.rn.bf16x2.f32 %0, %1, %1;": "pack_bf16x2",
     "{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}": "unpack_f16x2",
     "mbarrier.init.shared::cta.b64 [%0], %1;": "barrier_init",
     "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;": "barrier_expect",
@@ -34,7 +33,8 @@ KNOWN = {
         f"stmatrix.sync.aligned.m8n8.x{n}.trans.shared.b16 [%0], {{{','.join(f'%{i + 1}' for i in range(n))}}};": "store_matrix"
         for n in (1, 2, 4)
     },
-    "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;": "copy16",
+    **{f"cp.async.cg.shared.global{ahead} [%0], [%1], 16, %2;": "copy16" for ahead in ("", ".L2::128B")},
+    "atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;": "atomic_inc",
 }
 """The function of each text of instructions."""
 
@@ -84,8 +84,6 @@ def _call(inside: str) -> str:
         return f"{{ float* sums[] = {{{sums}}}; ptx::wgmma(sums, {count}, {', '.join(operands[count:])}); }}"
     if text not in KNOWN:
         return f'ptx::unknown("{text}")'
-    if text.endswith("%1, %1;"):
-        operands.append(operands[-1])
     return f"ptx::{KNOWN[text]}({', '.join(operands)})"
 
 
