@@ -77,6 +77,9 @@ def _kept(w: Tensor, peaks: Tensor, fmt: Fp8Format) -> Tensor:
     scales, blocks = _scales(peaks), _blocks(w, fmt)
     few = blocks[:, :1, :, :SAMPLE]  # most weights are on no grid, which a few of them show
     missing = _missed(few, scales) > 0
+    unsure = (~missing).any(1).nonzero()[:, 0]
+    if len(unsure):
+        missing[unsure] = _missed(blocks[unsure], scales[unsure]) > 0
     for largest in LARGEST_CODES if bool(missing.any()) else ():
         for step in (0.0, -torch.inf, torch.inf):  # the quotient may be rounded to a neighbour
             tried = (peaks / largest).clamp_min(_LEAST)
