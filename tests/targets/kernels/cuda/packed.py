@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 from moec.targets.kernels.cuda.layout import BLOCK, FragmentLayout
 
+MULTIPROCESSORS = 132
+"""Of an H100."""
+
 
 def packed(layout: FragmentLayout, rng: np.random.Generator, *lead: int) -> tuple[dict[str, NDArray[Any]], NDArray[np.float64]]:
     """The arrays of random weights [*lead, n, k], and their values."""
