@@ -14,9 +14,10 @@ from moec.compiler.text import parse_graph
 from moec.runtime.tvm_device import Gpu
 from moec.targets import get_target
 from tests.compiler.backends.test_tvm import with_format
-from tests.compiler.backends.test_tvm_cuda import emulated, needs_emulator, whole
+from tests.compiler.backends.test_tvm_cuda import emulated, whole
 from tests.compiler.backends.tvm_model import Compiled
 from tests.graphs import random_weights
+from tests.targets.kernels.emulator import needs_emulator
 
 __all__ = ["emulated", "whole"]
 

@@ -23,12 +23,12 @@ from moec.targets.kernels.cuda.arrival import SEMAPHORES
 from moec.targets.kernels.cuda.step import step_func
 from moec.targets.kernels.cuda.step_spec import StepOptions, StepSpec
 from moec.targets.kernels.specs import AttentionSpec, NormSpec, RouterSpec, SkipSpec
-from tests.targets.kernels import emulator
 from tests.targets.kernels.cuda.packed import MULTIPROCESSORS
+from tests.targets.kernels.emulator import needs_emulator
 from tests.targets.kernels.run import ISA, Kernel
 from tests.targets.kernels.run_cuda import CudaFunction, CudaKernel
 
-KINDS = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not emulator.available(), reason="no C++ compiler to emulate a GPU with"))]
+KINDS = ["cpu", pytest.param("cuda", marks=needs_emulator)]
 
 
 class Hardware(Protocol):
