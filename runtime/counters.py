@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+COUNTS = 8
+"""int64 that a layer of experts counts in, a cache line: tokens, experts that ran, and none other yet."""
+
 
 @dataclass(frozen=True)
 class ExpertCount:

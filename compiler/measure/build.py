@@ -25,10 +25,9 @@ from typing import Any
 from moec.compiler.cuda_code import machine_code, need_cuda_compiler
 from moec.compiler.errors import MoecError
 from moec.compiler.measure.cases import Case, Index
+from moec.runtime.executors.tvm import CUDA_RUNTIME, RUNTIME
 from moec.targets import Target
 from moec.targets.kernels.cuda.space import FAMILIES, FAMILY, fingerprint
-
-RUNTIME = ("libtvm_runtime.so", "libtvm_runtime_cuda.so")
 
 
 def tvm_version() -> str:
@@ -151,7 +150,7 @@ def copy_runtime(folder: Path, python: str | None = None) -> list[str]:
     spec = importlib.util.find_spec("tvm")
     roots = [Path(root, "lib") for root in (spec.submodule_search_locations or ())] if spec else []
     missing = []
-    for name in RUNTIME:
+    for name in (RUNTIME, CUDA_RUNTIME):
         found = next((root / name for root in roots if (root / name).is_file()), None)
         if found is None:
             missing.append(f"{name}: not in the installed apache-tvm")

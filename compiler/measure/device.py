@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from moec.runtime.errors import MoecError
-from moec.runtime.executors.tvm import load_runtime
+from moec.runtime.executors.tvm import CUDA_RUNTIME, RUNTIME, load_runtime
 
 DEVICE = "cuda"
 _FLUSH_BYTES = 1 << 28  # several times any L2
@@ -80,7 +80,7 @@ def tvm_ffi_module(folder: Path | None = None) -> Any:
             archive.extractall(place)
         sys.path.insert(0, place)
         import tvm_ffi
-    load_runtime(folder / "libtvm_runtime.so" if folder else None)
+    load_runtime(folder / RUNTIME if folder else None)
     if tvm_ffi.get_global_func("runtime.get_cuda_stream", allow_missing=True) is None:
         ctypes.CDLL(str(_cuda_runtime(folder)), ctypes.RTLD_GLOBAL)
     tvm_ffi.register_global_func("tvm_callback_cuda_compile", _find_machine_code, override=True)
@@ -88,11 +88,10 @@ def tvm_ffi_module(folder: Path | None = None) -> Any:
 
 
 def _cuda_runtime(folder: Path | None) -> Path:
-    name = "libtvm_runtime_cuda.so"
     places = [Path(root, "tvm/lib") for root in sys.path]
-    found = next((place / name for place in ([folder] if folder else []) + places if (place / name).is_file()), None)
+    found = next((place / CUDA_RUNTIME for place in ([folder] if folder else []) + places if (place / CUDA_RUNTIME).is_file()), None)
     if found is None:
-        raise MoecError(f"{name} is missing: it is in the package apache-tvm, and a build copies it")
+        raise MoecError(f"{CUDA_RUNTIME} is missing: it is in the package apache-tvm, and a build copies it")
     return found
 
 

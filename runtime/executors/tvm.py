@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.runtime.artifact import Artifact
-from moec.runtime.counters import ExpertCounters
+from moec.runtime.counters import COUNTS, ExpertCounters
 from moec.runtime.cuda import Driver, load_with_cudart
 from moec.runtime.errors import MoecError
 from moec.runtime.executor import Step
@@ -137,7 +137,7 @@ class TvmExecutor:
         self.device.start(library.resolve())
         self._mapped = [weights[param, component] for param, component in section["params"]]  # keeps the memory of the tensors alive
         layers = section.get("experts", ())
-        counts = aligned((len(layers), 8), np.int64)  # a cache line each
+        counts = aligned((len(layers), COUNTS), np.int64)
         semaphores = int(section.get("semaphores", 0))
         constants = [self.device.constant(array) for array in self._mapped]
         counted = [self.device.mirror(row) for row in counts]

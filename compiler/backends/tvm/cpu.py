@@ -19,6 +19,7 @@ from moec.compiler.backends.tvm.fusion import Fusion
 from moec.compiler.backends.tvm.platform import ANY, ONE, Alike, Expr, Formats, Function, Functions, count_of, static
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph
+from moec.runtime.executors.tvm import RUNTIME
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cpu.attention import PAGE, attention_func, page_shapes
 from moec.targets.kernels.cpu.embedding import embedding_func
@@ -32,8 +33,6 @@ from moec.targets.kernels.cpu.rope import rope_func
 from moec.targets.kernels.cpu.router import router_func, topk_func
 from moec.targets.kernels.cpu.skip import skip_func
 from moec.targets.kernels.specs import AttentionSpec, NormSpec, RouterSpec, SkipSpec
-
-RUNTIME = "libtvm_runtime.so"
 
 
 class CpuKernels:

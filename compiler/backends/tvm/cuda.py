@@ -16,19 +16,20 @@ from tvm.s_tir import dlight
 from tvm.target import Target as TvmTarget
 
 from moec.compiler.backends.tvm import fusions
-from moec.compiler.backends.tvm.cpu import RUNTIME, link, runtime_library
+from moec.compiler.backends.tvm.cpu import link, runtime_library
 from moec.compiler.backends.tvm.cuda_choices import CHUNK, Choices, layer_of
 from moec.compiler.backends.tvm.fusion import Fusion
 from moec.compiler.backends.tvm.platform import BEST, Expr, Formats, Function, Functions, count_of, static
 from moec.compiler.backends.tvm.storage import experts_layout
 from moec.compiler.cuda_code import machine_code, need_cuda_compiler
 from moec.compiler.ir import Graph
+from moec.runtime.executors.tvm import CUDA_RUNTIME, RUNTIME
 from moec.targets import Target
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cpu.experts_layout import Factors
 from moec.targets.kernels.cuda import pipeline, plain
 from moec.targets.kernels.cuda.arrival import SEMAPHORES
-from moec.targets.kernels.cuda.attention import PAGE, attention, attention_step, page_shapes
+from moec.targets.kernels.cuda.attention import PAGE, STORED, attention, attention_step, page_shapes
 from moec.targets.kernels.cuda.best import best_func
 from moec.targets.kernels.cuda.calls import Gpu
 from moec.targets.kernels.cuda.embedding import embedding_func
@@ -48,7 +49,6 @@ from moec.targets.kernels.cuda.step import step_func
 from moec.targets.kernels.cuda.step_spec import StepOptions, StepSpec
 from moec.targets.kernels.specs import AttentionSpec, NormSpec, RouterSpec, SkipSpec
 
-CUDA_RUNTIME = "libtvm_runtime_cuda.so"
 CUBIN = "kernels.cubin"
 
 PRODUCTS = "sm_90a"
@@ -64,7 +64,7 @@ class CudaKernels:
     def __init__(self, functions: Functions, platform: CudaPlatform, function: Function) -> None:
         self.bb, self.functions = functions.bb, functions
         self._platform, self._function = platform, function
-        self.cached = {"float32": "float32", "uint16": "bfloat16"}[platform.cache_dtype]
+        self.cached = next(dtype for dtype, stored in STORED.items() if stored == platform.cache_dtype)
         self.shared_memory = HOPPER_MEMORY if platform.products else LEAST_MEMORY
 
     def embedding(self, ids: Expr, weights: Mapping[str, Expr], layout: FragmentLayout) -> Expr:
@@ -74,7 +74,7 @@ class CudaKernels:
 
     def linear(self, x: Expr, weights: Mapping[str, Expr], layout: FragmentLayout, bias: Expr | None) -> Expr:
         if static(x) == 1 and layout.in_fragments:
-            one = ProjectionsSpec.of([Projection(layout, bias is not None)])
+            one = ProjectionsSpec.of([Projection(layout, bias is not None)], self._platform.gpu.multiprocessors)
             return self.projections(one, [x, *weights.values(), *([] if bias is None else [bias])])[0]
         stacked = {name: self.bb.emit(relax.op.reshape(array, [1, *array.ty.shape])) for name, array in weights.items()}
         gpu, most = self._platform.gpu, self._function.most
@@ -108,7 +108,7 @@ class CudaKernels:
         Args:
             inputs: q, k, v, blocks, page_table, semaphores[, weights of the norms][, cos, sin][, sinks].
         """
-        options = StepOptions.of(spec, self.cached, self.shared_memory)
+        options = StepOptions.of(spec, self.cached, self.shared_memory, self._platform.gpu.multiprocessors)
         step = self.functions.get("attend_step", spec, lambda: step_func(spec, options, self.cached))
         return attention_step(self.bb, step, caches, inputs, spec, options)
 
@@ -214,7 +214,7 @@ class CudaPlatform:
         return page_shapes(spec)
 
     def fusions(self, graph: Graph, storage: Mapping[str, Any], tokens: int | None) -> Sequence[Fusion]:
-        return fusions.match(graph, storage) if tokens == 1 else ()
+        return fusions.match(graph, storage, self.gpu) if tokens == 1 else ()
 
     def add_best(self, functions: Functions, vocabulary: int) -> None:
         rows, bb = tirx.Var("R", "int64"), functions.bb

@@ -15,7 +15,7 @@ from moec.compiler.aten import overload
 from moec.compiler.backends.tvm import aten_table
 from moec.compiler.backends.tvm.aten_elementwise import ELEMENTWISE
 from moec.compiler.backends.tvm.fusion import Fusion
-from moec.compiler.backends.tvm.platform import COUNTS, Kernels, Platform
+from moec.compiler.backends.tvm.platform import Kernels, Platform
 from moec.compiler.backends.tvm.relax_types import DTYPES, Sizes, stream, typed
 from moec.compiler.backends.tvm.semantic import SEMANTIC, add_and_norm, residual_norm
 from moec.compiler.backends.tvm.storage import Storage
@@ -23,6 +23,7 @@ from moec.compiler.errors import MoecError
 from moec.compiler.ir import Dim, Graph, Node, TensorType
 from moec.compiler.ops import OPS
 from moec.compiler.text import print_node
+from moec.runtime.counters import COUNTS
 
 Expr = Any
 

@@ -26,9 +26,6 @@ Expr = Any
 BEST = "best"
 """The function that finds the likeliest tokens."""
 
-COUNTS = 8
-"""int64 that a layer of experts counts in, a cache line: tokens, experts that ran, and none other yet."""
-
 Arrays = Mapping[str, NDArray[np.generic]]
 Formats = str | tuple[str, ...]
 

@@ -9,14 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tvm.tirx.script import builder as T
 
+from moec.runtime.counters import COUNTS
 from moec.targets.kernels.cpu.emit import Buffer, Expr, argument, store
 from moec.targets.kernels.cpu.layout import LANES, LaneLayout, ceil_div
 from moec.targets.kernels.cpu.register_tile import weight_arguments
 
 Scalar = TypeVar("Scalar", bound=np.generic)
-
-COUNTS = 8
-"""int64 that a layer counts in, a cache line: tokens, experts that ran, and none other yet."""
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,25 @@
 """CUDA kernels for packed weights, written in TIR, compiled without a GPU.
 
-    linear(functions, x, weights, layout: FragmentLayout, bias, most, gpu)         x f32 [T, K]     -> f32 [T, N]
+    linear(functions, x, weights, layout: FragmentLayout, bias, most, gpu: Gpu)    x f32 [T, K]     -> f32 [T, N]
     experts(functions, x, ids, routing_weights, weights, layout: ExpertsLayout,
-            activation: ExpertActivation, biases, choice)                          x f32 [T, D]     -> f32 [T, D]
+            activation: ExpertActivation, biases, counts, choice: Choice)          x f32 [T, D]     -> f32 [T, D]
+    projections_func(spec), routing_step_func(spec), step_func(spec, options)      one token: a PrimFunc each
 
-One layout (`layout`, `experts_layout`) serves all of them: the order in which a warp holds operand A of the tensor cores. `stored` reads
-it; `stream` multiplies it with a few tokens, `product` with many (compute capability 9.0; `plain` elsewhere). `experts_decode` and
-`experts_prefill` are made of these, `routing` and `sort` bring tokens to their experts, `space` and `tuned` choose options.
-`norm`, `rope`, `router`, `skip`, `embedding` and `attention` are the rest of a model. `emit`, `intrinsics`, `matrix` and
-`warp` have the words that they are written in; docs/kernels.md says what was tried, and what it gave.
+One layout (`layout`, `packing`, `experts_layout`) serves all of them: the order in which a warp holds operand A of the tensor cores.
+Weights that it cannot hold lie in their `rows`. By topic:
 
-Integer weights meet the activations as they are, in bfloat16 without rounding, and scales multiply the sums; activations of float32 are
-two terms of bfloat16: results agree with float arithmetic on the dequantised weights to a few parts in 10^6 of their size.
+    weights        `stored` reads them, `dequantize` makes operand A of them, `element` reads a single number
+    few tokens     `stream` multiplies, `ring` brings activations; `experts_decode`, with `routing` and `share`; `linear`
+    many tokens    `product` multiplies (compute capability 9.0; `plain` elsewhere), by `matrix`, with activations from `gathered` or
+                   `image`; `experts_prefill` and `experts_results`, with `sort` and `tiles`; `linear`
+    one token      `projections` and its parts, on `fixed_point`; `routing_step`; attention in `step` and its parts
+    attention      `attention`, `attend` and `attend_tile`, `attend_product`, `attention_parts`
+    rest           `embedding`, `norm`, `rope`, `router` and `choice`, `skip`, `best`, `activation`, `counting`
+    options        `space` says which there are, `expected` what they should cost, `tuned` chooses by records
+    words          `emit`, `intrinsics`, `loads`, `copies`, `warp`, `arrival`; `pipeline` makes CUDA of them, `calls` is what emitters get
+
+docs/kernels.md says what was tried, and what it gave.
+
+Integer weights meet the activations as they are, without rounding, and scales multiply the sums; activations of float32 are two terms of
+bfloat16, or integers of 24 bits: results agree with float arithmetic on the dequantised weights to a few parts in 10^6 of their size.
 """

@@ -5,7 +5,7 @@ its bits). Tokens come as blocks, as in the CPU kernel: `blocks` holds (row of t
 position) of each.
 
 One token takes one kernel, `step`, which does what comes before with q and k too. Others take one that appends and, where head sizes are
-multiples of what the tensor cores take, one for blocks of many tokens and one for those of a single one.
+multiples of what the tensor cores take, one for blocks of many tokens (`attend_product`) and one for those of a single one; else `attend`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from tvm import relax, tirx
 
 from moec.targets.kernels.cuda.attend import attend_func
 from moec.targets.kernels.cuda.attend_product import AttendProduct, attend_product_func
-from moec.targets.kernels.cuda.attention_parts import PAGE, append_func, page_shapes
+from moec.targets.kernels.cuda.attention_parts import PAGE, STORED, append_func, page_shapes
 from moec.targets.kernels.cuda.step_spec import StepOptions, StepSpec
 from moec.targets.kernels.specs import AttentionSpec
 
 Get = Callable[[str, object, Callable[[], tirx.PrimFunc]], relax.GlobalVar]
 
-__all__ = ["PAGE", "attention", "attention_step", "page_shapes"]
+__all__ = ["PAGE", "STORED", "attention", "attention_step", "page_shapes"]
 
 
 def attention(

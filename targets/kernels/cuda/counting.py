@@ -8,10 +8,10 @@ from typing import Any
 from tvm import relax
 from tvm.tirx.script import builder as T
 
+from moec.runtime.counters import COUNTS
 from moec.targets.kernels.cuda.emit import Buffer, Expr, argument, at
 from moec.targets.kernels.cuda.intrinsics import call
 
-COUNTS = 8
 TOKENS, EXPERTS = 0, 1
 
 _COUNT_UP = r"""

@@ -3,7 +3,8 @@
 out[t] = sum over s of weights[t, s] * down[e] @ f(gate_up[e] @ x[t]),   e = ids[t, s]
 
 A slot whose id is outside of 0 to E - 1 is skipped: it adds nothing, and its weight is not read. A few tokens run two kernels
-(`experts_decode`), any number of tokens five (`experts_prefill`). Activations count as two terms of bfloat16.
+(`experts_decode`), any number of tokens five: `linear.split_func` and those of `experts_prefill`. Activations count as two terms of
+bfloat16. Layers that these kernels do not read, and many tokens on other GPUs, have `plain.experts`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The experts of many tokens: tokens are sorted by expert, and two grouped products run over tiles of tokens of one expert.
 
 sort      positions of slots (a token and one of its experts) by expert, and where each expert begins
-gate_up   hidden [position, F] in bfloat16 of tokens gathered from x
+arrange   the tokens of each tile as an image (`image`), where blocks of threads are clusters
+gate_up   hidden [position, F] in bfloat16 of tokens gathered from x, or as an image
 down      y [position, D] times the routing weight
 combine   the sum of each token's slots
 """

@@ -2,7 +2,7 @@
 
 A few tokens read the weights as a stream (`stream`); more go through the tensor cores' large products (`product`), or are a few at a time
 where so few products would leave most of the GPU idle. Either way activations count as two terms of bfloat16, 16 bits of them, and integer
-weights are not rounded.
+weights are not rounded. A single token has `projections` instead.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from moec.targets.kernels.cuda.space import MOST_DECODE
 
 TERMS = 2
 
+LANE_BYTES = 64
+"""Of weights that a lane of the kernel of a few tokens has under way."""
+
 MANY = 64
 """Tokens from which on the large products are never too few."""
 
@@ -37,7 +40,6 @@ class LinearSpec:
         tokens: of a block of the kernel of a few tokens, at most `MOST_DECODE`.
         any_number: whether that kernel takes any number of tokens, so many at a time, and not just one block of them.
         warps, splits: of such a block, and how many of them share a tile of 16 rows.
-        unroll: bytes of weights that a lane has under way.
         shape: the size of a block's product for more tokens.
     """
 
@@ -47,7 +49,6 @@ class LinearSpec:
     any_number: bool = False
     warps: int = 8
     splits: int = 4
-    unroll: int = 64
     shape: Shape = field(default_factory=lambda: Shape(64, 1, 4, TERMS))
 
     @property
@@ -79,7 +80,7 @@ def decode_func(spec: LinearSpec) -> tirx.PrimFunc:
     def arguments() -> tuple[Buffer, stream.Weights, Buffer | None, Buffer, Expr]:
         tokens = T.int64() if spec.any_number else spec.tokens
         x = argument("x", (tokens, layout.k), "float32")
-        weights = stream.Weights(spec.stack, "", spec.unroll)
+        weights = stream.Weights(spec.stack, "", LANE_BYTES)
         bias = argument("bias", (layout.n,), "float32") if spec.bias else None
         return x, weights, bias, argument("out", (tokens, layout.n), "float32"), tokens
 

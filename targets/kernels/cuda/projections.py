@@ -34,7 +34,6 @@ from moec.targets.kernels.cuda.projections_matrix import Matrices
 from moec.targets.kernels.cuda.projections_row import Row
 from moec.targets.kernels.specs import NormSpec
 
-MULTIPROCESSORS = 132  # of an H100 or H200
 MOST_WARPS = 16
 LANE_BYTES = 96  # of weights that a lane has under way, at most: 24 registers
 MOST_TILES = 12  # of a block, beyond which two blocks a multiprocessor are better: a lm head of 3144 tiles takes 18.2 us, with 24 19.7
@@ -59,10 +58,6 @@ class ProjectionsSpec:
         splits: how many of them share a tile of 16 rows; at most the blocks of 128 columns.
         tiles: that a warp works on.
         unroll: bytes of weights that a lane has under way.
-        together: blocks of tiles whose products take turns, so that none waits for the one before it; the next weights are asked for when
-            all are used. 0: four where all weights are under way from the start, one where they are not: memory must not wait.
-        early: whether the next kernel may begin (and ask for its weights) before this one waits for the one before it.
-        residency: blocks that are to fit on a multiprocessor, which limits registers; 0 leaves that to the compiler.
     """
 
     matrices: tuple[Projection, ...]
@@ -72,9 +67,6 @@ class ProjectionsSpec:
     splits: int = MOST_WARPS
     tiles: int = 1
     unroll: int = LANE_BYTES
-    together: int = 0
-    early: bool = False
-    residency: int = 0
 
     def __post_init__(self) -> None:
         assert len({matrix.layout.k for matrix in self.matrices}) == 1, self.matrices
@@ -118,22 +110,24 @@ class ProjectionsSpec:
         return ceil_div(self.matrices[index].layout.tiles, self.block_tiles)
 
     @classmethod
-    def of(cls, matrices: Sequence[Projection], norm: NormSpec | None = None, written: bool = False) -> ProjectionsSpec:
-        """The kernel with the options that suit the shapes.
+    def of(
+        cls, matrices: Sequence[Projection], multiprocessors: int, norm: NormSpec | None = None, written: bool = False
+    ) -> ProjectionsSpec:
+        """The kernel with the options that suit the shapes and a GPU of so many multiprocessors.
 
-        All columns are shared out over up to 16 warps of a block: no work is smaller than 16 rows and 128 columns, so this makes the
-        chain of products as short as it can be, and a fragment of activations is loaded once for all rows. A block takes the tiles that
-        make the grid one for each multiprocessor: q, k and v of 2048 rows each are 384 tiles, 3 for each of 129 blocks. Where these are
-        few, all of them are under way before the kernel waits (3 tiles of 4 bits: 96 bytes a lane, 48 KB a multiprocessor, of which
-        20 KB would saturate the memory); a lm head goes through its 24 with as many under way. Where columns are few (up to 8
-        blocks), warps that they leave idle take tiles of their own.
+        All columns are shared out over up to 16 warps of a block: no work is smaller than 16 rows and 128 columns, so this makes
+        the chain of products as short as it can be, and a fragment of activations is loaded once for all rows. A block takes the
+        tiles that make the grid one for each multiprocessor: q, k and v of 2048 rows each are 384 tiles, 3 for each of 129 blocks
+        on an H100. Where these are few, all of them are under way before the kernel waits (3 tiles of 4 bits: 96 bytes a lane, 48
+        KB a multiprocessor, of which 20 KB would saturate the memory); a lm head goes through its 12 with as many under way. Where
+        columns are few (up to 8 blocks), warps that they leave idle take tiles of their own.
         """
         blocks = matrices[0].layout.blocks
         splits = MOST_WARPS
         while splits > blocks:
             splits //= 2
         tiles = sum(matrix.layout.tiles for matrix in matrices)
-        block_tiles = ceil_div(tiles, MULTIPROCESSORS)
+        block_tiles = ceil_div(tiles, multiprocessors)
         if block_tiles > MOST_TILES:
             block_tiles = ceil_div(block_tiles, ceil_div(block_tiles, MOST_TILES))
         warps = splits * min(MOST_WARPS // splits, max(1, block_tiles))
@@ -170,8 +164,6 @@ class ProjectionsKernel:
     def body(self, _: Any, memory: Shared, part: Expr, thread: Expr) -> None:
         """Compute all results."""
         spec, row = self.spec, self._row
-        if spec.early:
-            grid_launch()
         row.take(memory)
         partial = memory.take((spec.splits, spec.outputs), "float32")
         first = 0
@@ -181,8 +173,7 @@ class ProjectionsKernel:
             def run(matrices: Matrices = matrices, first: int = first) -> None:
                 matrices.begin(part - first, thread, row)
                 grid_wait()
-                if not spec.early:
-                    grid_launch()
+                grid_launch()
                 row.stage(part)
                 matrices.multiply(row, partial)
                 sync()
@@ -203,11 +194,7 @@ class ProjectionsKernel:
 
     def build(self, name: str) -> tirx.PrimFunc:
         """The kernel."""
-        spec = self.spec
-        return kernel(
-            name, spec.threads, self.arguments, lambda _: [self.grid], self.body, words=self.words,
-            blocks_per_multiprocessor=spec.residency,
-        )  # fmt: skip
+        return kernel(name, self.spec.threads, self.arguments, lambda _: [self.grid], self.body, words=self.words)
 
 
 def projections_func(spec: ProjectionsSpec) -> tirx.PrimFunc:

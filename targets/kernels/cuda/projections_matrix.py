@@ -17,7 +17,7 @@ from moec.targets.kernels.cuda.stored import FIRST, Stored
 if TYPE_CHECKING:
     from moec.targets.kernels.cuda.projections import ProjectionsSpec
 
-MOST_TOGETHER = 4  # blocks of tiles whose products take turns
+MOST_TOGETHER = 4  # blocks of tiles whose products take turns, so that none waits for the one before it
 MOST_HELD = 2  # blocks of activations that stay in registers
 
 
@@ -68,7 +68,8 @@ class Matrices:
         self._wide = max(1, min(depth // share, spec.tiles))
         self._rounds = ceil_div(spec.tiles, self._wide) * self._turns
         self._exact = spec.blocks % spec.splits == 0 and share == self._deep * self._turns
-        self._together = min(len(self._slots), spec.together or (MOST_TOGETHER if self._rounds == 1 else 1))
+        # Where weights are still to be asked for, which happens when all of these are used, memory must not wait.
+        self._together = min(len(self._slots), MOST_TOGETHER if self._rounds == 1 else 1)
         self._held = self._turns == 1 and self._deep <= MOST_HELD
 
     @property

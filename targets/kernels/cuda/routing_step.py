@@ -41,10 +41,11 @@ class RoutingSpec:
 
     @classmethod
     def of(
-        cls, gate: Projection, norm: NormSpec | None, router: RouterSpec, skip: SkipSpec | None = None, written: bool = True
+        cls, gate: Projection, multiprocessors: int, norm: NormSpec | None, router: RouterSpec, skip: SkipSpec | None = None,
+        written: bool = True,
     ) -> RoutingSpec:  # fmt: skip
         """The kernel with options that suit the shapes: all of a block's weights are under way, if they are not too many."""
-        product = ProjectionsSpec.of([gate], norm, written and norm is not None)
+        product = ProjectionsSpec.of([gate], multiprocessors, norm, written and norm is not None)
         assert product.outputs <= WARP
         lane_bytes = ceil_div(gate.layout.blocks, product.splits) * gate.layout.block_words // 8
         return cls(replace(product, unroll=min(lane_bytes, MOST_BYTES)), router, skip)

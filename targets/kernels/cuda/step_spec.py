@@ -13,7 +13,6 @@ SHARE = 8
 """Lanes that compute the logits of a position together, so that a warp has four positions at a time."""
 
 MOST_ROWS = 16
-BLOCKS = 132  # of threads that run at once on an H100 or H200
 MOST_SPLITS = 32
 
 
@@ -72,15 +71,15 @@ class StepOptions:
     least: int
 
     @classmethod
-    def of(cls, spec: StepSpec, dtype: str, memory: int) -> StepOptions:
-        """Options for a GPU whose thread blocks get so many bytes of shared memory.
+    def of(cls, spec: StepSpec, dtype: str, memory: int, multiprocessors: int) -> StepOptions:
+        """Options for a GPU of so many multiprocessors, whose thread blocks get so many bytes of shared memory.
 
         A thread block has most of a multiprocessor's memory, so that more of them than multiprocessors would take turns: 2048 tokens
         of 16 heads take an H100 13.4 us in 8 parts and 17.2 us in 16.
         """
         shared = spec.rows > 1
         most = 16 if shared and spec.columns > 2 else MOST_SPLITS  # parts of many heads take long to add up
-        splits = max(1, min(most, BLOCKS // spec.columns if spec.columns < SEMAPHORES else 1))
+        splits = max(1, min(most, multiprocessors // spec.columns if spec.columns < SEMAPHORES else 1))
         options = cls(8, 8, 2, splits, 32 if spec.rows > 4 else 64 if shared else 128)
         smaller = [options, replace(options, stages=1), replace(options, positions=4, stages=1), replace(options, warps=4, stages=1)]
         smaller += [replace(options, warps=4, positions=4, stages=1), replace(options, warps=2, positions=4, stages=1)]

@@ -35,9 +35,9 @@ from tests.compiler.backends.test_tvm import with_format
 from tests.compiler.backends.tvm_model import Compiled, assert_equal
 from tests.graphs import MOE, factored, random_weights
 from tests.targets.kernels import emulator
+from tests.targets.kernels.emulator import needs_emulator
 
 needs_compiler = pytest.mark.skipif(cuda_code.cuda_compiler() is None, reason="neither nvcc nor NVRTC is installed")
-needs_emulator = pytest.mark.skipif(not emulator.available(), reason="no C++ compiler to emulate a GPU with")
 
 
 def moe() -> Graph:

@@ -12,12 +12,16 @@ from moec.compiler.backends.tvm.fusions.attention import AttentionStep, match
 from moec.compiler.ir import Graph
 from moec.compiler.text import parse_graph
 from moec.runtime.tvm_device import Gpu
+from moec.targets import get_target
 from tests.compiler.backends.test_tvm import with_format
-from tests.compiler.backends.test_tvm_cuda import emulated, needs_emulator, whole
+from tests.compiler.backends.test_tvm_cuda import emulated, whole
 from tests.compiler.backends.tvm_model import Compiled
 from tests.graphs import random_weights
+from tests.targets.kernels.emulator import needs_emulator
 
 __all__ = ["emulated", "whole"]
+
+GPU = CudaPlatform(get_target("h100-sxm")).gpu
 
 LAYERS = """
 graph small {layers=2, context_length=96, vocab_size=40} {
@@ -90,7 +94,7 @@ def names(step: AttentionStep) -> set[str]:
 
 
 def test_norms_and_rope_are_found() -> None:
-    first, second = match(changed(), {})
+    first, second = match(changed(), {}, GPU)
     assert names(first) == {"qb", "qc", "qd", "kb", "kc", "kd", "a"}
     assert (first.q.source, first.k.source) == ("qa", "ka")
     assert first.spec.rope
@@ -105,23 +109,23 @@ def test_norms_and_rope_are_found() -> None:
 
 
 def test_what_others_read_is_left_out() -> None:
-    first, _ = match(changed(("linear(%b, @o1)", "linear(%qb, @o1)")), {})
+    first, _ = match(changed(("linear(%b, @o1)", "linear(%qb, @o1)")), {}, GPU)
     assert (first.q.source, first.q.norm, first.k.source) == ("qb", None, "ka")
     assert first.spec.rope
     assert first.spec.q_norm is None
-    returned, _ = match(changed(("return %out", "return %out, %kb")), {})
+    returned, _ = match(changed(("return %out", "return %out, %kb")), {}, GPU)
     assert (returned.q.source, returned.k.source, returned.k.norm) == ("qa", "kb", None)
 
 
 def test_another_kind_of_norm_is_left_out() -> None:
     norm = "%qb: f32[B, T, 16] = rms_norm(%qa, @qn1) {eps=1e-05}"
-    first, _ = match(changed((norm, norm.replace("rms_norm", "layer_norm"))), {})
+    first, _ = match(changed((norm, norm.replace("rms_norm", "layer_norm"))), {}, GPU)
     assert (first.q.source, first.spec.q_norm, first.k.source) == ("qb", None, "ka")
 
 
 def test_rope_of_one_of_them_is_left_out() -> None:
     edits = ("attention(%qd, %kd, %vc)", "attention(%qd, %kc, %vc)"), ("  %kd: f32[B, T, 2, 8] = rope(%kc, %cos, %sin)\n", "")
-    first, _ = match(changed(*edits), {})
+    first, _ = match(changed(*edits), {}, GPU)
     assert names(first) == {"a"}
     assert (first.q.source, first.k.source, first.spec.rope) == ("qd", "kc", False)
 

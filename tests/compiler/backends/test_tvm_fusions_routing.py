@@ -7,17 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moec.compiler.backends.tvm.cuda import CudaPlatform
 from moec.compiler.backends.tvm.fusions import routing
-from moec.compiler.backends.tvm.platform import platform_of
 from moec.compiler.backends.tvm.storage import plan_storage
 from moec.compiler.ir import Graph
 from moec.compiler.text import parse_graph, print_graph
 from moec.runtime.tvm_device import Gpu
 from moec.targets import get_target
 from tests.compiler.backends.test_tvm import with_format
-from tests.compiler.backends.test_tvm_cuda import emulated, needs_emulator, whole
+from tests.compiler.backends.test_tvm_cuda import emulated, whole
 from tests.compiler.backends.tvm_model import Compiled
 from tests.graphs import MOE, random_weights
+from tests.targets.kernels.emulator import needs_emulator
 
 __all__ = ["emulated", "whole"]
 
@@ -41,8 +42,8 @@ def model(norm: str = NORM, router: str = "%logits", attrs: str = 'score="softma
 
 def matched(graph: Graph) -> list[list[str]]:
     """The nodes of each match."""
-    storage = plan_storage(graph, platform_of(get_target("h100-sxm")))
-    return [[node.name for node in found.nodes] for found in routing.match(graph, storage)]
+    platform = CudaPlatform(get_target("h100-sxm"))
+    return [[node.name for node in found.nodes] for found in routing.match(graph, plan_storage(graph, platform), platform.gpu)]
 
 
 def test_what_is_matched() -> None:

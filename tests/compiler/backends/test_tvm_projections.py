@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from moec.compiler.backends.tvm.cuda import CudaPlatform
 from moec.compiler.backends.tvm.fusion import Fusion, disjoint
 from moec.compiler.backends.tvm.fusions.projections import Projections, match
-from moec.compiler.backends.tvm.platform import platform_of
 from moec.compiler.backends.tvm.storage import plan_storage
+from moec.compiler.ir import Graph
 from moec.compiler.text import parse_graph
 from moec.targets import get_target
 
@@ -33,9 +34,13 @@ graph block {layers=1, context_length=64, vocab_size=40} {
 """
 
 
+def found_in(graph: Graph) -> list[Projections]:
+    platform = CudaPlatform(get_target("h100-sxm"))
+    return match(graph, plan_storage(graph, platform), platform.gpu)
+
+
 def found() -> list[Projections]:
-    graph = parse_graph(BLOCK)
-    return match(graph, plan_storage(graph, platform_of(get_target("h100-sxm"))))
+    return found_in(parse_graph(BLOCK))
 
 
 def names(fusion: Fusion) -> list[str]:
@@ -68,5 +73,5 @@ def test_what_the_kernel_is_told() -> None:
 
 def test_a_norm_that_others_read_is_written() -> None:
     graph = parse_graph(BLOCK.replace("return %out", "return %n, %out"))
-    first = match(graph, plan_storage(graph, platform_of(get_target("h100-sxm"))))[0]
+    first = found_in(graph)[0]
     assert first.spec.written

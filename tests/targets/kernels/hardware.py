@@ -23,11 +23,12 @@ from moec.targets.kernels.cuda.arrival import SEMAPHORES
 from moec.targets.kernels.cuda.step import step_func
 from moec.targets.kernels.cuda.step_spec import StepOptions, StepSpec
 from moec.targets.kernels.specs import AttentionSpec, NormSpec, RouterSpec, SkipSpec
-from tests.targets.kernels import emulator
+from tests.targets.kernels.cuda.packed import MULTIPROCESSORS
+from tests.targets.kernels.emulator import needs_emulator
 from tests.targets.kernels.run import ISA, Kernel
 from tests.targets.kernels.run_cuda import CudaFunction, CudaKernel
 
-KINDS = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not emulator.available(), reason="no C++ compiler to emulate a GPU with"))]
+KINDS = ["cpu", pytest.param("cuda", marks=needs_emulator)]
 
 
 class Hardware(Protocol):
@@ -60,7 +61,7 @@ class CudaStep:
     """Attention of one token, called as the CPU's kernel is."""
 
     def __init__(self, spec: StepSpec) -> None:
-        self._options, self._spec = StepOptions.of(spec, "float32", 96 << 10), spec.attention
+        self._options, self._spec = StepOptions.of(spec, "float32", 96 << 10, MULTIPROCESSORS), spec.attention
         self._kernel = CudaKernel(step_func(spec, self._options))
 
     def __call__(self, *inputs: Any, outputs: Any) -> list[Any]:

@@ -19,6 +19,7 @@ from moec.compiler.backends.tvm import aten_table
 from moec.compiler.backends.tvm.relax_types import stream
 from moec.compiler.backends.tvm.semantic import attention_spec
 from moec.compiler.ir import Graph, Node
+from moec.targets.kernels.cuda.calls import Gpu
 from moec.targets.kernels.cuda.step_spec import StepSpec
 from moec.targets.kernels.specs import NormSpec
 
@@ -66,9 +67,9 @@ class AttentionStep:
         low.set_flat(self.node.name, kernels.attention_step(self.spec, low.caches(self.node), inputs))
 
 
-def match(graph: Graph, storage: Mapping[str, Any]) -> list[AttentionStep]:
+def match(graph: Graph, storage: Mapping[str, Any], gpu: Gpu) -> list[AttentionStep]:
     """Every attention node of a graph."""
-    del storage
+    del storage, gpu  # options follow where the kernel is emitted
     return [_step(graph, node) for node in graph.nodes if node.op == "attention"]
 
 

@@ -13,13 +13,14 @@ of it is that kernel already.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from moec.compiler.backends.tvm.fusion import read_outside
-from moec.compiler.backends.tvm.semantic import residual_norm
+from moec.compiler.backends.tvm.semantic import norm_spec, residual_norm
 from moec.compiler.backends.tvm.storage import matrix_layout
 from moec.compiler.ir import Graph, Node
+from moec.targets.kernels.cuda.calls import Gpu
 from moec.targets.kernels.cuda.layout import FragmentLayout
 from moec.targets.kernels.cuda.projections import Projection, ProjectionsSpec
 from moec.targets.kernels.specs import NormSpec
@@ -56,13 +57,13 @@ class Projections:
             low.set_flat(node.name, next(found))
 
 
-def match(graph: Graph, storage: Mapping[str, Any]) -> list[Projections]:
+def match(graph: Graph, storage: Mapping[str, Any], gpu: Gpu) -> list[Projections]:
     """The linear layers of each value, together with as much as can be; where others have taken a part, what is left."""
     groups: dict[str, list[Node]] = {}
     for node in graph.nodes:
         if node.op == "linear" and _fits(graph, storage, node):
             groups.setdefault(node.inputs[0], []).append(node)
-    return [found for name, linears in groups.items() for found in _choices(graph, storage, name, tuple(linears))]
+    return [found for name, linears in groups.items() for found in _choices(graph, storage, name, tuple(linears), gpu)]
 
 
 def _fits(graph: Graph, storage: Mapping[str, Any], node: Node) -> bool:
@@ -75,38 +76,36 @@ def _fits(graph: Graph, storage: Mapping[str, Any], node: Node) -> bool:
     return isinstance(layout, FragmentLayout) and layout.in_fragments
 
 
-def _choices(graph: Graph, storage: Mapping[str, Any], name: str, linears: tuple[Node, ...]) -> Iterator[Projections]:
+def _choices(graph: Graph, storage: Mapping[str, Any], name: str, linears: tuple[Node, ...], gpu: Gpu) -> Iterator[Projections]:
     """From the one with the most nodes to that with the fewest; only one of them can be had."""
     norm = graph.producers.get(name)
     if norm is not None and (spec := _norm_spec(graph, norm)) is not None:
         addition = graph.producers.get(norm.inputs[0])
         if addition is not None and residual_norm(graph, addition) is norm:
-            yield _fused(graph, storage, linears, norm, addition, spec)
-        yield _fused(graph, storage, linears, norm, None, spec)
+            yield _fused(graph, storage, gpu, linears, norm, addition, spec)
+        yield _fused(graph, storage, gpu, linears, norm, None, spec)
     elsewhere = [user for user in linears if not any(reader.op == "router" for reader in graph.users.get(user.name, ()))]
     for some in (linears, tuple(elsewhere)):  # the layer in front of a router goes with it
         if len(some) > 1:
-            yield _fused(graph, storage, some)
+            yield _fused(graph, storage, gpu, some)
 
 
 def _norm_spec(graph: Graph, node: Node) -> NormSpec | None:
     """The normalisation of a whole row."""
     if node.op not in ("rms_norm", "layer_norm") or not all(name in graph.params for name in node.inputs[1:] if name):
         return None
-    weight, bias = (len(node.inputs) > i and bool(node.inputs[i]) for i in (1, 2))
-    eps, offset = float(node.attrs["eps"]), float(node.attrs.get("offset", 0.0))
-    return NormSpec(int(graph.type_of(node.name).shape[-1]), 1, eps, offset, node.op == "layer_norm", weight, bias)
+    return norm_spec(graph, node)
 
 
 def _fused(
-    graph: Graph, storage: Mapping[str, Any], linears: tuple[Node, ...], norm: Node | None = None, addition: Node | None = None,
-    spec: NormSpec | None = None,
+    graph: Graph, storage: Mapping[str, Any], gpu: Gpu, linears: tuple[Node, ...], norm: Node | None = None,
+    addition: Node | None = None, spec: NormSpec | None = None,
 ) -> Projections:  # fmt: skip
     if spec is not None and addition is not None:
-        spec = NormSpec(spec.size, 1, spec.eps, spec.offset, spec.center, spec.weight, spec.bias, residual=True)
+        spec = replace(spec, residual=True)
     matrices = [
         Projection(cast(FragmentLayout, matrix_layout(storage[linear.inputs[1]])), len(linear.inputs) > 2 and bool(linear.inputs[2]))
         for linear in linears
     ]
     written = norm is not None and norm.name in read_outside(graph, [norm, *linears])
-    return Projections(linears, ProjectionsSpec.of(matrices, spec, written), norm, addition)
+    return Projections(linears, ProjectionsSpec.of(matrices, gpu.multiprocessors, spec, written), norm, addition)

@@ -20,6 +20,7 @@ from moec.compiler.backends.tvm.relax_types import stream
 from moec.compiler.backends.tvm.semantic import norm_spec, residual_norm, router_spec, skip_spec
 from moec.compiler.backends.tvm.storage import matrix_layout
 from moec.compiler.ir import Graph, Node
+from moec.targets.kernels.cuda.calls import Gpu
 from moec.targets.kernels.cuda.projections import Projection
 from moec.targets.kernels.cuda.router import MOST_EXPERTS, MOST_SLOTS
 from moec.targets.kernels.cuda.routing_step import RoutingSpec
@@ -64,12 +65,12 @@ class RoutingStep:
         return first.inputs if first is self.addition else first.inputs[:1]
 
 
-def match(graph: Graph, storage: Mapping[str, Any]) -> list[RoutingStep]:
+def match(graph: Graph, storage: Mapping[str, Any], gpu: Gpu) -> list[RoutingStep]:
     """Every router that follows a linear layer."""
-    return [found for node in graph.nodes if node.op == "router" and (found := _step(graph, storage, node)) is not None]
+    return [found for node in graph.nodes if node.op == "router" and (found := _step(graph, storage, node, gpu)) is not None]
 
 
-def _step(graph: Graph, storage: Mapping[str, Any], router: Node) -> RoutingStep | None:
+def _step(graph: Graph, storage: Mapping[str, Any], router: Node, gpu: Gpu) -> RoutingStep | None:
     linear = graph.producers.get(router.inputs[0])
     spec = router_spec(graph, router)
     fits = spec.experts <= MOST_EXPERTS and max(spec.top_k, spec.groups) <= MOST_SLOTS
@@ -87,7 +88,7 @@ def _step(graph: Graph, storage: Mapping[str, Any], router: Node) -> RoutingStep
     rows = norm_spec(graph, norm, addition) if norm is not None else None
     inside = [node for node in (addition, norm, linear, router, skip) if node is not None]
     written = norm is not None and norm.name in read_outside(graph, inside)
-    chosen = RoutingSpec.of(gate, rows, spec, skip_spec(graph, skip) if skip is not None else None, written)
+    chosen = RoutingSpec.of(gate, gpu.multiprocessors, rows, spec, skip_spec(graph, skip) if skip is not None else None, written)
     return RoutingStep(chosen, linear, router, addition, norm, skip)
 
 

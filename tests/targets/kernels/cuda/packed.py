@@ -1,14 +1,19 @@
-"""Random packed weights for the CUDA kernels, and what they stand for."""
+"""Random packed weights for the CUDA kernels, what they stand for, and what experts compute with them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from moec.targets.kernels.cuda.experts_layout import ExpertsLayout, Stack
 from moec.targets.kernels.cuda.layout import BLOCK, FragmentLayout
+
+MULTIPROCESSORS = 132
+"""Of an H100."""
 
 
 def packed(layout: FragmentLayout, rng: np.random.Generator, *lead: int) -> tuple[dict[str, NDArray[Any]], NDArray[np.float64]]:
@@ -33,3 +38,41 @@ def packed(layout: FragmentLayout, rng: np.random.Generator, *lead: int) -> tupl
     size = layout.k if layout.groups == 1 else integer.group
     both = [np.repeat(side.astype(np.float64), size, axis=-1)[..., : layout.k] for side in (scales, zero)]
     return dict(layout.tile(codes, scales, None if integer.symmetric else zero)), (codes - both[1]) * both[0]
+
+
+def stack(layout: Stack, rng: np.random.Generator) -> tuple[dict[str, NDArray[Any]], NDArray[np.float64]]:
+    """The arrays of a stack, and what they stand for [E, n, k]."""
+    arrays: dict[str, NDArray[Any]] = {}
+    values = np.zeros((layout.experts, layout.n, layout.k))
+    for index, found in enumerate(layout.classes):
+        members = layout.members(index)
+        parts, values[members] = packed(found, rng, len(members))
+        arrays |= {f"{name}{layout.suffix(index)}": array for name, array in parts.items()}
+    return {**arrays, "table": layout.table()} if layout.mixed else arrays, values
+
+
+def relative(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """|found - expected| / |expected|."""
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def silu_experts(
+    layout: ExpertsLayout,
+    up: Sequence[Any] | NDArray[Any],
+    down: Sequence[Any] | NDArray[Any],
+    x: NDArray[Any],
+    ids: NDArray[Any],
+    routing: NDArray[Any],
+) -> NDArray[np.float64]:
+    """What experts with silu compute, by the definition [T, D].
+
+    Args:
+        up, down: the values of each expert, [parts F, D] (all of gate, then all of up) and [D, F].
+    """
+    out = np.zeros((len(x), layout.d))
+    for token, slot in np.ndindex(*ids.shape):
+        if 0 <= (e := int(ids[token, slot])) < layout.experts:
+            y = (up[e] @ x[token].astype(np.float64)).reshape(layout.parts, -1)
+            hidden = y[0] / (1 + np.exp(-y[0])) * (y[1] if layout.gated else 1)
+            out[token] += routing[token, slot] * (down[e] @ hidden)
+    return out

@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytest
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.arrival import last_arrival
 from moec.targets.kernels.cuda.emit import Expr, Shared, argument, kernel, store, strided, when
-from tests.targets.kernels import emulator
+from tests.targets.kernels.emulator import needs_emulator
 from tests.targets.kernels.run_cuda import CudaKernel
 
-pytestmark = pytest.mark.skipif(not emulator.available(), reason="no C++ compiler to emulate a GPU with")
+pytestmark = needs_emulator
 
 
 def test_the_last_block_sees_what_all_wrote() -> None:

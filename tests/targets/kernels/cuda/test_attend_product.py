@@ -7,11 +7,11 @@ import pytest
 
 from moec.targets.kernels.cuda.attend_product import AttendProduct
 from moec.targets.kernels.specs import AttentionSpec
-from tests.targets.kernels import emulator
+from tests.targets.kernels.emulator import needs_emulator
 from tests.targets.kernels.hardware import hardware
 from tests.targets.kernels.test_attention import Cache, attend, expected, random_sequence
 
-pytestmark = pytest.mark.skipif(not emulator.available(), reason="no C++ compiler to emulate a GPU with")
+pytestmark = needs_emulator
 
 ALONE = AttentionSpec(2, 2, 32, 40, 0.2, window=45)  # four blocks of tokens are 64 rows
 GROUP = AttentionSpec(16, 2, 16, 8, 0.3, chunk=40, softcap=3.0, sinks=True)  # a block of tokens is twice as many rows

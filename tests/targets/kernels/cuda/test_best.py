@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 
 from moec.runtime.sampler import logprob
 from moec.targets.kernels.cuda.best import best_func
-from tests.targets.kernels import emulator
+from tests.targets.kernels.emulator import needs_emulator
 from tests.targets.kernels.run_cuda import CudaKernel
 
-pytestmark = pytest.mark.skipif(not emulator.available(), reason="no C++ compiler to emulate a GPU with")
+pytestmark = needs_emulator
 
 
 def best(logits: NDArray[np.float32], rows: int | None) -> NDArray[np.float32]:

@@ -20,6 +20,7 @@ from moec.targets.kernels.cuda.layout import FragmentLayout
 from moec.targets.kernels.cuda.linear import LinearSpec, prefill_func, split_func
 from moec.targets.kernels.cuda.projections import Projection, ProjectionsSpec, projections_func
 from moec.targets.kernels.cuda.space import Layer, candidates, default, needs
+from tests.targets.kernels.cuda.packed import MULTIPROCESSORS
 
 # A format of each kind in one kernel: every width of the planes, symmetric and not, groups within a block, of a block and of a row.
 UP = ("int2_g64", "int3_g32_asym", "int8_g128", "bf16")
@@ -99,7 +100,7 @@ def test_linear_layers_compile() -> None:
     from moec.targets.kernels.cuda.pipeline import NAME
 
     spec = LinearSpec(FragmentLayout(1000, 520, "int4_g64_asym"), bias=True)
-    one = ProjectionsSpec.of([Projection(spec.layout, bias=True)])
+    one = ProjectionsSpec.of([Projection(spec.layout, bias=True)], MULTIPROCESSORS)
     functions = {"one": projections_func(one), "many": prefill_func(spec), "split": split_func(520)}
     target = get_target("h100")
     module = IRModule({name: f.with_attr("global_symbol", name) for name, f in functions.items()})

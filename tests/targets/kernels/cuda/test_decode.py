@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cuda.calls import Gpu
@@ -14,21 +11,17 @@ from moec.targets.kernels.cuda.experts_decode import DecodeSpec, down_func, gate
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.layout import FragmentLayout
 from moec.targets.kernels.cuda.linear import LinearSpec, decode_func, few_tokens
-from tests.targets.kernels import emulator
-from tests.targets.kernels.cuda.packed import packed
+from tests.targets.kernels.cuda.packed import packed, relative, silu_experts, stack
+from tests.targets.kernels.emulator import needs_emulator
 from tests.targets.kernels.run_cuda import CudaKernel
 
-pytestmark = pytest.mark.skipif(not emulator.available(), reason="no C++ compiler to emulate a GPU with")
+pytestmark = needs_emulator
 
 FORMATS = [
     "bf16", "int8_g32", "int8_g128_asym", "int7_channel", "int6_g64_asym", "int5_g128_asym", "int4_g128", "int4_g32_asym", "int3_channel",
     "int3_g32_asym", "int2_g64", "int2_channel_asym", "int1_g128_asym", "ternary_g64",
     "fp8_channel", "fp8_block128",
 ]  # fmt: skip
-
-
-def relative(found: NDArray[Any], expected: NDArray[Any]) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -89,21 +82,5 @@ def test_the_experts_of_few_tokens(formats: str | tuple[str, ...], tokens: int, 
     routing = rng.random((tokens, top_k)).astype(np.float32)
     (hidden,) = CudaKernel(gate_up_func(spec))(x, ids, *up.values(), outputs=[(spec.hidden_shape, "uint32")])
     (found,) = CudaKernel(down_func(spec))(hidden, ids, routing, *down.values(), outputs=[((tokens, layout.d), "float32")])
-    expected = np.zeros((tokens, layout.d))
-    for token, slot in np.ndindex(tokens, top_k):
-        if (expert := ids[token, slot]) < layout.experts:
-            y = (up_weight[expert] @ x[token].astype(np.float64)).reshape(-1, 2, 8)
-            gate, value = y[:, 0].reshape(-1)[: layout.f], y[:, 1].reshape(-1)[: layout.f]
-            expected[token] += routing[token, slot] * (down_weight[expert] @ (gate / (1 + np.exp(-gate)) * value))
+    expected = silu_experts(layout, layout.deinterleave(up_weight), down_weight, x, ids, routing)
     assert relative(found, expected) < (2e-5 if terms == 2 else 5e-3)
-
-
-def stack(layout: Any, rng: np.random.Generator) -> tuple[dict[str, NDArray[Any]], NDArray[np.float64]]:
-    """The arrays of a stack, and what they stand for [E, n, k]."""
-    arrays: dict[str, NDArray[Any]] = {}
-    values = np.zeros((layout.experts, layout.n, layout.k))
-    for index, found in enumerate(layout.classes):
-        members = layout.members(index)
-        parts, values[members] = packed(found, rng, len(members))
-        arrays |= {f"{name}{layout.suffix(index)}": array for name, array in parts.items()}
-    return {**arrays, "table": layout.table()} if layout.mixed else arrays, values

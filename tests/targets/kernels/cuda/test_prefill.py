@@ -14,11 +14,11 @@ from moec.targets.kernels.cuda.experts_prefill import PrefillSpec, down_func, ga
 from moec.targets.kernels.cuda.gathered import Shape
 from moec.targets.kernels.cuda.image import arrange_func
 from moec.targets.kernels.cuda.sort import combine_func, most_tiles, sort_func
-from tests.targets.kernels import emulator
-from tests.targets.kernels.cuda.test_decode import relative, stack
+from tests.targets.kernels.cuda.packed import relative, silu_experts, stack
+from tests.targets.kernels.emulator import needs_emulator
 from tests.targets.kernels.run_cuda import CudaKernel
 
-pytestmark = pytest.mark.skipif(not emulator.available(), reason="no C++ compiler to emulate a GPU with")
+pytestmark = needs_emulator
 
 FORMATS = {
     "folded": ("fp8_block128", "int4_g64_asym", "int8_g128", "fp8_block128", "bf16"),
@@ -71,10 +71,5 @@ def test_the_experts_of_many_tokens(kind: str, shape: Shape, limit: float) -> No
     ids[:, 0] = np.where(ids[:, 0] == 1, 2, ids[:, 0])  # one expert has more than a tile
     routing = rng.random((tokens, top_k)).astype(np.float32)
     found = run(spec, x, ids, routing, up.values(), down.values())
-    expected = np.zeros((tokens, layout.d))
-    for token, slot in np.ndindex(tokens, top_k):
-        if (expert := ids[token, slot]) < layout.experts:
-            y = (up_weight[expert] @ x[token].astype(np.float64)).reshape(-1, 2, 8)
-            gate, value = y[:, 0].reshape(-1)[: layout.f], y[:, 1].reshape(-1)[: layout.f]
-            expected[token] += routing[token, slot] * (down_weight[expert] @ (gate / (1 + np.exp(-gate)) * value))
+    expected = silu_experts(layout, layout.deinterleave(up_weight), down_weight, x, ids, routing)
     assert relative(found, expected) < limit

@@ -7,7 +7,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,11 +18,11 @@ from moec.targets.kernels.cuda.layout import FragmentLayout
 from moec.targets.kernels.cuda.projections import Projection
 from moec.targets.kernels.cuda.routing_step import RoutingSpec, routing_step_func
 from moec.targets.kernels.specs import NormSpec, RouterSpec, SkipSpec
-from tests.targets.kernels import emulator
-from tests.targets.kernels.cuda.packed import packed
+from tests.targets.kernels.cuda.packed import MULTIPROCESSORS, packed
+from tests.targets.kernels.emulator import needs_emulator
 from tests.targets.kernels.run_cuda import CudaKernel
 
-pytestmark = pytest.mark.skipif(not emulator.available(), reason="no C++ compiler to emulate a GPU with")
+pytestmark = needs_emulator
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Case:
     @property
     def spec(self) -> RoutingSpec:
         gate = Projection(FragmentLayout(self.router.experts, self.d, self.format), self.bias)
-        return RoutingSpec.of(gate, self.norm, self.router, self.skip)
+        return RoutingSpec.of(gate, MULTIPROCESSORS, self.norm, self.router, self.skip)
 
 
 GROUPS = RouterSpec(48, 6, "sigmoid", normalize=True, scale=2.5, groups=4, top_groups=2, group_score="top2", bias=True)

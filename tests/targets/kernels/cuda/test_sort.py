@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moec.targets.kernels.cuda.sort import most_tiles, sort_func
-from tests.targets.kernels import emulator
+from tests.targets.kernels.emulator import needs_emulator
 from tests.targets.kernels.run_cuda import CudaKernel
 
-pytestmark = pytest.mark.skipif(not emulator.available(), reason="no C++ compiler to emulate a GPU with")
+pytestmark = needs_emulator
 
 
 @pytest.fixture(scope="module")

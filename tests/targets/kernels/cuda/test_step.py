@@ -16,10 +16,11 @@ from moec.targets.kernels.cuda.attention_parts import PAGE
 from moec.targets.kernels.cuda.step import step_func
 from moec.targets.kernels.cuda.step_spec import StepOptions, StepSpec
 from moec.targets.kernels.specs import AttentionSpec, NormSpec
-from tests.targets.kernels import emulator
+from tests.targets.kernels.cuda.packed import MULTIPROCESSORS
+from tests.targets.kernels.emulator import needs_emulator
 from tests.targets.kernels.run_cuda import CudaKernel
 
-pytestmark = pytest.mark.skipif(not emulator.available(), reason="no C++ compiler to emulate a GPU with")
+pytestmark = needs_emulator
 
 Array = NDArray[Any]
 PAGES = 8  # of the longest context, and as many of another sequence
@@ -148,7 +149,7 @@ def test_a_cache_in_bfloat16(name: str) -> None:
 @pytest.mark.parametrize("name", ["OLMOE", "MANY"])
 def test_default_options(name: str) -> None:
     spec = globals()[name]
-    check(spec, StepOptions.of(spec, "float32", 160 << 10), [3, 255])
+    check(spec, StepOptions.of(spec, "float32", 160 << 10, MULTIPROCESSORS), [3, 255])
 
 
 @settings(max_examples=4, deadline=None)

@@ -17,13 +17,10 @@ from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.experts_prefill import PrefillSpec
 from moec.targets.kernels.cuda.gathered import Shape
 from moec.targets.kernels.cuda.layout import FragmentLayout
-from tests.targets.kernels import emulator
-from tests.targets.kernels.cuda.packed import packed
-from tests.targets.kernels.cuda.test_decode import relative
+from tests.targets.kernels.cuda.packed import packed, relative, silu_experts
 from tests.targets.kernels.cuda.test_prefill import run
+from tests.targets.kernels.emulator import needs_emulator
 from tests.targets.kernels.run_cuda import CudaKernel
-
-needs_emulator = pytest.mark.skipif(not emulator.available(), reason="no C++ compiler to emulate a GPU with")
 
 WIDTHS = (40, 8, 264, 136, 128)
 MIXED = ("int4_g32_asym", "fp8_block128", "int3_g256", "bf16", "int4_g32_asym")
@@ -50,17 +47,6 @@ def draw(layout: ExpertsLayout, rng: np.random.Generator) -> tuple[Arrays, Array
     downs = [packed(layout.down.layout(e), rng) for e in range(layout.experts)]
     arrays = [dict(stack.join([a for a, _ in made])) for stack, made in ((layout.gate_up, ups), (layout.down, downs))]
     return arrays[0], arrays[1], [v for _, v in ups], [v for _, v in downs]
-
-
-def expected(layout: ExpertsLayout, up: Values, down: Values, x: Any, ids: Any, routing: Any) -> NDArray[np.float64]:
-    """The definition, for silu."""
-    out = np.zeros((len(x), layout.d))
-    for token, slot in np.ndindex(*ids.shape):
-        if 0 <= (e := ids[token, slot]) < layout.experts:
-            y = (up[e] @ x[token].astype(np.float64)).reshape(layout.parts, -1)
-            hidden = y[0] / (1 + np.exp(-y[0])) * (y[1] if layout.gated else 1)
-            out[token] += routing[token, slot] * (down[e] @ hidden)
-    return out
 
 
 @settings(deadline=None, max_examples=40)
@@ -116,7 +102,7 @@ def test_few_tokens(formats: str | tuple[str, ...], gated: bool, tokens: int, te
     gate_up, wanted = CudaKernel(gate_up_func(spec)), CudaKernel(down_func(spec))
     gate_up(x, ids, *up.values(), poison)
     (found,) = wanted(poison, ids, routing, *down.values(), outputs=[((tokens, layout.d), "float32")])
-    assert relative(found, expected(layout, up_values, down_values, x, ids, routing)) < (2e-5 if terms == 2 else 5e-3)
+    assert relative(found, silu_experts(layout, up_values, down_values, x, ids, routing)) < (2e-5 if terms == 2 else 5e-3)
 
 
 @needs_emulator
@@ -131,4 +117,4 @@ def test_many_tokens(formats: str | tuple[str, ...], shape: Shape) -> None:
     x, routing = rng.standard_normal((tokens, layout.d)).astype(np.float32), rng.random((tokens, 2)).astype(np.float32)
     ids = narrow_ids(tokens, rng)
     found = run(spec, x, ids, routing, up.values(), down.values())
-    assert relative(found, expected(layout, up_values, down_values, x, ids, routing)) < 2e-5
+    assert relative(found, silu_experts(layout, up_values, down_values, x, ids, routing)) < 2e-5

@@ -6,6 +6,7 @@ slowly. It checks what a kernel computes, its barriers, shuffles and small produ
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.util
@@ -18,13 +19,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import tvm_ffi
 
 from tests.targets.kernels.emulator import ptx
 
 HERE = Path(__file__).parent
 CACHE = Path(tempfile.gettempdir()) / "moec-cuda-emulator"
-FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-w")
+FLAGS = ("-std=c++17", "-O0", "-fPIC", "-w")  # compiling takes longer than what it gives
 DIMENSIONS = [f"{kind}.{axis}" for kind in ("blockIdx", "threadIdx") for axis in "xyz"]
 
 
@@ -41,13 +43,16 @@ def available() -> bool:
     return shutil.which("g++") is not None and tvm_ffi.get_global_func("runtime.get_cuda_stream", allow_missing=True) is None
 
 
+needs_emulator = pytest.mark.skipif(not available(), reason="no C++ compiler to emulate a GPU with")
+
+
 @cache
 def install() -> None:
     """Make TVM's device cuda the emulated one, for the rest of the process."""
     specs = [importlib.util.find_spec(name) for name in ("tvm", "tvm_ffi")]
     roots = [Path(folder) for spec in specs if spec for folder in spec.submodule_search_locations or ()]
     includes = [f"-I{root / 'include'}" for root in roots]
-    ctypes.CDLL(str(_compile((HERE / "device.cc").read_text(), ".cc", includes)), ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(_compile((HERE / "device.cc").read_text(), includes)), ctypes.RTLD_GLOBAL)
     tvm_ffi.register_global_func("ffi.Module.load_from_bytes.cuda", _load, override=True)
 
 
@@ -58,9 +63,9 @@ def _load(data: Any) -> Any:
     source = re.sub(r"__shared__ (alignas\(\d+\))", r"\1 static", source)
     source = ptx.translate(source)
     entries = "\n".join(f'extern "C" void run_{f.name}(void* p) {{ emulator::call(&{f.name}, (void**)p); }}' for f in functions)
-    library = ctypes.CDLL(
-        str(_compile(f'#include "ptx.h"\n{source}\n#include "entry.h"\n{entries}\n', ".cc", [f"-I{HERE}", str(HERE / "emulator.cc")]))
-    )
+    own = _prepared()
+    text = f'#include "ptx.h"\n{source}\n#include "entry.h"\n{entries}\n'
+    library = ctypes.CDLL(str(_compile(text, [f"-I{own}", f"-I{HERE}", str(own / "emulator.o")])))
     kept = {f.name: tvm_ffi.convert(_launcher(library, f)) for f in functions}
     return tvm_ffi.get_global_func("emulator.module")(lambda name: kept.get(str(name)))
 
@@ -120,17 +125,42 @@ def _parse(data: bytes) -> tuple[list[Function], str]:
     return functions, text()
 
 
-def _compile(source: str, suffix: str, extra: Sequence[str]) -> Path:
-    """The shared library of a source, compiled once."""
-    own = "".join((HERE / name).read_text() for name in ("emulator.h", "emulator.cc", "entry.h", "ptx.h"))
-    path = CACHE / f"{hashlib.sha256((source + own).encode()).hexdigest()[:24]}.so"
+@cache
+def _prepared() -> Path:
+    """A folder with the emulator as an object file, and its header as the compiler has it once it is read."""
+    path = CACHE / _digest("")
     if not path.exists():
         CACHE.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            file, out = Path(folder, f"source{suffix}"), Path(folder, "out.so")
-            file.write_text(source)
-            done = subprocess.run(["g++", *FLAGS, str(file), *extra, "-o", str(out)], capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(done.stderr[:4000])
-            shutil.move(out, path)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            made = Path(folder, "made")
+            made.mkdir()
+            _run("-x", "c++-header", str(HERE / "ptx.h"), "-o", str(made / "ptx.h.gch"))
+            _run("-c", str(HERE / "emulator.cc"), "-o", str(made / "emulator.o"))
+            with contextlib.suppress(OSError):  # another process has made it meanwhile
+                made.rename(path)
     return path
+
+
+def _compile(source: str, extra: Sequence[str]) -> Path:
+    """The shared library of a source, compiled once."""
+    path = CACHE / f"{_digest(source)}.so"
+    if not path.exists():
+        CACHE.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            file, out = Path(folder, "source.cc"), Path(folder, "out.so")
+            file.write_text(source)
+            _run("-shared", str(file), *extra, "-o", str(out))
+            out.rename(path)
+    return path
+
+
+def _digest(source: str) -> str:
+    """What changes with a source, the emulator or the compiler's options."""
+    own = "".join((HERE / name).read_text() for name in ("emulator.h", "emulator.cc", "entry.h", "ptx.h"))
+    return hashlib.sha256("\0".join([source, own, *FLAGS]).encode()).hexdigest()[:24]
+
+
+def _run(*arguments: str) -> None:
+    done = subprocess.run(["g++", *FLAGS, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr[:4000])

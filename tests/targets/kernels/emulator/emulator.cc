@@ -15,7 +15,7 @@ static ucontext_t beginning;
 static jmp_buf scheduler;  // switching by longjmp takes no system call, which swapcontext takes two of
 static void (*body)(void*);
 static void* arguments;
-constexpr size_t STACK = 1 << 17;
+constexpr size_t STACK = 1 << 20;  // pages of it exist once they are used
 
 void yield() {
   int me = current;
@@ -55,7 +55,7 @@ static void run_block(int count) {
     thread.done = thread.begun = false;
     thread.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
     getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.data();
+    thread.context.uc_stack.ss_sp = thread.stack.get();
     thread.context.uc_stack.ss_size = STACK;
     thread.context.uc_link = &beginning;
     makecontext(&thread.context, enter, 0);
@@ -82,7 +82,8 @@ static void launch(void (*function)(void*), void* pointer, const int* size) {
   blockDim = {unsigned(size[3]), unsigned(size[4]), unsigned(size[5])};
   int count = size[3] * size[4] * size[5];
   threads.resize(std::max<size_t>(threads.size(), count));
-  for (auto& thread : threads) thread.stack.resize(STACK);
+  for (auto& thread : threads)
+    if (!thread.stack) thread.stack.reset(new char[STACK]);
   warps.resize((count + 31) / 32);
   slots.resize(((count + 31) / 32) * 32);
   for (unsigned z = 0; z < gridDim.z; ++z)

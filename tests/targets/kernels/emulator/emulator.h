@@ -6,14 +6,15 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <type_traits>
+#include <memory>
 #include <setjmp.h>
+#include <type_traits>
 #include <ucontext.h>
 #include <vector>
 
 #define __global__
 #define __device__
-#define __forceinline__ inline __attribute__((always_inline))
+#define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static
 #define __align__(n) alignas(n)
@@ -61,7 +62,7 @@ extern Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 struct Barrier { int waiting = 0, size = 0; long generation = 0; };
-struct Thread { ucontext_t context; jmp_buf place; std::vector<char> stack; Index index; bool begun, done; };
+struct Thread { ucontext_t context; jmp_buf place; std::unique_ptr<char[]> stack; Index index; bool begun, done; };
 extern std::vector<Thread> threads;
 extern std::vector<Barrier> warps;
 extern Barrier block;
