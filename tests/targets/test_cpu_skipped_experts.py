@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moec.compiler import ops
+from moec.runtime.counters import COUNTS
 from moec.targets.kernels.cpu import ExpertActivation, ExpertsLayout, experts_func
-from moec.targets.kernels.cpu.experts_layout import COUNTS
 from tests.cpu_kernels import ISA, Array, call, close, compile_func, draw_experts
 
 E, K, D, F = 5, 4, 40, 24
