@@ -19,6 +19,9 @@ GPU_BATCH_TOKENS = 32768
 _REFERENCE_BYTES = 1 << 28
 """The reference's log-probabilities are kept up to this size; with more windows than fit, the first ones are used."""
 
+_PART_BYTES = 1 << 26
+"""Logits that are compared at a time: a few copies of them are made."""
+
 
 @dataclass(frozen=True)
 class Distance:
@@ -49,10 +52,12 @@ class Tally:
 
     def add(self, truth: Tensor, logits: Tensor, wanted: Tensor) -> None:
         """Tokens [...]: the reference's log-probabilities and a model's logits [..., V], and what came next."""
-        logp, wanted = logits.float().log_softmax(-1), wanted[..., None]
-        kl = (truth.exp() * (truth - logp)).sum(-1)
-        parts = (-logp.gather(-1, wanted), kl, truth.argmax(-1) == logp.argmax(-1), -truth.gather(-1, wanted))
-        self._sums.add_(torch.stack([part.double().sum() for part in parts]))
+        rows = max(1, _PART_BYTES // (4 * truth.shape[-1]))
+        for t, x, w in zip(*(a.split(rows) for a in (truth.flatten(0, -2), logits.flatten(0, -2), wanted.flatten()[:, None])), strict=True):
+            logp = x.float().log_softmax(-1)
+            kl = (t.exp() * (t - logp)).sum(-1)
+            parts = (-logp.gather(-1, w), kl, t.argmax(-1) == logp.argmax(-1), -t.gather(-1, w))
+            self._sums.add_(torch.stack([part.double().sum() for part in parts]))
         self._tokens += wanted.numel()
 
     def distance(self) -> Distance:
@@ -93,7 +98,8 @@ class Damage:
         self._truth = torch.empty(*self.ids.shape, vocabulary)
 
         def keep(at: int, found: Tensor) -> None:
-            self._truth[at : at + len(found)] = found.log_softmax(-1)
+            for i, window in enumerate(found, at):
+                self._truth[i] = window.log_softmax(-1)
 
         each_logits(reference, self.ids, keep)
 
