@@ -77,8 +77,8 @@ def direct_routing(low: Lowering, router: Node) -> Routing:
     e, a = low.e, router.attrs
     score, top_k = a.get("score", "softmax"), int(a["top_k"])
     factor = low.number(float(scale), "f32") if (scale := a.get("scale", 1.0)) != 1.0 else ""
-    plain = a.get("groups", 1) == 1
-    if score == "softmax_topk" or (score == "softmax" and plain and a.get("normalize")):
+    plain, biased = a.get("groups", 1) == 1, len(router.inputs) > 1 and bool(router.inputs[1])
+    if score == "softmax_topk" or (score == "softmax" and plain and not biased and a.get("normalize")):
         logits = low.value(router.inputs[0]) if plain else _best_groups(low, router, low.value(router.inputs[0]))
         of_chosen = score == "softmax_topk" or bool(a.get("normalize"))
         return Routing(_rows(low, router, logits), "", of_chosen, factor, top_k)

@@ -96,6 +96,22 @@ def test_experts(text: str, portable: bool) -> None:
     agree(text, portable=portable)
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_bias_changes_the_choice_of_a_normalised_softmax(top_k: int) -> None:
+    lines = [
+        HEAD,
+        "  param @gate: f32[8, 32] as f32\n  param @up: f32[8, 32, 32] as int4_g32\n  param @down: f32[8, 32, 16] as int4_g32",
+        "  param @bias: f32[8] as f32",
+        EMBED,
+        "  %scores: f32[B, T, 8] = linear(%h, @gate)",
+        f"  %w: f32[B, T, {top_k}], %i: i64[B, T, {top_k}] = router(%scores, @bias) {{top_k={top_k}, normalize=true}}",
+        '  %e: f32[B, T, 32] = experts(%h, %i, %w, @up, @down) {activation="silu"}',
+        "  %y: f32[B, T, 32] = aten.add.Tensor(%h, %e)",
+        TAIL,
+    ]
+    agree("\n".join(lines), portable=False)
+
+
 @st.composite
 def attentions(draw: st.DrawFn) -> str:
     """A graph with one attention."""
