@@ -50,8 +50,7 @@ def build(folder: Path, config: Mapping[str, Any], recipe: str, experts: Sequenc
         model = run_passes(source, chosen.passes, Context(reference=source, target=hardware))
         if experts:
             model = _with_experts(model, experts)
-        if not takes_mixed_experts("tvm", hardware):
-            model = uniform_experts(model)
+        model = uniform_experts(model, factored_only=takes_mixed_experts("tvm", hardware))
         backend, read = TvmBackend(model.graph, hardware), make_plan(model.graph, chosen, hardware, None).bytes_per_token
         folder.mkdir(parents=True, exist_ok=True)
         section = backend.build(folder, {})
@@ -111,16 +110,10 @@ def _random(draw: np.random.Generator, component: str, shape: tuple[int, ...], d
 
 def load(folder: Path, max_sequences: int) -> tuple[Any, dict[str, Any]]:
     """The executor of a folder of `build`, with random weights, and what the file says."""
-    from moec.runtime.cuda import Driver
-    from moec.runtime.executors.tvm import TvmExecutor, load_cuda_runtime, load_runtime
-    from moec.runtime.tvm_device import Gpu
+    from moec.runtime.executors.tvm import RUNTIME, TvmExecutor, open_device
 
     found = json.loads((folder / FILE).read_text())
-    section, gpu = found["section"], found["section"].get("cuda")
-    load_runtime(folder / "libtvm_runtime.so", section.get("tvm"))
-    device = None
-    if gpu:
-        load_cuda_runtime(folder / "libtvm_runtime_cuda.so")
-        device = Gpu(str(gpu["source_sha256"]), (folder / gpu["cubin"]).read_bytes(), Driver(gpu["arch"], str(folder)))
+    section = found["section"]
+    device = open_device(section, folder.joinpath, folder / RUNTIME, str(folder))
     library, sizes = folder / section["library"], (found["vocab_size"], found["context_length"])
     return TvmExecutor(library, section, random_weights(found), *sizes, None, max_sequences, device), found

@@ -13,10 +13,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.two_artifacts import greedy, partings, spread
 from moec import runtime
 from moec.compiler.frontend.tokenizer import load_tokenizer
 from moec.compiler.pipeline import compile_model
@@ -25,8 +25,7 @@ from moec.compiler.pipeline import compile_model
 def prompts(checkpoint: Path, text: str, count: int, length: int) -> list[list[int]]:
     """`count` pieces of `length` tokens, spread evenly over the text."""
     ids = load_tokenizer(checkpoint).encode(text, add_special_tokens=False).ids
-    starts = np.linspace(0, len(ids) - length - 1, count).astype(int)
-    return [ids[s : s + length] for s in starts]
+    return spread(ids, count, length)
 
 
 def reference(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
@@ -63,19 +62,8 @@ def main() -> None:
             artifact = Path(folder) / f"{backend}.moec"
             compile_model(args.checkpoint, artifact, backend=backend, recipe="f32")
             session = runtime.load(artifact)
-            same, ties, different = 0, 0, []
-            for number, (piece, wanted) in enumerate(zip(pieces, expected, strict=True)):
-                found = [t.id for t in session.generate(piece, max_new_tokens=args.n, ignore_eos=True)]
-                if found == wanted:
-                    same += 1
-                    continue
-                at = next(i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b)
-                gap = margin(model, piece + wanted[:at])
-                if gap > args.tie:
-                    different.append({"prompt": number, "token": at, "margin": gap})
-                ties += gap <= args.tie
-            record = {"backend": backend, "prompts": len(pieces), "tokens": args.n, "same": same, "parted_at_ties": ties}
-            print(json.dumps({**record, "different": different}))
+            found = partings(pieces, expected, greedy(session, pieces, args.n), lambda ids: margin(model, ids), args.tie)
+            print(json.dumps({"backend": backend, "prompts": len(pieces), "tokens": args.n, **found}))
 
 
 if __name__ == "__main__":

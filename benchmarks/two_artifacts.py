@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +46,37 @@ def margin(session: Session, ids: Sequence[int]) -> float:
     return float(best[1] - best[0])
 
 
-def continued(first: Session, second: Session, prompts: Sequence[list[int]], n: int, tie: float) -> dict[str, Any]:
-    """Greedy continuations of both: how many are the same, and where the others part."""
+def spread(ids: Sequence[int], count: int, length: int) -> list[list[int]]:
+    """`count` pieces of `length` tokens, spread evenly over a text."""
+    starts = np.linspace(0, max(0, len(ids) - length - 1), count).astype(int)
+    return [list(ids[start : start + length]) for start in starts]
+
+
+def partings(
+    prompts: Sequence[list[int]], wanted: Sequence[list[int]], found: Sequence[list[int]], margin: Callable[[list[int]], float], tie: float
+) -> dict[str, Any]:  # fmt: skip
+    """How many continuations are the same, and where the others part.
+
+    Args:
+        margin: the difference between the two best logits after some tokens, by what continued as wanted.
+        tie: margins that do not count.
+    """
     same, ties, different = 0, 0, []
-    for number, prompt in enumerate(prompts):
-        a, b = ([t.id for t in session.generate(prompt, max_new_tokens=n, ignore_eos=True)] for session in (first, second))
+    for number, (prompt, a, b) in enumerate(zip(prompts, wanted, found, strict=True)):
         if a == b:
             same += 1
             continue
         at = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
-        gap = margin(first, prompt + a[:at])
+        gap = margin(prompt + a[:at])
         ties += gap <= tie
         if gap > tie:
             different.append({"prompt": number, "token": at, "margin": gap})
-    return {"prompts": len(prompts), "tokens": n, "same": same, "parted_at_ties": ties, "different": different}
+    return {"same": same, "parted_at_ties": ties, "different": different}
+
+
+def greedy(session: Session, prompts: Sequence[list[int]], n: int) -> list[list[int]]:
+    """A session's greedy continuations."""
+    return [[t.id for t in session.generate(prompt, max_new_tokens=n, ignore_eos=True)] for prompt in prompts]
 
 
 def main() -> None:
@@ -77,10 +94,11 @@ def main() -> None:
         with runtime.load(args.first) as first, runtime.load(args.second) as second:
             ids = first.encode(args.data.read_text(), special=False)
             length = min(512, len(ids), *(session.executor.context_length for session in (first, second)))
-            starts = np.linspace(0, max(0, len(ids) - args.prompt_tokens - 1), args.prompts).astype(int)
-            prompts = [ids[start : start + args.prompt_tokens] for start in starts]
+            prompts = spread(ids, args.prompts, args.prompt_tokens)
             found: dict[str, Any] = {**compare(first, second, ids[:length], min(16, length // 2))}
-            found |= continued(first, second, prompts, args.n, args.tie)
+            wanted, other = (greedy(session, prompts, args.n) for session in (first, second))
+            found |= {"prompts": len(prompts), "tokens": args.n}
+            found |= partings(prompts, wanted, other, lambda tokens: margin(first, tokens), args.tie)
     except MoecError as error:
         parser.exit(2, f"{error}\n")
     if args.json:

@@ -136,6 +136,10 @@ class Node:
         """The name of the first output."""
         return self.outputs[0].name
 
+    def has(self, position: int) -> bool:
+        """Whether an optional input is there."""
+        return position < len(self.inputs) and bool(self.inputs[position])
+
 
 @dataclass(frozen=True)
 class Graph:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from moec.runtime.cuda import Graph
 from moec.runtime.tvm_arrays import Array, aligned
+from moec.runtime.tvm_functions import in_turn
 
 if TYPE_CHECKING:
     from moec.runtime.tvm_device import Gpu
@@ -69,8 +70,4 @@ class Call:
         return found
 
     def _launch(self) -> Any:
-        first, *rest = self._functions
-        found = self._gpu.call(first, *self._tensors, *self._others)
-        for function in rest:
-            found = self._gpu.call(function, found)
-        return found
+        return in_turn(self._gpu.call, self._functions, [*self._tensors, *self._others])

@@ -16,7 +16,7 @@ from moec.runtime.errors import MoecError
 from moec.runtime.ffi import tvm_ffi
 from moec.runtime.tvm_arrays import Array, aligned, as_tensor
 from moec.runtime.tvm_call import Call
-from moec.runtime.tvm_functions import latest
+from moec.runtime.tvm_functions import in_turn, latest
 
 _CPU, _CUDA, _POOLED = 1, 2, 2  # DLPack's kinds of device, and TVM's kind of allocator
 _COMPILE = "tvm_callback_cuda_compile"
@@ -100,10 +100,7 @@ class Host:
         return tvm_ffi.from_dlpack(array)
 
     def run(self, functions: Sequence[str], inputs: Sequence[Array], others: Sequence[Any]) -> NDArray[np.float32]:
-        first, *rest = functions
-        found = self._vm[first](*map(as_tensor, inputs), *others)
-        for function in rest:
-            found = self._vm[function](found)
+        found = in_turn(lambda name, *arguments: self._vm[name](*arguments), functions, [*map(as_tensor, inputs), *others])
         return np.array(np.from_dlpack(found))
 
 

@@ -35,6 +35,15 @@ Piece = tuple[int, int, int]
 """Part of a step: its index, the first token, and the end."""
 
 
+def in_turn(call: Callable[..., Any], names: Sequence[str], arguments: Sequence[Any]) -> Any:
+    """Call the first function, and each other one with what the one before returned."""
+    first, *rest = names
+    found = call(first, *arguments)
+    for name in rest:
+        found = call(name, found)
+    return found
+
+
 def chunks(steps: Sequence[Step], most: int) -> Iterator[list[Piece]]:
     """Cut the steps into calls of at most `most` tokens."""
     pieces: list[Piece] = []
@@ -59,14 +68,14 @@ class Function:
 
     Args:
         name: its name in the library.
-        tokens, rows: exactly so many; None: any number.
+        tokens, rows: exactly so many; a call of fewer is filled up. None: any number.
         most: the most tokens; None: any number.
     """
 
     name: str
-    tokens: int | None
-    rows: int | None
-    most: int | None
+    tokens: int | None = None
+    rows: int | None = None
+    most: int | None = None
 
     def takes(self, tokens: int, rows: int) -> bool:
         """Whether it can be called with so many tokens and rows of logits."""

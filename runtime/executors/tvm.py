@@ -49,16 +49,28 @@ LOGITS_BYTES = 1 << 26
 def load_executor(artifact: Artifact, threads: int | None, max_sequences: int) -> TvmExecutor:
     """The executor of an artifact."""
     manifest, section = artifact.manifest, artifact.executor
-    gpu = section.get("cuda")
-    driver = Driver(str(gpu["arch"]), str(artifact.folder)) if gpu else None
     bundled = artifact.path(RUNTIME) if RUNTIME in manifest.files else None
-    load_runtime(bundled, section.get("tvm"))
-    device: Device = Host()
-    if gpu:
-        load_cuda_runtime(artifact.path(CUDA_RUNTIME))
-        device = Gpu(str(gpu["source_sha256"]), artifact.path(str(gpu["cubin"])).read_bytes(), driver)
+    device = open_device(section, artifact.path, bundled, str(artifact.folder))
     library = artifact.path(str(section["library"]))
     return TvmExecutor(library, section, artifact.weights, manifest.vocab_size, manifest.context_length, threads, max_sequences, device)
+
+
+def open_device(section: Mapping[str, Any], path: Callable[[str], Path], bundled: Path | None, what: str) -> Device:
+    """What a library runs on, with TVM's runtime loaded.
+
+    Args:
+        section: what `TvmBackend.build` returned.
+        path: where the files are that it wrote, by name.
+        bundled: a copy of TVM's runtime to fall back on.
+        what: the artifact, for messages.
+    """
+    gpu = section.get("cuda")
+    driver = Driver(str(gpu["arch"]), what) if gpu else None
+    load_runtime(bundled, section.get("tvm"))
+    if not gpu:
+        return Host()
+    load_cuda_runtime(path(CUDA_RUNTIME))
+    return Gpu(str(gpu["source_sha256"]), path(str(gpu["cubin"])).read_bytes(), driver)
 
 
 def load_cuda_runtime(bundled: Path) -> None:

@@ -50,7 +50,7 @@ def direct(graph: Graph, node: Node, mode: str) -> Node | None:
     if graph.type_of(router.inputs[0]).shape[-1] != fixed(graph.params[node.inputs[3]].type.shape)[0]:
         return None
     score, groups = router.attrs.get("score", "softmax"), router.attrs.get("groups", 1)
-    biased = len(router.inputs) > 1 and bool(router.inputs[1])
+    biased = router.has(1)
     possible = {
         "qmoe": score != "softmax_topk" or not biased,
         # MoE's shares of a softmax over all experts are not what the router's are (ONNX Runtime 1.31.1): it gets normalised weights only.
@@ -77,8 +77,8 @@ def direct_routing(low: Lowering, router: Node) -> Routing:
     e, a = low.e, router.attrs
     score, top_k = a.get("score", "softmax"), int(a["top_k"])
     factor = low.number(float(scale), "f32") if (scale := a.get("scale", 1.0)) != 1.0 else ""
-    plain, biased = a.get("groups", 1) == 1, len(router.inputs) > 1 and bool(router.inputs[1])
-    if score == "softmax_topk" or (score == "softmax" and plain and not biased and a.get("normalize")):
+    plain = a.get("groups", 1) == 1
+    if score == "softmax_topk" or (score == "softmax" and plain and not router.has(1) and a.get("normalize")):
         logits = low.value(router.inputs[0]) if plain else _best_groups(low, router, low.value(router.inputs[0]))
         of_chosen = score == "softmax_topk" or bool(a.get("normalize"))
         return Routing(_rows(low, router, logits), "", of_chosen, factor, top_k)
@@ -177,8 +177,7 @@ def _scores(low: Lowering, node: Node) -> tuple[str, str]:
             scores = e.op("Sigmoid", logits)
         case _:
             scores = logits
-    biased = len(node.inputs) > 1 and bool(node.inputs[1])
-    choice = e.op("Add", scores, low.value(node.inputs[1])) if biased else scores
+    choice = e.op("Add", scores, low.value(node.inputs[1])) if node.has(1) else scores
     return scores, choice if node.attrs.get("groups", 1) == 1 else _best_groups(low, node, choice)
 
 

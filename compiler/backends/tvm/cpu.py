@@ -16,10 +16,11 @@ from tvm.support import cc
 from tvm.target import Target as TvmTarget
 
 from moec.compiler.backends.tvm.fusion import Fusion
-from moec.compiler.backends.tvm.platform import ANY, ONE, Alike, Expr, Formats, Function, Functions, count_of, static
+from moec.compiler.backends.tvm.platform import ANY, ONE, Alike, Expr, Formats, Functions, count_of, static
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph
 from moec.runtime.executors.tvm import RUNTIME
+from moec.runtime.tvm_functions import Function
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cpu.attention import PAGE, attention_func, page_shapes
 from moec.targets.kernels.cpu.embedding import embedding_func

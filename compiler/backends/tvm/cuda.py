@@ -19,11 +19,12 @@ from moec.compiler.backends.tvm import fusions
 from moec.compiler.backends.tvm.cpu import link, runtime_library
 from moec.compiler.backends.tvm.cuda_choices import CHUNK, Choices, layer_of
 from moec.compiler.backends.tvm.fusion import Fusion
-from moec.compiler.backends.tvm.platform import BEST, Expr, Formats, Function, Functions, count_of, static
+from moec.compiler.backends.tvm.platform import BEST, Expr, Formats, Functions, count_of, static
 from moec.compiler.backends.tvm.storage import experts_layout
 from moec.compiler.cuda_code import machine_code, need_cuda_compiler
 from moec.compiler.ir import Graph
 from moec.runtime.executors.tvm import CUDA_RUNTIME, RUNTIME
+from moec.runtime.tvm_functions import Function
 from moec.targets import Target
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cpu.experts_layout import Factors

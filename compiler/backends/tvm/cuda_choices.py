@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from moec.compiler.backends.tvm.platform import ANY, ONE, Function
+from moec.compiler.backends.tvm.platform import ANY, ONE
+from moec.runtime.tvm_functions import Function
 from moec.targets import Target
 from moec.targets.kernels.cuda import tuned
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout

@@ -16,6 +16,7 @@ from tvm.target import Target as TvmTarget
 
 from moec.compiler.backends.tvm.fusion import Fusion
 from moec.compiler.ir import Graph
+from moec.runtime.tvm_functions import Function
 from moec.targets import Target
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cpu.experts_layout import Factors
@@ -28,22 +29,6 @@ BEST = "best"
 
 Arrays = Mapping[str, NDArray[np.generic]]
 Formats = str | tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Function:
-    """A function of the library.
-
-    Args:
-        name: its name there.
-        tokens, rows: exactly so many; a call of fewer is filled up. None: any number.
-        most: the most tokens of its calls; None: any number.
-    """
-
-    name: str
-    tokens: int | None = None
-    rows: int | None = None
-    most: int | None = None
 
 
 ONE, ANY = Function("decode", 1, 1, 1), Function("forward")

@@ -33,8 +33,7 @@ def _parameter(low: FunctionLowering, node: Node, position: int) -> str:
 
 
 def _optional(low: FunctionLowering, node: Node, position: int) -> Expr | None:
-    name = node.inputs[position] if position < len(node.inputs) else ""
-    return low.full(name) if name else None
+    return low.full(node.inputs[position]) if node.has(position) else None
 
 
 def _embedding(low: FunctionLowering, node: Node) -> None:
@@ -82,10 +81,9 @@ def add_and_norm(low: FunctionLowering, addition: Node, node: Node) -> None:
 def norm_spec(graph: Graph, node: Node, addition: Node | None = None) -> NormSpec:
     """The kernel's description of a normalisation, perhaps with a residual addition in front of it."""
     size = int(graph.type_of(node.name).shape[-1])
-    weight, bias = (i < len(node.inputs) and bool(node.inputs[i]) for i in (1, 2))
     return NormSpec(
         size, _width(graph, node.name) // size, float(node.attrs["eps"]), float(node.attrs.get("offset", 0.0)),
-        center=node.op == "layer_norm", weight=weight, bias=bias, residual=addition is not None,
+        center=node.op == "layer_norm", weight=node.has(1), bias=node.has(2), residual=addition is not None,
     )  # fmt: skip
 
 
@@ -112,7 +110,7 @@ def attention_spec(graph: Graph, node: Node) -> AttentionSpec:
     a = node.attrs
     return AttentionSpec(
         heads, kv_heads, d, dv, float(a["scale"]), int(a.get("window", 0)), int(a.get("chunk", 0)), float(a.get("softcap", 0.0)),
-        sinks=len(node.inputs) > 3 and bool(node.inputs[3]),
+        sinks=node.has(3),
     )  # fmt: skip
 
 
@@ -125,8 +123,7 @@ def _attention(low: FunctionLowering, node: Node) -> None:
 
 def router_spec(graph: Graph, node: Node) -> RouterSpec:
     """The kernel's description of a `router` node."""
-    biased = len(node.inputs) > 1 and bool(node.inputs[1])
-    return RouterSpec(experts=int(graph.type_of(node.inputs[0]).shape[-1]), bias=biased, **node.attrs)
+    return RouterSpec(experts=int(graph.type_of(node.inputs[0]).shape[-1]), bias=node.has(1), **node.attrs)
 
 
 def _router(low: FunctionLowering, node: Node) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from moec.compiler.backends.tvm.fusion import read_outside
+from moec.compiler.backends.tvm.fusions.matrix import in_fragments
 from moec.compiler.backends.tvm.semantic import norm_spec, residual_norm
 from moec.compiler.backends.tvm.storage import matrix_layout
 from moec.compiler.ir import Graph, Node
@@ -72,8 +73,7 @@ def _fits(graph: Graph, storage: Mapping[str, Any], node: Node) -> bool:
     rows = len(kind.shape) == 3 and kind.shape[:2] in (("B", "T"), ("B", "R")) and kind.dtype == "f32"
     if not rows or node.inputs[0] in graph.params or not all(name in graph.params for name in node.inputs[1:] if name):
         return False
-    layout = matrix_layout(storage[node.inputs[1]])
-    return isinstance(layout, FragmentLayout) and layout.in_fragments
+    return in_fragments(storage, node)
 
 
 def _choices(graph: Graph, storage: Mapping[str, Any], name: str, linears: tuple[Node, ...], gpu: Gpu) -> Iterator[Projections]:
@@ -103,9 +103,6 @@ def _fused(
 ) -> Projections:  # fmt: skip
     if spec is not None and addition is not None:
         spec = replace(spec, residual=True)
-    matrices = [
-        Projection(cast(FragmentLayout, matrix_layout(storage[linear.inputs[1]])), len(linear.inputs) > 2 and bool(linear.inputs[2]))
-        for linear in linears
-    ]
+    matrices = [Projection(cast(FragmentLayout, matrix_layout(storage[linear.inputs[1]])), linear.has(2)) for linear in linears]
     written = norm is not None and norm.name in read_outside(graph, [norm, *linears])
     return Projections(linears, ProjectionsSpec.of(matrices, gpu.multiprocessors, spec, written), norm, addition)

@@ -84,7 +84,7 @@ def _step(graph: Graph, storage: Mapping[str, Any], router: Node, gpu: Gpu) -> R
         addition = None
     skip = _skip(graph, router)
     layout = cast("FragmentLayout", matrix_layout(storage[linear.inputs[1]]))
-    gate = Projection(layout, bias=len(linear.inputs) > 2 and bool(linear.inputs[2]))
+    gate = Projection(layout, bias=linear.has(2))
     rows = norm_spec(graph, norm, addition) if norm is not None else None
     inside = [node for node in (addition, norm, linear, router, skip) if node is not None]
     written = norm is not None and norm.name in read_outside(graph, inside)
