@@ -32,3 +32,54 @@ def as_tensor(array: Array) -> Any:
         memory = (ctypes.c_uint8 * array.nbytes).from_address(array.ctypes.data)
         array = np.frombuffer(memoryview(memory), array.dtype).reshape(array.shape)
     return tvm_ffi.from_dlpack(array)
+
+
+class _DLTensor(ctypes.Structure):
+    """https://dmlc.github.io/dlpack/latest/c_api.html"""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+class _DLManagedTensor(ctypes.Structure):
+    _fields_ = (("tensor", _DLTensor), ("manager", ctypes.c_void_p), ("deleter", ctypes.c_void_p))
+
+
+_CODES = {"i": 0, "u": 1, "f": 2}
+"""DLPack's kinds of numbers."""
+
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+
+
+class Placed:
+    """Part of the memory of a tensor, from some byte on, which `tensor` is of another shape and type.
+
+    TVM's own views keep the tensor's address and have an offset beside it, which compiled functions refuse.
+    """
+
+    def __init__(self, memory: Any, start: int, shape: tuple[int, ...], dtype: Any) -> None:
+        kind = np.dtype(dtype)
+        self._memory, self._shape = memory, (ctypes.c_int64 * len(shape))(*shape)
+        self._device = memory.__dlpack_device__()
+        numbers = _CODES[kind.kind], 8 * kind.itemsize, 1
+        tensor = _DLTensor(memory.data_ptr() + start, *map(int, self._device), len(shape), *numbers, self._shape, None, 0)
+        self._managed = _DLManagedTensor(tensor, None, None)
+        self.tensor = tvm_ffi.from_dlpack(self)
+        """Valid as long as this object is."""
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return _new_capsule(ctypes.addressof(self._managed), b"dltensor", None)
+
+    def __dlpack_device__(self) -> Any:
+        return self._device

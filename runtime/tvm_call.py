@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.runtime.cuda import Graph
-from moec.runtime.tvm_arrays import Array, aligned
+from moec.runtime.tvm_arrays import Array, Placed, aligned
 from moec.runtime.tvm_functions import in_turn
 
 if TYPE_CHECKING:
@@ -30,10 +30,10 @@ class Call:
         self._gpu, self._functions, self._others = gpu, functions, others
         self._driver = gpu.driver if few else None
         ends = list(accumulate(-(-array.nbytes // 64) * 64 for array in inputs))
-        staging = aligned(ends[-1], np.uint8) if self._driver is None else self._driver.host_array(ends[-1])
-        starts = [0, *ends[:-1]]
-        self._staged = [staging[at : at + x.nbytes].view(x.dtype).reshape(x.shape) for at, x in zip(starts, inputs, strict=True)]
-        self._tensors = [gpu.empty(x.shape, x.dtype) for x in inputs]
+        self._staging = aligned(ends[-1], np.uint8) if self._driver is None else self._driver.host_array(ends[-1])
+        self._memory, starts = gpu.empty((ends[-1],), np.uint8), [0, *ends[:-1]]  # one copy is faster than one of each
+        self._staged = [self._staging[at : at + x.nbytes].view(x.dtype).reshape(x.shape) for at, x in zip(starts, inputs, strict=True)]
+        self._placed = [Placed(self._memory, at, x.shape, x.dtype) for at, x in zip(starts, inputs, strict=True)]
         self._count = 0
         self._graph: Graph | None = None
         self._result: Any = None
@@ -43,8 +43,7 @@ class Call:
         for staged, array in zip(self._staged, inputs, strict=True):
             staged[...] = array
         if self._driver is None:
-            for tensor, staged in zip(self._tensors, self._staged, strict=True):
-                self._gpu.refresh(tensor, staged)
+            self._gpu.refresh(self._memory, self._staging)
             return self._gpu.fetch(self._launch())
         self._count += 1
         if self._graph is None and self._count > WARM:
@@ -61,8 +60,7 @@ class Call:
     def _enqueue(self) -> NDArray[np.float32]:
         """Copy, call and copy back on the stream, without waiting."""
         assert self._driver is not None
-        for tensor, staged in zip(self._tensors, self._staged, strict=True):
-            self._driver.copy_in(tensor.data_ptr(), staged, self._gpu.stream)
+        self._driver.copy_in(self._memory.data_ptr(), self._staging, self._gpu.stream)
         self._result = self._launch()
         shape = tuple(int(n) for n in self._result.shape)
         found = self._gpu.pinned(4 * int(np.prod(shape)), self._driver).view(np.float32).reshape(shape)
@@ -70,4 +68,4 @@ class Call:
         return found
 
     def _launch(self) -> Any:
-        return in_turn(self._gpu.call, self._functions, [*self._tensors, *self._others])
+        return in_turn(self._gpu.call, self._functions, [*(placed.tensor for placed in self._placed), *self._others])
