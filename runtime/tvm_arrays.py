@@ -62,6 +62,17 @@ _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
 
 
+_exported: dict[int, tuple[object, ...]] = {}
+"""What is to live as long as an exported tensor, by the address of its description."""
+
+
+def _delete(address: int) -> None:
+    del _exported[address]
+
+
+_deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_delete)
+
+
 class Placed:
     """Part of the memory of a tensor, from some byte on, which `tensor` is of another shape and type.
 
@@ -69,17 +80,17 @@ class Placed:
     """
 
     def __init__(self, memory: Any, start: int, shape: tuple[int, ...], dtype: Any) -> None:
-        kind = np.dtype(dtype)
-        self._memory, self._shape = memory, (ctypes.c_int64 * len(shape))(*shape)
-        self._device = memory.__dlpack_device__()
-        numbers = _CODES[kind.kind], 8 * kind.itemsize, 1
-        tensor = _DLTensor(memory.data_ptr() + start, *map(int, self._device), len(shape), *numbers, self._shape, None, 0)
-        self._managed = _DLManagedTensor(tensor, None, None)
+        self._memory, self._start, self._shape, self._kind = memory, start, shape, np.dtype(dtype)
         self.tensor = tvm_ffi.from_dlpack(self)
-        """Valid as long as this object is."""
 
     def __dlpack__(self, **_: Any) -> Any:
-        return _new_capsule(ctypes.addressof(self._managed), b"dltensor", None)
+        shape, numbers = (ctypes.c_int64 * len(self._shape))(*self._shape), (_CODES[self._kind.kind], 8 * self._kind.itemsize, 1)
+        device = map(int, self.__dlpack_device__())
+        tensor = _DLTensor(self._memory.data_ptr() + self._start, *device, len(self._shape), *numbers, shape, None, 0)
+        managed = _DLManagedTensor(tensor, None, ctypes.cast(_deleter, ctypes.c_void_p))
+        address = ctypes.addressof(managed)
+        _exported[address] = managed, shape, self._memory
+        return _new_capsule(address, b"dltensor", None)
 
     def __dlpack_device__(self) -> Any:
-        return self._device
+        return self._memory.__dlpack_device__()
