@@ -23,7 +23,7 @@ from moec.targets.kernels.cuda.gathered import THREADS, Activations, Shape
 from moec.targets.kernels.cuda.image import Images, cluster_ready
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import BLOCK, ROWS, ceil_div
-from moec.targets.kernels.cuda.product import Weights
+from moec.targets.kernels.cuda.product import Weights, ring_words
 from moec.targets.kernels.cuda.sort import most_tiles
 from moec.targets.kernels.cuda.tiles import Tile, each_tile
 
@@ -105,7 +105,7 @@ def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
 
     Of a shape with a cluster, hidden is an image, and one of x comes after x.
     """
-    layout, stack, shape = spec.layout, spec.layout.gate_up, spec.shape
+    layout, stack, shape = spec.layout, spec.layout.gate_up, spec.shape.for_columns(spec.layout.d)
     rows = layout.f_tiles * ROWS
     parts, staged_words = ceil_div(rows, shape.rows), 2 * shape.tokens * (2 * layout.tile_rows + 4)
 
@@ -122,13 +122,13 @@ def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
     def body(operands: tuple[Any, ...], memory: Shared, block: Expr, thread: Expr) -> None:
         x, order, tiles, weights, bias, hidden, tokens = operands
         ring, staged = memory.take((shape.words,), "uint32"), memory.take((staged_words,), "uint32")
-        warp, lane, group = T.Bind(thread // 32 % 4), T.Bind(thread % 32), T.Bind(thread // 128)
+        warp, group = T.Bind(thread // 32 % 4), T.Bind(thread // 128)
         barriers, rank = memory.take((barrier_words(shape),), "uint32"), T.Bind(block % spec.cluster)
         grid_wait()
         grid_launch()
         tile, sums = Tile(tiles, parts, spec.cluster, rank, TOGETHER if shape.tiles > 1 else 1), local(shape.tiles * shape.sums, "float32")
         activations = _activations(shape, ring, barriers, x, layout.d, thread, rank)
-        weights.prepare(shape, lane)
+        weights.prepare(shape, thread, memory)
 
         def rows_of(part: Expr, f_tiles: Expr) -> list[Expr]:
             return shape.row_tiles(shape.first_tile(part, group, warp), f_tiles - 1)
@@ -162,13 +162,13 @@ def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
     def grid(operands: tuple[Any, ...]) -> list[Expr]:
         return spec.grid(rows, operands[-1])
 
-    words = shape.words + staged_words + barrier_words(shape)
+    words = shape.words + staged_words + barrier_words(shape) + ring_words(stack, shape)
     return kernel("gate_up", THREADS, arguments, grid, body, words=words, blocks_per_multiprocessor=shape.residency, cluster=spec.cluster)
 
 
 def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
     """PrimFunc (hidden uint16 [terms, S, F], order [S], tiles [most + 1, 4], weights f32 [T, k], arrays..., [bias], y [S, D])."""
-    layout, stack, shape = spec.layout, spec.layout.down, spec.shape
+    layout, stack, shape = spec.layout, spec.layout.down, spec.shape.for_columns(spec.layout.f)
     parts, staged_words = ceil_div(layout.d, shape.rows), 2 * shape.tokens * ((64 if spec.dtype == "float32" else 32) + 4)
 
     def arguments() -> tuple[Any, ...]:
@@ -184,13 +184,13 @@ def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
     def body(operands: tuple[Any, ...], memory: Shared, block: Expr, thread: Expr) -> None:
         hidden, order, tiles, routing_weights, weights, bias, y, tokens = operands
         ring, staged = memory.take((shape.words,), "uint32"), memory.take((staged_words,), "uint32")
-        warp, lane, group = T.Bind(thread // 32 % 4), T.Bind(thread % 32), T.Bind(thread // 128)
+        warp, group = T.Bind(thread // 32 % 4), T.Bind(thread // 128)
         barriers, rank = memory.take((barrier_words(shape),), "uint32"), T.Bind(block % spec.cluster)
         tile, sums = Tile(tiles, parts, spec.cluster, rank, TOGETHER if shape.tiles > 1 else 1), local(shape.tiles * shape.sums, "float32")
         activations = _activations(shape, ring, barriers, hidden, ceil_div(layout.f, 8) * 8, thread, rank)
         if stack.columns and isinstance(activations, Activations):
             activations.vary()
-        weights.prepare(shape, lane)
+        weights.prepare(shape, thread, memory)
 
         def rows_of(part: Expr) -> list[Expr]:
             return shape.row_tiles(shape.first_tile(part, group, warp), stack.classes[0].tiles - 1)
@@ -225,5 +225,5 @@ def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
     def grid(operands: tuple[Any, ...]) -> list[Expr]:
         return spec.grid(layout.d, operands[-1])
 
-    words = shape.words + staged_words + barrier_words(shape)
+    words = shape.words + staged_words + barrier_words(shape) + ring_words(stack, shape)
     return kernel("down", THREADS, arguments, grid, body, words=words, blocks_per_multiprocessor=shape.residency, cluster=spec.cluster)

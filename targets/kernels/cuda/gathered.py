@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm.tirx.script import builder as T
 
@@ -14,6 +14,7 @@ from moec.targets.kernels.cuda.matrix import descriptor, proxy_fence
 
 THREADS = 256  # two warpgroups
 PIECES = 16  # of 16 bytes in a block's row of activations
+LEAST_STAGES = 3  # of a ring: one that is read, one that products may still read, and one on its way
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Shape:
     Args:
         tokens: N, a multiple of 8.
         tiles: of 64 rows of a warpgroup.
-        stages: of activations.
+        stages: of activations, at most; where they are enough for all columns, no thread waits for others between blocks.
         terms: of bfloat16 that add up to an activation.
         exact: whether codes are multiplied before their scales.
         residency: blocks that are to fit on a multiprocessor, which limits their registers.
@@ -31,6 +32,7 @@ class Shape:
         batch: steps whose weights are made ready before their products start, so that few tokens wait less often.
         multiprocessors: of the GPU, for blocks of threads that stay for many tiles; 0 for one block a tile.
         cluster: blocks that share activations, 1 or 2, which are in images then; 0 for activations as they are.
+        ring: sets of weights in shared memory, of which all but two are on their way from memory, with a cluster; 0 for registers alone.
     """
 
     tokens: int = 64
@@ -43,6 +45,7 @@ class Shape:
     batch: int = 1
     multiprocessors: int = 132
     cluster: int = 0
+    ring: int = 0
 
     @classmethod
     def of(cls, options: Mapping[str, int]) -> Shape:
@@ -58,6 +61,10 @@ class Shape:
     def stage_bytes(self) -> int:
         """Bytes of a stage."""
         return self.terms * self.tokens * BLOCK * 2
+
+    def for_columns(self, k: int) -> Shape:
+        """The shape with no more stages than k columns have a use for."""
+        return replace(self, stages=min(self.stages, max(ceil_div(k, BLOCK), LEAST_STAGES)))
 
     @property
     def words(self) -> int:
@@ -88,6 +95,7 @@ class Activations:
 
     def __init__(self, shape: Shape, memory: Buffer, source: Buffer, k: int, thread: Expr) -> None:
         self.shape, self._source, self._piece = shape, source, T.Bind(thread % PIECES)
+        self._whole = ceil_div(k, BLOCK) <= shape.stages
         self._columns: Expr = k
         self._own: Buffer | None = None
         base = T.Bind(shared_address(at(memory, 0)))
@@ -118,6 +126,11 @@ class Activations:
 
     def begin(self, blocks: Expr) -> None:
         """Ask for the first stages."""
+        if self._whole:
+            with T.serial(blocks) as block:
+                self.fetch(block, block)
+            copy_commit()
+            return
         for stage in range(self.shape.stages - 2):
             with when(const(stage, "int32") < blocks):
                 self.fetch(const(stage, "int32"), stage)
@@ -139,6 +152,12 @@ class Activations:
 
     def step(self, block: Expr, blocks: int) -> Expr:
         """Wait for a block's stage, and ask for a later one's: the stage."""
+        if self._whole:
+            with when(block == 0):
+                copy_wait(0)
+                proxy_fence()
+                sync()
+            return block
         ahead = self.shape.stages - 2
         copy_wait(ahead - 1)
         proxy_fence()

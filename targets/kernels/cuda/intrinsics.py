@@ -5,6 +5,8 @@ Operands are pairs of bfloat16 in 32-bit registers. See also `loads`, `copies`, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.emit import Expr
@@ -46,13 +48,26 @@ __device__ __forceinline__ void moec_scale(unsigned int* a, unsigned int s0, uns
   for (int r = 0; r < 4; ++r)
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(a[r]) : "r"(a[r]), "r"((r & 1) ? s1 : s0), "r"(0x80008000u));
 }
+__device__ __forceinline__ void moec_scale_terms(unsigned int* a, unsigned int s0, unsigned int s1, unsigned int t0, unsigned int t1) {
+  #pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    unsigned int rest;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(rest) : "r"(a[r]), "r"((r & 1) ? t1 : t0), "r"(0x80008000u));
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(a[r]) : "r"(a[r]), "r"((r & 1) ? s1 : s0), "r"(rest));
+  }
+}
 #endif
 """
 
 
-def scale(a: Expr, factors: tuple[Expr, Expr]) -> None:
-    """Multiply an A fragment by the scales of its rows, each a pair of equal bfloat16, rounding to bfloat16."""
-    call("moec_scale", _SCALE, a, *factors)
+def scale(a: Expr, factors: Sequence[Expr]) -> None:
+    """Multiply an A fragment by the scales of its rows, rounding to bfloat16.
+
+    Args:
+        factors: for each row a pair of equal bfloat16; or that of the first row, of the second, and of both what is left of the scale, so
+            that it is not rounded itself.
+    """
+    call("moec_scale" if len(factors) == 2 else "moec_scale_terms", _SCALE, a, *factors)
 
 
 SPLIT = r"""

@@ -183,7 +183,7 @@ def prefill_func(spec: LinearSpec) -> tirx.PrimFunc:
         base = T.Bind(shape.first_tile(part, group, warp))
         tiles = shape.row_tiles(base, layout.tiles - 1)
         activations, sums = Activations(shape, ring, x, layout.k, thread), local(shape.tiles * shape.sums, "float32")
-        weights.prepare(shape, lane)
+        weights.prepare(shape, thread)
         weights.begin(const(0, "int32"), tiles)
         activations.locate(lambda token: first + token, count)
         grid_wait()

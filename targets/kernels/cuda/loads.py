@@ -33,13 +33,18 @@ __device__ __forceinline__ void moec_read4(void* d, const void* p) {
   unsigned int* r = (unsigned int*)d;
   r[0] = v.x; r[1] = v.y; r[2] = v.z; r[3] = v.w;
 }
+__device__ __forceinline__ void moec_read2(void* d, const void* p) {
+  const uint2 v = *(const uint2*)p;
+  unsigned int* r = (unsigned int*)d;
+  r[0] = v.x; r[1] = v.y;
+}
 #endif
 """
 
 
-def read_words(target: Expr, source: Expr) -> None:
-    """Read 16 bytes from memory of any kind."""
-    call("moec_read4", _READ, target, source)
+def read_words(target: Expr, source: Expr, count: int = 4) -> None:
+    """Read 2 or 4 words from memory of any kind."""
+    call(f"moec_read{count}", _READ, target, source)
 
 
 _PAIR = r"""

@@ -13,16 +13,24 @@ from math import lcm
 
 from tvm.tirx.script import builder as T
 
+from moec.targets.kernels.cuda.copies import copy_commit, copy_wait, copy_words, shared_address
 from moec.targets.kernels.cuda.dequantize import dequantize
-from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, when
+from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, at, const, local, store, when
 from moec.targets.kernels.cuda.experts_layout import Stack
-from moec.targets.kernels.cuda.gathered import Activations, Shape
+from moec.targets.kernels.cuda.gathered import THREADS, Activations, Shape
 from moec.targets.kernels.cuda.image import Images
 from moec.targets.kernels.cuda.intrinsics import scale
+from moec.targets.kernels.cuda.loads import read_words
 from moec.targets.kernels.cuda.matrix import pin, wgmma, wgmma_commit, wgmma_fence, wgmma_wait
 from moec.targets.kernels.cuda.stored import Classes, Place, Stored
 
 STEPS = 8  # products of 16 columns in a block
+PRECISE_BITS = 8  # of weights from which on rounding their scales would be much of the error
+
+
+def ring_words(stack: Stack, shape: Shape) -> int:
+    """Words of shared memory of a ring of weights."""
+    return shape.ring * shape.tiles * THREADS * max(layout.unit_words for layout in stack.classes)
 
 
 class Weights(Classes["_Product"]):
@@ -31,10 +39,11 @@ class Weights(Classes["_Product"]):
     def __init__(self, stack: Stack, prefix: str) -> None:
         super().__init__(stack, prefix, _Product)
 
-    def prepare(self, shape: Shape, lane: Expr) -> None:
-        """Take the registers."""
+    def prepare(self, shape: Shape, thread: Expr, memory: Shared | None = None) -> None:
+        """Take the registers, and the memory of a ring, of `ring_words`."""
+        ring = memory.take((ring_words(self.stack, shape),), "uint32") if memory is not None and shape.ring else None
         for found in self.kinds:
-            found.prepare(shape, lane)
+            found.prepare(shape, thread, ring)
 
     def begin(self, expert: Expr, tiles: list[Expr]) -> None:
         """Ask for the first weights of rows `tiles` (of 16 a warp, a tile for each 64 of a warpgroup) of an expert."""
@@ -48,20 +57,26 @@ class Weights(Classes["_Product"]):
 class _Product(Stored):
     """The arrays of the experts of one format."""
 
-    def prepare(self, shape: Shape, lane: Expr) -> None:
+    def prepare(self, shape: Shape, thread: Expr, ring: Buffer | None) -> None:
         layout = self.layout
-        self._shape, self._lane, self._depth = shape, lane, shape.depth
+        self._shape, self._thread, self._lane, self._depth, self._ring = shape, thread, T.Bind(thread % 32), shape.depth, ring
         # blocks of a turn, so that the sets of registers are used in turn
-        self._turn = lcm(shape.depth, layout.units) // layout.units if layout.coded is None else shape.depth
+        sets = lcm(shape.depth, shape.ring or 1)
+        self._turn = lcm(sets, layout.units) // layout.units if layout.coded is None or ring is not None else shape.depth
         self._words = [local(shape.tiles * layout.unit_words, "uint32") for _ in range(self._depth)]
         self._sides = [local(shape.tiles * layout.side_words, "uint32") for _ in range(self._turn)]
 
     def begin(self, place: Place, tiles: list[Expr]) -> None:
         units = self.layout.units
-        for unit in range(self._depth - 1):
+        for unit in range((self._shape.ring if self._ring is not None else self._depth) - 1):
             block = const(unit // units, "int32")
             with when(block < place.blocks):
-                self._fetch(unit, unit // units, place, tiles, block, unit % units)
+                if self._ring is not None:
+                    self._copy(unit, place, tiles, block, unit % units)
+                else:
+                    self._fetch(unit, unit // units, place, tiles, block, unit % units)
+            if self._ring is not None:
+                copy_commit()
 
     def run(self, place: Place, tiles: list[Expr], activations: Activations | Images, sums: Buffer) -> None:
         layout, shape = self.layout, self._shape
@@ -69,6 +84,11 @@ class _Product(Stored):
         parts = local(len(tiles) * shape.sums, "float32") if self._folds else sums
         for i in range(len(tiles) * shape.sums):
             store(sums, const(0.0, "float32"), i)
+        if self._ring is not None:
+            for unit in range(self._depth - 1):
+                with when(unit // units < blocks):
+                    copy_wait(shape.ring - 2 - unit)
+                    self._fetch(unit, unit // units, place, tiles, const(unit // units, "int32"), unit % units)
         with T.serial((blocks + self._turn - 1) // self._turn) as i:
             for j in range(self._turn):
                 block = T.Bind(i * self._turn + j)
@@ -79,6 +99,8 @@ class _Product(Stored):
 
                         def ask(following: int = now + self._depth - 1, j: int = j, block: Expr = block) -> None:
                             later = following // units
+                            if self._ring is not None:
+                                self._ahead(following - self._depth + 1, j, place, tiles, block, blocks)
                             with when(block + (later - j) < blocks):
                                 self._fetch(following, later, place, tiles, block + (later - j), following % units)
 
@@ -102,12 +124,35 @@ class _Product(Stored):
         return self._shape.exact and self.layout.coded is not None and not self._late
 
     def _fetch(self, which: int, side: int, place: Place, tiles: list[Expr], block: Expr, unit: int) -> None:
-        """Ask for the words of a unit, and with the first of a block for its scales."""
-        layout, lane = self.layout, self._lane
+        """Ask for the words of a unit, which a ring has already, and with the first of a block for its scales."""
+        layout, lane, words = self.layout, self._lane, self._words[which % self._depth]
         for m, tile in enumerate(tiles):
-            self.fetch(self._words[which % self._depth], m * layout.unit_words, place, tile, block, lane, unit)
+            if self._ring is None:
+                self.fetch(words, m * layout.unit_words, place, tile, block, lane, unit)
+            for first in range(0, layout.unit_words if self._ring is not None else 0, 4):
+                count = min(4, layout.unit_words - first)
+                read_words(at(words, m * layout.unit_words + first), at(self._ring, self._slot(which, m, first, count)), count)
             if unit == 0:
                 self.fetch_scales(self._sides[side % self._turn], m * layout.side_words, place, tile, block, lane)
+
+    def _slot(self, which: int, m: int, first: int, count: int) -> Expr:
+        """Where in the ring a thread has words of a unit: those of all threads that are loaded at once follow each other."""
+        return ((which % self._shape.ring * self._shape.tiles + m) * self.layout.unit_words + first) * THREADS + self._thread * count
+
+    def _copy(self, which: int, place: Place, tiles: list[Expr], block: Expr, unit: int) -> None:
+        """Ask for the words of a unit as a slot of the ring, which this thread alone writes and reads."""
+        for m, tile in enumerate(tiles):
+            for first, count, source in self.sources(place, tile, block, self._lane, unit):
+                copy_words(shared_address(at(self._ring, self._slot(which, m, first, count))), source, count)
+
+    def _ahead(self, now: int, j: int, place: Place, tiles: list[Expr], block: Expr, blocks: Expr) -> None:
+        """While unit `now` of a turn is multiplied: ask for one that takes the slot of the unit before, and wait for the next ones."""
+        units, ring = self.layout.units, self._shape.ring
+        coming = now + ring - 1
+        with when(block + (coming // units - j) < blocks):
+            self._copy(coming, place, tiles, block + (coming // units - j), coming % units)
+        copy_commit()
+        copy_wait(ring - self._depth)
 
     def _unit(
         self, which: int, side: int, place: Place, tiles: list[Expr], block: Expr, unit: int, activations: Activations | Images,
@@ -132,9 +177,10 @@ class _Product(Stored):
                     words = at(self._words[which % self._depth], m * layout.unit_words)
                     dequantize(layout, target, words, first + inner, self.zeros(place, tiles[m], block, self._lane, group), layout.units)
                     if layout.coded is not None and not exact and not self._late:
-                        factors = local(2, "uint32")
-                        self.factors(factors, sides, m * layout.side_words, group)
-                        scale(target, (factors[0], factors[1]))
+                        terms = 2 if layout.bits >= PRECISE_BITS else 1
+                        factors = local(2 * terms, "uint32")
+                        self.factors(factors, sides, m * layout.side_words, group, terms)
+                        scale(target, [factors[i] for i in range(2 * terms)])
             wgmma_fence()
             for inner in range(batch):
                 begins = (step + inner) * groups % STEPS == 0

@@ -23,19 +23,24 @@ from moec.targets.kernels.cuda.layout import BLOCK, COLUMN_WORDS, PADDING, ROWS,
 
 Options = dict[str, int]
 
-PREFILL_OPTIONS = ("tokens", "tiles", "stages", "exact", "residency", "depth", "batch", "multiprocessors", "cluster")
+PREFILL_OPTIONS = ("tokens", "tiles", "stages", "exact", "residency", "depth", "batch", "multiprocessors", "cluster", "ring")
 PREFILL = (
-    (8, 1, 6, 1, 2, 2, 1, 0), (8, 1, 6, 1, 2, 4, 1, 0), (8, 1, 6, 1, 2, 8, 1, 0), (8, 1, 6, 1, 2, 8, 1, 1), (8, 1, 6, 1, 3, 4, 1, 1),
-    (16, 1, 6, 1, 2, 2, 1, 0), (16, 1, 6, 1, 2, 4, 1, 0), (16, 1, 6, 1, 2, 4, 1, 1), (16, 1, 6, 1, 2, 4, 4, 1),
-    (24, 1, 6, 1, 2, 4, 1, 0), (24, 1, 6, 1, 2, 4, 4, 1), (32, 1, 4, 1, 2, 4, 1, 0), (32, 1, 4, 1, 2, 4, 2, 1),
-    (40, 1, 4, 1, 2, 3, 1, 0), (40, 1, 4, 1, 2, 3, 2, 1), (48, 1, 4, 1, 2, 3, 1, 0), (48, 1, 4, 1, 2, 3, 1, 1),
-    (64, 1, 4, 1, 2, 2, 1, 0), (64, 1, 4, 0, 2, 2, 1, 0), (64, 2, 4, 0, 1, 3, 1, 1), (72, 2, 4, 0, 1, 2, 2, 1),
-    (80, 2, 4, 0, 1, 2, 1, 1), (96, 2, 4, 0, 1, 2, 1, 1), (128, 2, 4, 0, 1, 2, 1, 0), (128, 2, 4, 0, 1, 2, 1, 1),
-    (96, 2, 4, 0, 1, 2, 1, 1, 2), (128, 2, 4, 0, 1, 2, 1, 1, 2), (144, 1, 4, 1, 1, 2, 2, 1),
+    (8, 1, 16, 1, 2, 2, 1, 0), (8, 1, 16, 1, 2, 4, 1, 0), (8, 1, 16, 1, 3, 3, 1, 0), (8, 1, 16, 1, 4, 2, 1, 0), (8, 1, 32, 1, 2, 8, 1, 1),
+    (8, 1, 32, 1, 2, 8, 1, 0), (8, 1, 16, 1, 2, 8, 1, 0), (8, 1, 6, 1, 4, 2, 1, 0), (8, 1, 6, 1, 2, 2, 1, 0), (8, 1, 6, 1, 2, 4, 1, 0),
+    (8, 1, 6, 1, 2, 8, 1, 0), (8, 1, 6, 1, 2, 8, 1, 1), (8, 1, 6, 1, 3, 4, 1, 1), (16, 1, 6, 1, 2, 6, 1, 0), (16, 1, 16, 1, 2, 2, 1, 0),
+    (16, 1, 16, 1, 2, 4, 1, 0), (16, 1, 16, 1, 3, 3, 1, 0), (16, 1, 6, 1, 2, 2, 1, 0), (16, 1, 6, 1, 2, 4, 1, 0),
+    (16, 1, 6, 1, 2, 4, 1, 1), (16, 1, 6, 1, 2, 4, 4, 1), (24, 1, 16, 1, 2, 4, 1, 0), (24, 1, 6, 1, 2, 4, 1, 0),
+    (24, 1, 6, 1, 2, 4, 4, 1), (32, 1, 8, 1, 2, 4, 1, 0), (32, 1, 4, 1, 2, 4, 1, 0), (32, 1, 4, 1, 2, 4, 2, 1), (40, 1, 4, 1, 2, 3, 1, 0),
+    (40, 1, 4, 1, 2, 3, 2, 1), (48, 1, 8, 1, 2, 3, 1, 0), (48, 1, 4, 1, 2, 3, 1, 0), (48, 1, 4, 1, 2, 3, 1, 1), (64, 1, 4, 1, 2, 2, 1, 0),
+    (64, 1, 4, 0, 2, 2, 1, 0), (64, 2, 4, 0, 1, 3, 1, 1), (72, 2, 4, 0, 1, 2, 2, 1), (72, 2, 4, 0, 1, 2, 1, 1, 1, 4),
+    (80, 2, 4, 0, 1, 2, 1, 1), (96, 2, 4, 0, 1, 2, 1, 1), (96, 2, 4, 0, 1, 2, 1, 1, 2), (96, 2, 3, 0, 1, 2, 1, 1, 2, 4),
+    (96, 2, 3, 0, 1, 2, 1, 1, 1, 4), (112, 2, 4, 0, 1, 2, 1, 1), (120, 2, 4, 0, 1, 2, 1, 1), (120, 2, 3, 0, 1, 2, 1, 1, 2, 4),
+    (128, 2, 4, 0, 1, 2, 1, 0), (128, 2, 4, 0, 1, 2, 1, 1), (128, 2, 4, 0, 1, 2, 1, 1, 2), (128, 2, 3, 0, 1, 2, 1, 1, 2, 3),
+    (128, 2, 3, 0, 1, 2, 1, 1, 1, 3), (144, 1, 4, 1, 1, 2, 2, 1),
 )  # fmt: skip
 """What a sweep tries of the kernels of many tokens, by columns: the product is too large, and most of it does not fit in registers.
 
-The column of multiprocessors says whether blocks of threads stay for many tiles: as an option it is how many the GPU has. The last column
+The column of multiprocessors says whether blocks of threads stay for many tiles: as an option it is how many the GPU has. The last columns
 may be left out.
 """
 
@@ -227,8 +232,11 @@ def needs(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int]) ->
     (512, 28672)
     """
     if kernel == "prefill":
-        stages = options["stages"] * (options["terms"] * options["tokens"] * BLOCK * 2 + (16 if options.get("cluster") else 0)) + 1024
-        return 256, stages + 8 * options["tokens"] * ((32 if layer.dtype == "bfloat16" else 64) + 4)
+        count = min(options["stages"], ceil_div(max(layer.d, layer.f), BLOCK))
+        stages = count * (options["terms"] * options["tokens"] * BLOCK * 2 + (16 if options.get("cluster") else 0)) + 1024
+        unit = max(layout.unit_words for stack in (layer.layout.gate_up, layer.layout.down) for layout in stack.classes)
+        ring = options.get("ring", 0) * options["tiles"] * unit * 1024
+        return 256, stages + ring + 8 * options["tokens"] * ((32 if layer.dtype == "bfloat16" else 64) + 4)
     columns = tokens * layer.terms
     fragments, slots = ceil_div(columns, 8), tokens * layer.top_k
     routing = 0 if tokens == 1 else sum(ceil_div(n, 4) * 4 for n in (layer.experts * layer.top_k, slots, slots * tokens, 1))

@@ -63,20 +63,23 @@ class Stored:
             return place.side, tile, block // span
         return (place.side + tile,) if layout.per_row else (place.side + tile * ((place.blocks + span - 1) // span) + block // span,)
 
-    def fetch(self, words: Buffer, first: int, place: Place, tile: Expr, block: Expr, lane: Expr, unit: int | None = None) -> None:
-        """Ask for the words of a block of 16 rows, or of one of the layout's units of it, into registers from `first` on."""
+    def sources(self, place: Place, tile: Expr, block: Expr, lane: Expr, unit: int | None = None) -> Iterator[tuple[int, int, Expr]]:
+        """(first word, words, address) of what a lane loads of a block of 16 rows, or of one of the layout's units of it."""
         layout = self.layout
         if layout.coded is None:
             for i, v in enumerate(range(8) if unit is None else (2 * unit, 2 * unit + 1)):
-                load_words(at(words, first + 4 * i), self._at("values", place, tile, block, 256 * v + lane * 8), 4, self.early)
+                yield 4 * i, 4, self._at("values", place, tile, block, 256 * v + lane * 8)
         elif unit is not None and layout.units == 2:
             for half in range(2):
-                source = self._at("codes", place, tile, block, 128 * (2 * half + unit) + lane * 4)
-                load_words(at(words, first + 4 * half), source, 4, self.early)
+                yield 4 * half, 4, self._at("codes", place, tile, block, 128 * (2 * half + unit) + lane * 4)
         else:
             for done, count in vectors(layout.bits):
-                source = self._at("codes", place, tile, block, 32 * done + lane * count)
-                load_words(at(words, first + done), source, count, self.early)
+                yield done, count, self._at("codes", place, tile, block, 32 * done + lane * count)
+
+    def fetch(self, words: Buffer, first: int, place: Place, tile: Expr, block: Expr, lane: Expr, unit: int | None = None) -> None:
+        """Ask for those words, into registers from `first` on."""
+        for done, count, source in self.sources(place, tile, block, lane, unit):
+            load_words(at(words, first + done), source, count, self.early)
 
     def fetch_scales(self, sides: Buffer, first: int, place: Place, tile: Expr, block: Expr, lane: Expr) -> None:
         """Ask for the scales of a block, a pair of float16 for each group of a lane's two rows or two float32; bf16 has none."""
@@ -96,12 +99,13 @@ class Stored:
         else:
             widen(at(target, 0), sides[first + group])
 
-    def factors(self, target: Buffer, sides: Buffer, first: int, group: int) -> None:
-        """The same as pairs of equal bfloat16."""
+    def factors(self, target: Buffer, sides: Buffer, first: int, group: int, terms: int = 1) -> None:
+        """The same as pairs of equal bfloat16, [terms, 2 rows]: a sum of so many."""
         values = local(2, "float32")
         self.scales(values, sides, first, group)
-        for half in range(2):
-            store(target, term(values[half], values[half], 0), half)
+        for index in range(terms):
+            for half in range(2):
+                store(target, term(values[half], values[half], index), 2 * index + half)
 
     def zeros(self, place: Place, tile: Expr, block: Expr, lane: Expr, group: int) -> tuple[Expr, Expr]:
         """The zero points of a lane's two rows."""

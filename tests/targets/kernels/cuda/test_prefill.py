@@ -55,15 +55,18 @@ def run(spec: PrefillSpec, x: NDArray[np.float32], ids: NDArray[Any], routing: N
     return out
 
 
-@pytest.mark.parametrize(("kind", "shape", "limit"), [
-    ("folded", Shape(16, 1, 4, 2, multiprocessors=0), 2e-5),
-    ("folded", Shape(16, 2, 4, 1, exact=False, depth=3, multiprocessors=2), 8e-3),
-    ("folded", Shape(16, 2, 4, 1, exact=False, multiprocessors=2, cluster=1), 8e-3),
-    ("at the end", Shape(16, 1, 3, 2, exact=False, depth=2, multiprocessors=1), 2e-5),
+@pytest.mark.parametrize(("kind", "d", "shape", "limit"), [
+    ("folded", 520, Shape(16, 1, 4, 2, multiprocessors=0), 2e-5),
+    ("folded", 264, Shape(16, 2, 4, 1, exact=False, depth=3, multiprocessors=2), 8e-3),  # all columns at once
+    ("folded", 520, Shape(16, 2, 4, 1, exact=False, multiprocessors=2, cluster=1), 8e-3),
+    ("folded", 520, Shape(16, 2, 3, 1, exact=False, multiprocessors=2, cluster=1, ring=4), 8e-3),
+    ("at the end", 520, Shape(16, 2, 4, 1, exact=False, multiprocessors=2, cluster=1, ring=3), 8e-3),
+    ("at the end", 392, Shape(16, 1, 3, 2, exact=False, depth=2, multiprocessors=1), 2e-5),
+    ("at the end", 264, Shape(8, 1, 16, 2, depth=2, multiprocessors=1), 2e-5),
 ])  # fmt: skip
-def test_the_experts_of_many_tokens(kind: str, shape: Shape, limit: float) -> None:
+def test_the_experts_of_many_tokens(kind: str, d: int, shape: Shape, limit: float) -> None:
     rng = np.random.default_rng(0)
-    layout, top_k, tokens = ExpertsLayout(5, 264, 72, FORMATS[kind], FORMATS[kind]), 2, 21
+    layout, top_k, tokens = ExpertsLayout(5, d, 72, FORMATS[kind], FORMATS[kind]), 2, 21
     spec = PrefillSpec(layout, ExpertActivation("silu"), tokens, top_k, shape=shape)
     (up, up_weight), (down, down_weight) = stack(layout.gate_up, rng), stack(layout.down, rng)
     x = rng.standard_normal((tokens, layout.d)).astype(np.float32)

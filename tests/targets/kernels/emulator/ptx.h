@@ -92,6 +92,8 @@ inline void copy16(uint32_t d, const void* p, int bytes) {
   memcpy(emulator::shared + d, p, bytes);
 }
 
+inline void copy8(uint32_t d, const void* p) { memcpy(emulator::shared + d, p, 8); }
+
 // stmatrix, transposed: lane 8 i + j says where column j of tile i goes, whose element of row g is in lane 4 g + j / 2.
 inline void store_tiles(uint32_t d, const Fragments& own, int count) {
   const int me = emulator::current, lane = me % 32, tile = lane / 8, column = lane % 8;

@@ -34,6 +34,7 @@ KNOWN = {
         for n in (1, 2, 4)
     },
     **{f"cp.async.cg.shared.global{ahead} [%0], [%1], 16, %2;": "copy16" for ahead in ("", ".L2::128B")},
+    "cp.async.ca.shared.global [%0], [%1], 8;": "copy8",
     "atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;": "atomic_inc",
 }
 """The function of each text of instructions."""
