@@ -144,9 +144,9 @@ def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
                 activations.begin(weights.blocks)
 
         def run() -> None:
-            expert, _, _, part, _ = tile.now()
+            expert, _, count, part, _ = tile.now()
             with weights.tiles(expert, part * (8 * shape.tiles)) as f_tiles:
-                weights.run(expert, rows_of(part, f_tiles), activations, sums)
+                weights.run(expert, rows_of(part, f_tiles), activations, sums, count)
 
         def finish() -> None:
             expert, first, count, part, number = tile.kept()
@@ -207,8 +207,8 @@ def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
             activations.begin(weights.blocks_of(expert))
 
         def run() -> None:
-            expert, _, _, part, _ = tile.now()
-            weights.run(expert, rows_of(part), activations, sums)
+            expert, _, count, part, _ = tile.now()
+            weights.run(expert, rows_of(part), activations, sums, count)
 
         def finish() -> None:
             expert, first, count, part, _ = tile.kept()

@@ -72,6 +72,11 @@ class Shape:
         return self.stages * self.stage_bytes // 4 + 256
 
     @property
+    def columns(self) -> tuple[int, ...]:
+        """How many columns products have: all, or half of them for the last tile of an expert, which may have few tokens."""
+        return (self.tokens // 2, self.tokens) if self.tiles > 1 and self.tokens % 16 == 0 else (self.tokens,)
+
+    @property
     def sums(self) -> int:
         """Sums of a thread for 64 rows."""
         return self.tokens // 2

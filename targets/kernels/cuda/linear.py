@@ -189,7 +189,7 @@ def prefill_func(spec: LinearSpec) -> tirx.PrimFunc:
         grid_wait()
         grid_launch()
         activations.begin(weights.blocks)
-        weights.run(const(0, "int32"), tiles, activations, sums)
+        weights.run(const(0, "int32"), tiles, activations, sums, count)
         for m in range(shape.tiles):
             for half in range(2):
                 row = T.Bind((base + 4 * m) * ROWS + half * 8 + lane // 4)

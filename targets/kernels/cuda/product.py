@@ -9,6 +9,7 @@ which takes half of the registers and so allows twice the tokens. What has one s
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from math import lcm
 
 from tvm.tirx.script import builder as T
@@ -49,9 +50,16 @@ class Weights(Classes["_Product"]):
         """Ask for the first weights of rows `tiles` (of 16 a warp, a tile for each 64 of a warpgroup) of an expert."""
         self.each(expert, lambda found, place: found.begin(place, tiles))
 
-    def run(self, expert: Expr, tiles: list[Expr], activations: Activations | Images, sums: Buffer) -> None:
-        """sums [tiles, tokens / 2] = W[expert, tiles] @ B, after `begin` of both."""
-        self.each(expert, lambda found, place: found.run(place, tiles, activations, sums))
+    def run(self, expert: Expr, tiles: list[Expr], activations: Activations | Images, sums: Buffer, count: Expr) -> None:
+        """sums [tiles, tokens / 2] = W[expert, tiles] @ B, after `begin` of both: of `count` tokens, what others have is not used."""
+        few, *more = activations.shape.columns
+        with ExitStack() as stack:
+            if more:
+                stack.enter_context(T.If(count <= few))
+                with T.Then():
+                    self.each(expert, lambda found, place: found.run(place, tiles, activations, sums, few))
+                stack.enter_context(T.Else())
+            self.each(expert, lambda found, place: found.run(place, tiles, activations, sums, activations.shape.tokens))
 
 
 class _Product(Stored):
@@ -78,8 +86,9 @@ class _Product(Stored):
             if self._ring is not None:
                 copy_commit()
 
-    def run(self, place: Place, tiles: list[Expr], activations: Activations | Images, sums: Buffer) -> None:
+    def run(self, place: Place, tiles: list[Expr], activations: Activations | Images, sums: Buffer, columns: int) -> None:
         layout, shape = self.layout, self._shape
+        self._columns = columns
         units, blocks = layout.units, place.blocks
         parts = local(len(tiles) * shape.sums, "float32") if self._folds else sums
         for i in range(len(tiles) * shape.sums):
@@ -188,7 +197,7 @@ class _Product(Stored):
                     for index in range(shape.terms):
                         add = const(int(not (exact and begins and index == 0)), "int32")
                         b = activations.operand(stage, step + inner, index)
-                        wgmma(shape.tokens, at(parts, m * shape.sums), at(own, 4 * (inner * count + m)), b, add)
+                        wgmma(self._columns, at(parts, m * shape.sums), at(own, 4 * (inner * count + m)), b, add)
             wgmma_commit()
             if exact and (step + batch) * groups % STEPS == 0:
                 wgmma_wait(0)
