@@ -41,9 +41,10 @@ def ahead_func() -> tirx.PrimFunc:
         grid_wait()
         step, last = T.Bind(turn[0]), T.Bind(turn[1] - 1)
         with strided(thread, tokens, THREADS) as token:
-            store(ids, T.cast(found[T.min(token, last), 0], "int64"), token)
-            store(positions, positions[token] + 1, token)
-            store(blocks, blocks[token, 3] + 1, token, 3)
+            position, first, best = T.Bind(positions[token]), T.Bind(blocks[token, 3]), T.Bind(found[T.min(token, last), 0])
+            store(ids, T.cast(best, "int64"), token)
+            store(positions, position + 1, token)
+            store(blocks, first + 1, token, 3)
         with strided(thread, rows * 3, THREADS) as number:
             store(history, found[number // 3, number % 3], step, number // 3, number % 3)
         sync()  # all have read the number of the step
