@@ -11,14 +11,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    from moec.compiler.backends.base import StoredArray
+    from moec.compiler.ir import Param
+
 FILE = "decode.json"
 SPREAD = 0.02
 """Standard deviation of random weights, the `initializer_range` of the published configurations."""
+
+TABLE = "table"
+"""The array that says where experts of several formats are."""
 
 Arrays = dict[tuple[str, str], NDArray[np.generic]]
 
@@ -54,13 +61,15 @@ def build(folder: Path, config: Mapping[str, Any], recipe: str, experts: Sequenc
         backend, read = TvmBackend(model.graph, hardware), make_plan(model.graph, chosen, hardware, None).bytes_per_token
         folder.mkdir(parents=True, exist_ok=True)
         section = backend.build(folder, {})
-        constants = {}
-        for param in backend.graph.params.values():
-            if param.name.rpartition(".")[2] == "inv_freq":  # the frontend's own numbers, not the checkpoint's
-                constants[param.name] = model.weights.load(param.name).numpy().tolist()
-    arrays = [(p.name, c, list(a.shape), a.dtype) for p in backend.graph.params.values() for c, a in backend.storage(p).items()]
-    spreads = {p.name: _scale(p.format) for p in backend.graph.params.values() if isinstance(p.format, str)}
-    found = {"section": section, "arrays": arrays, "scales": spreads, "constants": constants, "bytes_per_token": read}
+        own = [name for name in backend.graph.params if name.rpartition(".")[2] == "inv_freq"]  # the frontend's, not the checkpoint's
+        constants = [(name, "data", model.weights.load(name).numpy().tolist()) for name in own]
+    arrays = []
+    for param in backend.graph.params.values():
+        stored = backend.storage(param)
+        if TABLE in stored:
+            constants.append((param.name, TABLE, _table(stored)))
+        arrays += [(param.name, name, list(a.shape), a.dtype, _scale(param, a)) for name, a in stored.items()]
+    found = {"section": section, "arrays": arrays, "constants": constants, "bytes_per_token": read}
     found |= {"vocab_size": int(config["vocab_size"]), "context_length": context, "recipe": recipe, "experts": list(experts)}
     (folder / FILE).write_text(json.dumps(found))
 
@@ -72,7 +81,23 @@ def _with_experts(model: Any, formats: Sequence[str]) -> Any:
     return replace(model, graph=model.graph.with_params(mixed))
 
 
-def _scale(name: str) -> float:
+def _table(stored: Mapping[str, StoredArray]) -> list[list[int]]:
+    """The class of each expert and its place there, where experts of several formats have arrays for each."""
+    rows = {}
+    for name, array in stored.items():
+        for place, expert in enumerate(array.members or ()):
+            rows[expert] = [int(name.rpartition("_")[2]), place]
+    return [rows[expert] for expert in sorted(rows)]
+
+
+def _scale(param: Param, array: StoredArray) -> float:
+    """The scale of one of a parameter's arrays."""
+    if param.format is None:
+        return 1.0
+    return spread_scale(param.format if isinstance(param.format, str) else param.format[array.members[0] if array.members else 0])
+
+
+def spread_scale(name: str) -> float:
     """The scale that gives random codes of a format the spread of weights."""
     from moec.runtime.formats import get_format
 
@@ -86,11 +111,12 @@ def random_weights(found: Mapping[str, Any], seed: int = 0) -> Arrays:
     What is alike in all layers is made once; on a GPU each parameter has memory of its own all the same.
     """
     draw, made, weights = np.random.default_rng(seed), dict[object, NDArray[np.generic]](), Arrays()
-    for param, component, shape, dtype in found["arrays"]:
-        if param in found["constants"]:
-            weights[param, component] = np.array(found["constants"][param], dtype).reshape(shape)
+    constants = {(param, component): values for param, component, values in found["constants"]}
+    for param, component, shape, dtype, scale in found["arrays"]:
+        if (param, component) in constants:
+            weights[param, component] = np.array(constants[param, component], dtype).reshape(shape)
             continue
-        key = component, tuple(shape), dtype, found["scales"].get(param, 1e-3)
+        key = component.partition("_")[0], tuple(shape), dtype, scale
         if key not in made:
             made[key] = _random(draw, *key).reshape(shape)
         weights[param, component] = made[key]

@@ -93,7 +93,7 @@ class Placed:
         managed = _DLManagedTensor(tensor, None, ctypes.cast(_libc.free, ctypes.c_void_p))
         ctypes.memmove(self._address, ctypes.byref(managed), ctypes.sizeof(managed))
         self.tensor = tvm_ffi.from_dlpack(self)
-        """To be used as long as this object is there."""
+        """To be used as long as the memory is there, which this object keeps."""
 
     def __dlpack__(self, **_: Any) -> Any:
         return _new_capsule(self._address, b"dltensor", None)

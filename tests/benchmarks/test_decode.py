@@ -37,4 +37,4 @@ def test_random_codes_have_the_spread_of_weights() -> None:
     for name in ("int2_g32", "int3_g32", "int4_g32", "int8_g32"):
         fmt = get_format(name)
         codes = np.random.default_rng(0).integers(0, fmt.levels, 4096)  # type: ignore[attr-defined]
-        assert np.std(codes) * decode_model._scale(name) == pytest.approx(decode_model.SPREAD, rel=0.2)
+        assert np.std(codes) * decode_model.spread_scale(name) == pytest.approx(decode_model.SPREAD, rel=0.2)
