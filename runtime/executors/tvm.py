@@ -203,8 +203,9 @@ class TvmExecutor:
         return Best.found(self._forward(steps, False, ("best",))) if self._finds_best else Best.of(self.forward(steps))
 
     def ahead(self, steps: Sequence[Step], count: int) -> Best:
-        """Append tokens and those that are found, as `Executor.ahead` says; on a GPU that has found one, the host does not wait for it."""
-        if self._gpu is None or count > MOST_AHEAD or len(steps) > MOST_RECORDED or any(len(tokens) != 1 for _, tokens in steps):
+        """Append tokens and those that are found, as `Executor.ahead` says: on a GPU without the host, where each step is one token."""
+        few = 0 < len(steps) <= MOST_RECORDED and count <= MOST_AHEAD
+        if self._gpu is None or not few or any(len(tokens) != 1 for _, tokens in steps):
             return repeated(self, steps, count)
         gpu = self._gpu
 
