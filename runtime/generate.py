@@ -101,17 +101,19 @@ def _next_input(request: Request) -> NDArray[np.int64]:
 
 
 def _steps(executor: SharedExecutor, active: Sequence[Request], sampling: Sampling, waiting: bool, max_new_tokens: int) -> int:
-    """How many steps to run before their tokens are looked at: one where somebody waits for a place or for a first token."""
-    if waiting or not sampling.greedy or not all(request.generated for request in active):
+    """How many steps to ask for at a time, one where somebody waits for a place; 0 where the executor cannot run ahead."""
+    if executor.portion == 1 or not sampling.greedy or not all(request.generated for request in active):
+        return 0
+    if waiting:
         return 1
     left = (min(max_new_tokens - len(request.generated), executor.context_length - request.held) for request in active)
     return min(executor.portion, *left)
 
 
 def _choose(executor: SharedExecutor, active: Sequence[Request], sampling: Sampling, count: int) -> list[list[tuple[int, float]]]:
-    """The next token of each request, and the logarithm of its probability under the model, in `count` steps, or in one."""
+    """The next token of each request, and the logarithm of its probability under the model, in each of `count` steps; of 0 in one."""
     steps = [(request.handle, _next_input(request)) for request in active]
-    if count > 1:
+    if count:
         with suppress(MoecError):  # a step failed, perhaps behind the end of a sequence: one at a time from here, as nothing has changed
             found = executor.ahead(steps, count)
             pairs = zip(found.ids.tolist(), found.logprobs.tolist(), strict=True)

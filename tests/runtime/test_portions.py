@@ -44,7 +44,7 @@ def test_any_number_of_tokens(session: tuple[Session, MarkovExecutor], portion: 
     assert not session[1].portions
     assert generated(session, portion, [[4095, 7]], max_new_tokens=tokens, ignore_eos=True) == expected
     whole, rest = divmod(tokens - 1, portion)  # the first token is that of the prompt
-    assert session[1].portions == [portion] * whole + [rest] * (rest > 1)
+    assert session[1].portions == [portion] * whole + [rest] * (rest > 0)
 
 
 @pytest.mark.parametrize("portion", PORTIONS)
@@ -107,7 +107,7 @@ def test_who_draws_or_waits_gets_a_step_at_a_time(session: tuple[Session, Markov
         generated(session, 8, [[5], [6]], max_new_tokens=9, ignore_eos=True, **options)
         assert executor.portions == []
     generated(session, 8, [[i + 1] for i in range(5)], max_new_tokens=9, ignore_eos=True)
-    assert executor.portions == [8]  # of the last two, which began when the first three were done
+    assert executor.portions == [1] * 8 + [8]  # the last two began when the first three were done
 
 
 def test_closing_in_the_middle_of_a_portion_frees_its_sequences(session: tuple[Session, MarkovExecutor]) -> None:

@@ -13,7 +13,11 @@ from moec.compiler.backends.tvm import cuda
 from moec.runtime.errors import MoecError
 from moec.runtime.executor import repeated
 from moec.runtime.executors.tvm import PORTION, TvmExecutor
-from moec.runtime.sampler import BAD_LOGITS, Best
+from moec.runtime.generate import Request, Token, generate
+from moec.runtime.sampler import BAD_LOGITS, Best, Sampling
+from moec.runtime.session import _NoText
+from moec.runtime.shared_executor import SharedExecutor
+from moec.runtime.text import Detokenizer, StopStrings
 from moec.runtime.tvm_device import Gpu
 from tests.compiler.backends.test_tvm import with_format
 from tests.compiler.backends.test_tvm_cuda import moe
@@ -115,6 +119,27 @@ def test_the_host_waits_once(subject: Driven) -> None:
     assert log == ["copy_in", "launch", "wait"]  # the table has one page more
     for handle in handles:
         executor.remove(handle)
+
+
+@pytest.mark.parametrize("lengths", [[4], [3, 30, 7]])
+def test_generation_in_portions(subject: Driven, lengths: list[int]) -> None:
+    executor, draw = subject.model.executor, np.random.default_rng(7)
+    prompts, shared = [draw.integers(0, 40, length).tolist() for length in lengths], SharedExecutor(executor, 8)
+
+    def run(portion: int) -> list[Token]:
+        shared.portion = portion
+        parts = (np.random.default_rng(0), Detokenizer(_NoText(), frozenset(), []), StopStrings([]))
+        return list(generate(shared, [Request(i, prompt, *parts) for i, prompt in enumerate(prompts)], Sampling(), 19, eos))
+
+    eos = frozenset[int]()
+    eos = frozenset([run(1)[11 * len(prompts)].id])  # ends one of them early
+    expected, found = run(1), run(PORTION)
+    assert len(expected) < 19 * len(prompts)
+    assert [(t.index, t.id, t.finish_reason) for t in found] == [(t.index, t.id, t.finish_reason) for t in expected]
+    np.testing.assert_allclose(
+        [t.logprob for t in found], [t.logprob for t in expected], atol=1e-5
+    )  # kernels may be those of other batches
+    assert shared.free == 8
 
 
 def test_more_pages_than_there_were(subject: Driven) -> None:
