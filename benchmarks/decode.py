@@ -1,21 +1,23 @@
 """Whole models: decode speed against the memory's bandwidth, and the time to the first token of a long prompt.
 
     python -m benchmarks.decode run MODEL... [--batch 1,32] [-n 128] [--context 128] [--prompt 2048] [--repetitions 3]
-                                    [--transformers CHECKPOINT] [--kernels] [--json]
+                                    [--portion 1] [--transformers CHECKPOINT] [--kernels] [--json]
     python -m benchmarks.decode build FOLDER --shape olmoe-1b-7b [--recipe int4] [--experts int2_g128,int3_g128] [--target h100-sxm]
 
 MODEL is an artifact, or a folder of `build`, which compiles a published shape without weights: `run` makes random ones, so that a large
 model's speed is measured on a machine that needs neither the compiler nor the checkpoint. `--experts` are formats that the experts of a
 layer have in turn.
 
-tokens/s   of greedy decoding, a call of the executor for each step, counted over all sequences of the batch
+tokens/s   of greedy decoding, counted over all sequences of the batch, by the clock around all steps but the first 16. The host asks for a
+           portion of steps at a time, whose tokens it gets together, as generation does: 8 on a GPU, 1 on a processor, or --portion
 MB/token   weights that one sequence reads for a token
 roofline   tokens/s of one sequence times bytes a token, over the bandwidth of a device-to-device copy (a GPU) or of reading memory
            (a processor), measured in the same run; of several sequences, which share the weights that they read, it is not stated
 prompt     milliseconds to the first logits of one prompt
 
 --transformers runs the checkpoint with transformers in bfloat16 beside them: eager, with its default cache. --kernels adds what a decode
-step launches, from torch's profiler: how often, and the microseconds of all of them.
+step launches, from torch's profiler: how often, and the microseconds of all of them, and of the gaps in which nothing runs (with the
+profiler at work, whose launches take longer). These are of a call a step.
 """
 
 from __future__ import annotations
@@ -42,17 +44,20 @@ from moec.runtime.measure import read_bandwidth
 Row = dict[str, Any]
 
 
-def decode_speed(executor: Executor, batch: int, context: int, tokens: int) -> float:
-    """Tokens a second of greedy decoding after `context` random tokens in each of `batch` sequences."""
+WARM = 16
+"""Steps before the clock starts."""
+
+
+def decode_speed(executor: Executor, batch: int, context: int, tokens: int, portion: int) -> float:
+    """Tokens a second of greedy decoding after `context` random tokens in each of `batch` sequences, so many steps at a time."""
     draw = np.random.default_rng(0)
     handles = [executor.add() for _ in range(batch)]
     try:
         ids = np.concatenate([executor.best([(h, draw.integers(0, executor.vocab_size, context))]).ids for h in handles])
-        warm = 8
-        for step in range(tokens + warm):
-            if step == warm:
-                start = time.perf_counter()
-            ids = executor.best([(h, ids[i : i + 1]) for i, h in enumerate(handles)]).ids
+        for steps in (WARM, tokens):
+            start = time.perf_counter()
+            for done in range(0, steps, portion):
+                ids = executor.ahead([(h, ids[i : i + 1]) for i, h in enumerate(handles)], min(portion, steps - done)).ids[-1]
         return batch * tokens / (time.perf_counter() - start)
     finally:
         for handle in handles:
@@ -111,7 +116,10 @@ def kernels(executor: Executor, batch: int, context: int, steps: int = 8) -> lis
     events = [event for event in profiled.events() or () if "CUDA" in str(event.device_type)]
     ended = 0.0
     for event in sorted(events, key=lambda event: event.time_range.end):
-        times.setdefault(event.name, []).append(event.time_range.end - max(ended, event.time_range.start))
+        start = event.time_range.start
+        if 0 < ended < start:
+            times.setdefault(f"(nothing, {'between steps' if 'HtoD' in event.name else 'within a step'})", []).append(start - ended)
+        times.setdefault(event.name, []).append(event.time_range.end - max(ended, start))
         ended = event.time_range.end
     order = sorted(times.items(), key=lambda item: -sum(item[1]))
     return [(name, len(found) / steps, sum(found) / steps) for name, found in order]
@@ -124,14 +132,14 @@ def measure(path: Path, batches: list[int], args: argparse.Namespace) -> Iterato
     loaded = time.perf_counter() - start
     limit = executor.context_length
     memory = bandwidth(executor)
-    context = min(args.context, limit - args.n - 16)
+    context, portion = min(args.context, limit - args.n - WARM), args.portion or executor.portion
     prompt = min(args.prompt, limit)
     first = first_token_ms(executor, prompt, args.repetitions)
     for batch in batches:
-        speed = statistics.median(decode_speed(executor, batch, context, args.n) for _ in range(args.repetitions))
+        speed = statistics.median(decode_speed(executor, batch, context, args.n, portion) for _ in range(args.repetitions))
         row: Row = {"model": path.name, "batch": batch, "tokens_per_s": speed, "bytes_per_token": read}
         row |= {"bandwidth_gb_s": memory / 1e9, "roofline": speed * read / memory if batch == 1 else None}
-        row |= {"prompt": prompt, "first_token_ms": first, "load_s": loaded}
+        row |= {"portion": portion, "prompt": prompt, "first_token_ms": first, "load_s": loaded}
         yield {**row, "kernels": kernels(executor, batch, context)} if args.kernels else row
 
 
@@ -197,6 +205,7 @@ def main() -> None:
     runs.add_argument("--context", type=int, default=128)
     runs.add_argument("--prompt", type=int, default=2048)
     runs.add_argument("--repetitions", type=int, default=3)
+    runs.add_argument("--portion", type=int, metavar="STEPS", help="steps that the host asks for at a time; 1: a call a step")
     runs.add_argument("--transformers", type=Path, metavar="CHECKPOINT")
     runs.add_argument("--kernels", action="store_true")
     runs.add_argument("--json", action="store_true")

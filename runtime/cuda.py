@@ -8,7 +8,9 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import statistics
+import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from moec.runtime.errors import MoecError
 
 LIBRARY = "libcuda.so.1"
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED: other threads may do what they like meanwhile
+_NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
 
@@ -43,7 +46,8 @@ class Driver:
         count = ctypes.c_int(0)
         if self._library.cuInit(0) or self._library.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
             raise MoecError(f"{what}: this artifact needs an NVIDIA GPU, and the driver finds none: {advice}")
-        device, name = ctypes.c_int(0), ctypes.create_string_buffer(100)
+        self._device = device = ctypes.c_int(0)
+        self._thread, name = threading.local(), ctypes.create_string_buffer(100)
         self._call("cuDeviceGet", ctypes.byref(device), 0)
         self._call("cuDeviceGetName", name, len(name), device)
         self.name = name.value.decode(errors="replace")
@@ -57,6 +61,14 @@ class Driver:
                 "compile the model with a --target of its kind (`moec targets`)"
             )
 
+    def enter(self) -> None:
+        """Let the calling thread use the GPU; other libraries do so for the threads that call them only."""
+        if not hasattr(self._thread, "context"):
+            context = ctypes.c_void_p()
+            self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self._device)
+            self._call("cuCtxSetCurrent", context)
+            self._thread.context = context
+
     def _call(self, function: str, *args: Any) -> None:
         if status := getattr(self._library, function)(*args):
             text = ctypes.c_char_p()
@@ -64,10 +76,12 @@ class Driver:
             raise MoecError(f"the GPU's driver failed in {function}: {(text.value or b'').decode()} ({status})")
 
     def host_array(self, nbytes: int) -> NDArray[np.uint8]:
-        """Memory of the host that the GPU copies to and from directly. It is never given back."""
+        """Memory of the host that the GPU copies to and from directly. It is given back with the last array that shows it."""
         pointer = ctypes.c_void_p()
         self._call("cuMemHostAlloc", ctypes.byref(pointer), ctypes.c_size_t(nbytes), 0)
-        return np.frombuffer(memoryview((ctypes.c_uint8 * nbytes).from_address(pointer.value or 0)), np.uint8)
+        memory = (ctypes.c_uint8 * nbytes).from_address(pointer.value or 0)
+        weakref.finalize(memory, self._library.cuMemFreeHost, pointer).atexit = False
+        return np.frombuffer(memoryview(memory), np.uint8)
 
     def copy_in(self, device: int, host: NDArray[Any], stream: int) -> None:
         """Copy an array to the GPU; it must not change until the stream has come so far."""
@@ -77,9 +91,20 @@ class Driver:
         """Copy from the GPU into an array, which has the numbers once the stream has come so far."""
         self._call("cuMemcpyDtoHAsync_v2", *self._copy(host.ctypes.data, device, host.nbytes, stream))
 
+    def clear(self, device: int, nbytes: int, stream: int) -> None:
+        """Fill memory of the GPU with zeros."""
+        self._call("cuMemsetD8Async", ctypes.c_uint64(device), ctypes.c_ubyte(0), ctypes.c_size_t(nbytes), ctypes.c_void_p(stream))
+
     def wait(self, stream: int) -> None:
         """Wait until all on a stream is done."""
         self._call("cuStreamSynchronize", ctypes.c_void_p(stream))
+
+    def event(self) -> Event:
+        """A mark to put into a stream."""
+        handle = ctypes.c_void_p()
+        self._call("cuEventCreate", ctypes.byref(handle), _NO_TIMING)
+        weakref.finalize(event := Event(self._call, handle), self._library.cuEventDestroy_v2, handle).atexit = False
+        return event
 
     def copy_bandwidth(self, nbytes: int = 1 << 30, repetitions: int = 10) -> float:
         """Bytes a second, read and written, of copies within the GPU's memory: the median of some."""
@@ -120,6 +145,21 @@ class Driver:
 
     def destroy(self, executable: ctypes.c_void_p) -> None:
         self._library.cuGraphExecDestroy(executable)
+
+
+class Event:
+    """A mark in a stream. One that was not put anywhere is reached."""
+
+    def __init__(self, call: Callable[..., None], handle: ctypes.c_void_p) -> None:
+        self._call, self._handle = call, handle
+
+    def put(self, stream: int) -> None:
+        """Put it behind all that a stream has to do so far."""
+        self._call("cuEventRecord", self._handle, ctypes.c_void_p(stream))
+
+    def wait(self) -> None:
+        """Wait until the stream has come so far."""
+        self._call("cuEventSynchronize", self._handle)
 
 
 class Graph:

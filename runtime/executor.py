@@ -22,6 +22,8 @@ class Executor(Protocol):
     context_length: int
     counters: ExpertCounters | None
     """What its experts did; None where the model has none, or the backend cannot tell."""
+    portion: int
+    """Tokens that one call of `ahead` should find while someone waits for them: 1 where it is no faster than `best`."""
 
     def add(self) -> int:
         """Start an empty sequence and return its handle."""
@@ -57,3 +59,32 @@ class Executor(Protocol):
             MoecError: as `forward`, or the logits are no numbers.
         """
         ...
+
+    def ahead(self, steps: Sequence[Step], count: int) -> Best:
+        """What `best` would find `count` times (at least once), each time but the first with the tokens that the last call found.
+
+        Each sequence grows by its step and the first count - 1 of its tokens; where an error is raised, none does. A caller that finds out
+        that a token ended a sequence truncates it. Counters count all that ran.
+
+        Returns:
+            Arrays [count, len(steps)].
+
+        Raises:
+            MoecError: as `best`; also where only a later step would raise it.
+        """
+        ...
+
+
+def repeated(executor: Executor, steps: Sequence[Step], count: int) -> Best:
+    """`Executor.ahead` by one call of `best` after the other."""
+    sequences = [sequence for sequence, _ in steps]
+    before = [executor.length(sequence) for sequence in sequences]
+    found = [executor.best(steps)]
+    try:
+        for _ in range(count - 1):
+            found.append(executor.best([(sequence, found[-1].ids[i : i + 1]) for i, sequence in enumerate(sequences)]))
+    except BaseException:
+        for sequence, length in zip(sequences, before, strict=True):
+            executor.truncate(sequence, length)
+        raise
+    return Best(np.stack([best.ids for best in found]), np.stack([best.logprobs for best in found]))

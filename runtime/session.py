@@ -209,6 +209,8 @@ class Session:
     def expert_counts(self, reset: bool = False) -> list[ExpertCount] | None:
         """How many experts ran in each layer since loading or the last reset, all sequences and threads together.
 
+        A GPU may have run steps behind the end of a sequence (see `moec.runtime.generate`), which count.
+
         Args:
             reset: start again from zero.
 

@@ -24,6 +24,7 @@ class SharedExecutor:
         self._max_sequences = max_sequences
         self.vocab_size = executor.vocab_size
         self.context_length = executor.context_length
+        self.portion = executor.portion
 
     @property
     def free(self) -> int:
@@ -71,6 +72,11 @@ class SharedExecutor:
         """Append tokens to sequences and return the likeliest next ones, as `Executor.best`."""
         with self._lock:
             return self._inner().best(steps)
+
+    def ahead(self, steps: Sequence[Step], count: int) -> Best:
+        """Append tokens to sequences and those that are found, as `Executor.ahead`."""
+        with self._lock:
+            return self._inner().ahead(steps, count)
 
     def counts(self, reset: bool = False) -> list[ExpertCount] | None:
         """What the experts of each layer did since the last reset, between two forwards; None if the executor does not count."""

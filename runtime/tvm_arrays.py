@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -55,22 +57,21 @@ class _DLManagedTensor(ctypes.Structure):
     _fields_ = (("tensor", _DLTensor), ("manager", ctypes.c_void_p), ("deleter", ctypes.c_void_p))
 
 
-_CODES = {"i": 0, "u": 1, "f": 2}
+_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
 """DLPack's kinds of numbers."""
+
+_libc = ctypes.CDLL(None)
+_malloc = _libc.malloc
+_malloc.restype, _malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
 
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
 
 
-_exported: dict[int, tuple[object, ...]] = {}
-"""What is to live as long as an exported tensor, by the address of its description."""
-
-
-def _delete(address: int) -> None:
-    del _exported[address]
-
-
-_deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_delete)
+def places(arrays: Sequence[Array], alignment: int) -> tuple[list[int], int]:
+    """Where arrays lie one behind the other, each at a multiple of some bytes, and where the last one ends."""
+    ends = list(accumulate(-(-array.nbytes // alignment) * alignment for array in arrays))
+    return [0, *ends][: len(arrays)], [0, *ends][-1]
 
 
 class Placed:
@@ -80,17 +81,22 @@ class Placed:
     """
 
     def __init__(self, memory: Any, start: int, shape: tuple[int, ...], dtype: Any) -> None:
-        self._memory, self._start, self._shape, self._kind = memory, start, shape, np.dtype(dtype)
+        kind = np.dtype(dtype)
+        self._memory, self._device = memory, tuple(map(int, memory.__dlpack_device__()))
+        # What describes a tensor goes with the tensor, whenever that is: the C library, not Python, allocates it and takes it back.
+        self._address = _malloc(ctypes.sizeof(_DLManagedTensor) + 8 * max(len(shape), 1))
+        sizes = (ctypes.c_int64 * len(shape)).from_address(self._address + ctypes.sizeof(_DLManagedTensor))
+        sizes[:] = list(shape)
+        numbers = _CODES[kind.kind], 8 * kind.itemsize, 1
+        extents = ctypes.cast(ctypes.addressof(sizes), ctypes.POINTER(ctypes.c_int64))
+        tensor = _DLTensor(memory.data_ptr() + start, *self._device, len(shape), *numbers, extents, None, 0)
+        managed = _DLManagedTensor(tensor, None, ctypes.cast(_libc.free, ctypes.c_void_p))
+        ctypes.memmove(self._address, ctypes.byref(managed), ctypes.sizeof(managed))
         self.tensor = tvm_ffi.from_dlpack(self)
+        """To be used as long as the memory is there, which this object keeps."""
 
     def __dlpack__(self, **_: Any) -> Any:
-        shape, numbers = (ctypes.c_int64 * len(self._shape))(*self._shape), (_CODES[self._kind.kind], 8 * self._kind.itemsize, 1)
-        device = map(int, self.__dlpack_device__())
-        tensor = _DLTensor(self._memory.data_ptr() + self._start, *device, len(self._shape), *numbers, shape, None, 0)
-        managed = _DLManagedTensor(tensor, None, ctypes.cast(_deleter, ctypes.c_void_p))
-        address = ctypes.addressof(managed)
-        _exported[address] = managed, shape, self._memory
-        return _new_capsule(address, b"dltensor", None)
+        return _new_capsule(self._address, b"dltensor", None)
 
     def __dlpack_device__(self) -> Any:
-        return self._memory.__dlpack_device__()
+        return self._device

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,13 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.runtime.cuda import Driver
+from moec.runtime.cuda_upload import upload
 from moec.runtime.errors import MoecError
 from moec.runtime.ffi import tvm_ffi
-from moec.runtime.tvm_arrays import Array, aligned, as_tensor
-from moec.runtime.tvm_call import Call
+from moec.runtime.tvm_arrays import Array, Placed, aligned, as_tensor, places
+from moec.runtime.tvm_call import Ahead, Call
 from moec.runtime.tvm_functions import in_turn, latest
 
 _CPU, _CUDA, _POOLED = 1, 2, 2  # DLPack's kinds of device, and TVM's kind of allocator
+_ALIGNED = 256
+"""Bytes at whose multiples constants begin, as those do that are allocated one by one."""
+
 _COMPILE = "tvm_callback_cuda_compile"
 
 MOST_RECORDED = 64
@@ -40,8 +44,12 @@ class Device(Protocol):
         """Called before the calls of a thread."""
         ...
 
-    def constant(self, array: Array) -> Any:
-        """An array that stays as it is, as a tensor."""
+    def constants(self, arrays: Sequence[Array]) -> list[Any]:
+        """Arrays that stay as they are, as tensors."""
+        ...
+
+    def staging(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """An aligned array of the host, of zeros, for `mirror` and `send`."""
         ...
 
     def mirror(self, array: Array) -> Any:
@@ -50,6 +58,14 @@ class Device(Protocol):
 
     def refresh(self, tensor: Any, array: Array) -> None:
         """Bring a mirror up to date."""
+        ...
+
+    def send(self, tensor: Any, array: Array, begin: int, end: int) -> None:
+        """Bring some elements of a mirror of what `staging` returned up to date for what is called next. They must stay until that is done.
+
+        Args:
+            begin, end: which elements, counted in the order of memory; others may come too.
+        """
         ...
 
     def recall(self, tensor: Any, array: Array) -> None:
@@ -81,13 +97,19 @@ class Host:
     def copy_bandwidth(self) -> float | None:
         return None
 
-    def constant(self, array: Array) -> Any:
-        return as_tensor(array)
+    def constants(self, arrays: Sequence[Array]) -> list[Any]:
+        return [as_tensor(array) for array in arrays]
+
+    def staging(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        return aligned(shape, dtype)
 
     def mirror(self, array: Array) -> Any:
         return tvm_ffi.from_dlpack(array)
 
     def refresh(self, tensor: Any, array: Array) -> None:
+        pass
+
+    def send(self, tensor: Any, array: Array, begin: int, end: int) -> None:
         pass
 
     def recall(self, tensor: Any, array: Array) -> None:
@@ -124,6 +146,8 @@ class Gpu:
         self.stream = int(getattr(self._stream, "value", self._stream) or 0)
         self._vm: Any = None
         self._calls: dict[tuple[Any, ...], Call] = {}
+        self._aheads: dict[tuple[Any, ...], Ahead] = {}
+        self._constants: list[Placed] = []
         self._pinned: dict[int, Array] = {}
 
     def start(self, library: Path) -> None:
@@ -153,6 +177,8 @@ class Gpu:
                 tvm_ffi.register_global_func(_COMPILE, before, override=True)
 
     def prepare(self) -> None:
+        if self.driver is not None:
+            self.driver.enter()
         self._set_stream(self._device, self._stream)
 
     def copy_bandwidth(self) -> float | None:
@@ -171,29 +197,58 @@ class Gpu:
         self._copy(source, target)
         self._sync(self._device, 0)
 
-    def constant(self, array: Array) -> Any:
-        tensor = self.empty(array.shape, array.dtype)
-        if array.nbytes:
-            self._move(as_tensor(array), tensor)
-        return tensor
+    def constants(self, arrays: Sequence[Array]) -> list[Any]:
+        if not arrays:
+            return []
+        starts, size = places(arrays, _ALIGNED)
+        memory = self.empty((size,), np.uint8)
+        found = [Placed(memory, at, array.shape, array.dtype) for at, array in zip(starts, arrays, strict=True)]
+        self._constants += found
+        if self.driver is not None:
+            upload(self.driver, memory.data_ptr(), arrays, starts, self.stream)
+        else:
+            for array, place in zip(arrays, found, strict=True):
+                if array.nbytes:
+                    self._move(as_tensor(array), place.tensor)
+        return [place.tensor for place in found]
 
-    mirror = constant
+    def staging(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        found = aligned(shape, dtype)
+        if self.driver is not None:
+            found = self.driver.host_array(max(found.nbytes, 1))[: found.nbytes].view(dtype).reshape(shape)
+            found[...] = 0
+        return found
+
+    def mirror(self, array: Array) -> Any:
+        tensor = self.empty(array.shape, array.dtype)
+        self.refresh(tensor, array)
+        return tensor
 
     def refresh(self, tensor: Any, array: Array) -> None:
         self._move(as_tensor(array), tensor)
+
+    def send(self, tensor: Any, array: Array, begin: int, end: int) -> None:
+        if self.driver is None:
+            self.refresh(tensor, array)
+        else:
+            self.driver.copy_in(tensor.data_ptr() + begin * array.itemsize, array.reshape(-1)[begin:end], self.stream)
 
     def recall(self, tensor: Any, array: Array) -> None:
         self._move(tensor, tvm_ffi.from_dlpack(array))
 
     def zeros(self, shape: tuple[int, ...], dtype: str, first: Any | None) -> Any:
         self._calls.clear()  # what was recorded has the old addresses
+        self._aheads.clear()
         tensor = self.empty(shape, dtype)
         done = first.shape[0] if first is not None else 0
         row = int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
         if first is not None:
             self._move(first, self.view(tensor, (done, *shape[1:]), dtype, 0))
-        rest = self.view(tensor, (shape[0] - done, *shape[1:]), dtype, done * row)
-        self._move(as_tensor(aligned((shape[0] - done, *shape[1:]), dtype)), rest)
+        if self.driver is not None:
+            self.driver.clear(tensor.data_ptr() + done * row, (shape[0] - done) * row, self.stream)
+        else:
+            rest = self.view(tensor, (shape[0] - done, *shape[1:]), dtype, done * row)
+            self._move(as_tensor(aligned((shape[0] - done, *shape[1:]), dtype)), rest)
         return tensor
 
     def run(self, functions: Sequence[str], inputs: Sequence[Array], others: Sequence[Any]) -> NDArray[np.float32]:
@@ -201,6 +256,21 @@ class Gpu:
         if inputs[0].shape[0] > MOST_RECORDED:
             return Call(self, functions, inputs, others, few=False)(inputs)
         return latest(self._calls, key, lambda: Call(self, functions, inputs, others, few=True))(inputs)
+
+    def ahead(
+        self, function: str, order: Sequence[str], inputs: Mapping[str, Array], others: Sequence[Any], count: int
+    ) -> NDArray[np.float32]:
+        """Call a function, `best` and `ahead` of the library `count` times.
+
+        Args:
+            order: roles of the function's inputs, which `blocks` follow.
+            inputs: by role; and `turn`, int32 (0, rows that are wanted).
+
+        Returns:
+            float32 [count, R, 3]: what `best` found.
+        """
+        key = (function, *(array.shape for array in inputs.values()))
+        return latest(self._aheads, key, lambda: Ahead(self, function, order, inputs, others))(inputs, count)
 
     def call(self, function: str, *tensors: Any) -> Any:
         """Call a function of the library."""

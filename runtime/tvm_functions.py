@@ -9,10 +9,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from moec.runtime.executor import Step
-
-Arrays = dict[str, NDArray[np.int64]]
-"""The inputs of a call by role: `ids`, `positions` [T], `rows` [R] and `blocks` [NB, 4]."""
+Arrays = dict[str, NDArray[Any]]
+"""The inputs of a call by role: `ids`, `positions` [T], `rows` [R] and `blocks` [NB, 4], integers."""
 
 
 MOST = 64
@@ -44,14 +42,14 @@ def in_turn(call: Callable[..., Any], names: Sequence[str], arguments: Sequence[
     return found
 
 
-def chunks(steps: Sequence[Step], most: int) -> Iterator[list[Piece]]:
-    """Cut the steps into calls of at most `most` tokens."""
+def chunks(counts: Sequence[int], most: int) -> Iterator[list[Piece]]:
+    """Cut steps of so many tokens into calls of at most `most`."""
     pieces: list[Piece] = []
     room = most
-    for index, (_, tokens) in enumerate(steps):
+    for index, count in enumerate(counts):
         begin = 0
-        while begin < len(tokens):
-            end = min(begin + room, len(tokens))
+        while begin < count:
+            end = min(begin + room, count)
             pieces.append((index, begin, end))
             room -= end - begin
             begin = end
@@ -97,7 +95,7 @@ class Function:
             again = [[row, first + count + i, 1, position + count - 1] for i in range(more)]
             filled["ids"] = np.append(arrays["ids"], np.repeat(arrays["ids"][-1:], more))
             filled["positions"] = np.append(arrays["positions"], np.repeat(arrays["positions"][-1:], more))
-            filled["blocks"] = np.concatenate([arrays["blocks"], np.array(again)])
+            filled["blocks"] = np.concatenate([arrays["blocks"], np.array(again, arrays["blocks"].dtype)])
         if rows:
             filled["rows"] = np.append(arrays["rows"], np.repeat(arrays["rows"][-1:], rows))
         return filled

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from moec.runtime.artifact import Artifact
 from moec.runtime.counters import ExpertCounters
 from moec.runtime.errors import MoecError
-from moec.runtime.executor import Executor, Step
+from moec.runtime.executor import Executor, Step, repeated
 from moec.runtime.onnx_cache import Cache, CopiedCache, SharedCache
 from moec.runtime.sampler import Best
 
@@ -51,6 +51,7 @@ class OnnxExecutor:
     """A model in ONNX Runtime. See `Executor`."""
 
     counters: ExpertCounters | None = None  # ONNX Runtime's operators do not count
+    portion = 1
 
     def __init__(self, artifact: Artifact, threads: int | None, max_sequences: int) -> None:
         self.vocab_size, self.context_length = artifact.manifest.vocab_size, artifact.manifest.context_length
@@ -110,6 +111,10 @@ class OnnxExecutor:
     def best(self, steps: Sequence[Step]) -> Best:
         """Append tokens to sequences and return the likeliest next ones."""
         return Best.of(self.forward(steps))
+
+    def ahead(self, steps: Sequence[Step], count: int) -> Best:
+        """Append tokens and those that are found."""
+        return repeated(self, steps, count)
 
     def _step(self, handle: int, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """One token of one sequence: logits [1, V]."""

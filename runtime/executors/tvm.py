@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,14 +22,16 @@ from moec.runtime.artifact import Artifact
 from moec.runtime.counters import COUNTS, ExpertCounters
 from moec.runtime.cuda import Driver, load_with_cudart
 from moec.runtime.errors import MoecError
-from moec.runtime.executor import Step
+from moec.runtime.executor import Step, repeated
 from moec.runtime.ffi import tvm_ffi
 from moec.runtime.host import available_cores, physical_cores
 from moec.runtime.sampler import Best
 from moec.runtime.tvm_arrays import aligned
-from moec.runtime.tvm_device import Device, Gpu, Host
-from moec.runtime.tvm_functions import Arrays, Function, Functions, Piece, chunks
+from moec.runtime.tvm_call import MOST_AHEAD
+from moec.runtime.tvm_device import MOST_RECORDED, Device, Gpu, Host
+from moec.runtime.tvm_functions import Functions
 from moec.runtime.tvm_pages import Pages
+from moec.runtime.tvm_steps import BLOCK, Batch, Calls, Inputs
 
 RUNTIME = "libtvm_runtime.so"
 CUDA_RUNTIME = "libtvm_runtime_cuda.so"
@@ -39,11 +41,14 @@ _LOADER = "ffi.Module.load_from_bytes.relax.VMExecutable"
 CHUNK = 512
 """Tokens that one call computes at most, unless the library says otherwise: longer prompts are cut."""
 
-BLOCK = 16
-"""Tokens of a sequence that attention computes together."""
+PORTION = 8
+"""Steps that a GPU runs before the host sees their tokens: a tenth of what the host adds to one step, and a stream still flows."""
 
 LOGITS_BYTES = 1 << 26
 """Logits that one call may return."""
+
+
+Result = TypeVar("Result")
 
 
 def load_executor(artifact: Artifact, threads: int | None, max_sequences: int) -> TvmExecutor:
@@ -151,19 +156,17 @@ class TvmExecutor:
         layers = section.get("experts", ())
         counts = aligned((len(layers), COUNTS), np.int64)
         semaphores = int(section.get("semaphores", 0))
-        constants = [self.device.constant(array) for array in self._mapped]
+        constants = self.device.constants(self._mapped)
         counted = [self.device.mirror(row) for row in counts]
-        shared = [self.device.constant(aligned(semaphores, np.int32))] if semaphores else []
+        shared = self.device.constants([aligned(semaphores, np.int32)] if semaphores else [])
         self._weights = tvm_ffi.convert([*constants, *counted, *shared])
         self.counters = self._counters(layers, counts, counted) if layers else None
         self._inputs, self._finds_best = list(section["inputs"]), bool(section.get("best"))
-        self._functions, self._chunk = Functions(section["functions"]), int(section.get("chunk", CHUNK))
+        self._calls, self._chunk = Calls(Functions(section["functions"]), self.counters), int(section.get("chunk", CHUNK))
         cached, page = str(section.get("cache_dtype", "float32")), int(section["page_tokens"])
         self._pages = Pages(section["page_shapes"], page, max_sequences, context_length, self.device, cached)
-        # One token is the common case: its inputs are allocated once, and only their numbers change.
-        self._one = {"ids": aligned(1, np.int64), "positions": aligned(1, np.int64), "rows": aligned(1, np.int32)}
-        self._one_block = aligned((1, 4), np.int32)
-        self._one_inputs = [*(self._one[role] for role in self._inputs), self._one_block]
+        self._gpu = self.device if section.get("ahead") and isinstance(self.device, Gpu) else None
+        self.portion = PORTION if self._gpu is not None else 1
 
     def _counters(self, layers: Sequence[Mapping[str, Any]], counts: NDArray[np.int64], mirrors: Sequence[Any]) -> ExpertCounters:
         def each(act: Callable[[Any, NDArray[np.int64]], None]) -> None:
@@ -199,86 +202,55 @@ class TvmExecutor:
         """Append tokens to sequences and return the likeliest next ones, as `Executor.best` says."""
         return Best.found(self._forward(steps, False, ("best",))) if self._finds_best else Best.of(self.forward(steps))
 
+    def ahead(self, steps: Sequence[Step], count: int) -> Best:
+        """Append tokens and those that are found, as `Executor.ahead` says: on a GPU without the host, where each step is one token."""
+        few = 0 < len(steps) <= MOST_RECORDED and count <= MOST_AHEAD
+        if self._gpu is None or not few or any(len(tokens) != 1 for _, tokens in steps):
+            return repeated(self, steps, count)
+        gpu = self._gpu
+
+        def run(batch: Batch) -> Best:
+            function, inputs = self._calls.single(batch, count)
+            found = gpu.ahead(function, self._inputs, {**inputs, "turn": np.array([0, len(steps)], np.int32)}, self._others(), count)
+            best = Best.found(found[:, : len(steps)].reshape(-1, 3))
+            return Best(best.ids.reshape(count, -1), best.logprobs.reshape(count, -1))
+
+        return self._extended(steps, count - 1, run)
+
     def _forward(self, steps: Sequence[Step], all_logits: bool, then: tuple[str, ...]) -> NDArray[np.float32]:
         """Run the model, and `then` other functions on what it computes."""
-        steps = [(sequence, np.asarray(tokens, np.int64)) for sequence, tokens in steps]
-        self._check(steps)
+        width = 3 if then else self.vocab_size  # 3: of `best`
+
+        def run(batch: Batch) -> NDArray[np.float32]:
+            if batch.single and not all_logits and len(steps) <= self._chunk:
+                function, inputs = self._calls.single(batch)
+                return self._call((function, *then), inputs)[: len(steps)]
+            out, done = np.empty((len(batch.ids) if all_logits else len(steps), width), np.float32), 0
+            most = min(self._chunk, max(BLOCK, LOGITS_BYTES // (4 * self.vocab_size))) if all_logits else self._chunk
+            for function, inputs, wanted in self._calls.any(batch, most, all_logits):
+                out[done : done + wanted] = self._call((function, *then), inputs)[:wanted]
+                done += wanted
+            return out
+
+        return self._extended(steps, 0, run) if steps else np.empty((0, width), np.float32)
+
+    def _extended(self, steps: Sequence[Step], more: int, run: Callable[[Batch], Result]) -> Result:
+        """What `run` returns, with room in each sequence for its step and `more` tokens; where it fails, sequences are as before."""
+        batch = Batch.of(steps, self._pages, self.vocab_size, self.context_length, more)
         self._configure()
         self.device.prepare()
-        before = {sequence: self._pages.length(sequence) for sequence, _ in steps}
         try:
-            for sequence, tokens in steps:
-                self._pages.resize(sequence, before[sequence] + len(tokens))
-            if len(steps) == 1 and len(steps[0][1]) == 1:
-                return self._single(steps[0][0], int(steps[0][1][0]), before[steps[0][0]], then)
-            return self._run(steps, before, all_logits, then)
+            self._pages.set_lengths(batch.rows, batch.after(more))
+            return run(batch)
         except BaseException:
-            for sequence, length in before.items():
-                self._pages.resize(sequence, length)
+            self._pages.set_lengths(batch.rows, batch.before)
             raise
 
-    def _check(self, steps: Sequence[Step]) -> None:
-        if len({sequence for sequence, _ in steps}) != len(steps):
-            raise MoecError("forward: a sequence occurs twice in one call")
-        for sequence, tokens in steps:
-            if tokens.ndim != 1 or tokens.size == 0:
-                raise MoecError(f"forward: expected at least one token for each sequence, got the shape {list(tokens.shape)}")
-            if int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size:
-                bad = tokens[(tokens < 0) | (tokens >= self.vocab_size)][0]
-                raise MoecError(f"token id {bad} is not in the vocabulary of {self.vocab_size}")
-            if (total := self._pages.length(sequence) + len(tokens)) > self.context_length:
-                raise MoecError(f"a sequence of {total} tokens is longer than the context of {self.context_length}: shorten it")
+    def _call(self, functions: Sequence[str], inputs: Inputs) -> NDArray[np.float32]:
+        return self.device.run(functions, [*(inputs[role] for role in self._inputs), inputs["blocks"]], self._others())
 
-    def _single(self, sequence: int, token: int, position: int, then: tuple[str, ...]) -> NDArray[np.float32]:
-        self._one["ids"][0], self._one["positions"][0] = token, position
-        self._one_block[0] = (self._pages.row(sequence), 0, 1, position)
-        return self._call(("decode", *then), self._one_inputs)
-
-    def _call(self, functions: Sequence[str], inputs: Sequence[NDArray[np.generic]]) -> NDArray[np.float32]:
-        return self.device.run(functions, inputs, [self._pages.table(), *self._pages.pools, self._weights])
-
-    def _run(self, steps: Sequence[Step], before: Mapping[int, int], all_logits: bool, then: tuple[str, ...]) -> NDArray[np.float32]:
-        shape = sum(len(tokens) for _, tokens in steps) if all_logits else len(steps), 3 if then else self.vocab_size  # 3: of `best`
-        out, done = np.empty(shape, np.float32), 0
-        most = min(self._chunk, max(BLOCK, LOGITS_BYTES // (4 * self.vocab_size))) if all_logits else self._chunk
-        for pieces in chunks(steps, most):
-            arrays, wanted = self._stream(steps, before, pieces, all_logits)
-            function, arrays = self._filled(arrays)
-            inputs = [arrays[role].astype(np.int32 if role == "rows" else np.int64) for role in self._inputs]
-            out[done : done + wanted] = self._call((function.name, *then), [*inputs, arrays["blocks"].astype(np.int32)])[:wanted]
-            done += wanted
-        return out
-
-    def _filled(self, arrays: Arrays) -> tuple[Function, Arrays]:
-        """The function for a call, and its inputs filled up."""
-        sizes = len(arrays["ids"]), len(arrays["rows"])
-        function = self._functions.choose(*sizes, exact=self.counters is not None and not self.counters.can_leave_out)
-        if self.counters is not None:
-            self.counters.leave_out(*function.filling(*sizes))
-        return function, function.fill(arrays)
-
-    def _stream(
-        self, steps: Sequence[Step], before: Mapping[int, int], pieces: Sequence[Piece], all_logits: bool
-    ) -> tuple[dict[str, NDArray[np.int64]], int]:
-        """The inputs of one call by role, and how many rows of logits are wanted (one is computed where none is)."""
-        ids: list[NDArray[np.int64]] = []
-        positions: list[NDArray[np.int64]] = []
-        blocks: list[tuple[int, int, int, int]] = []
-        rows: list[int] = []
-        first = 0
-        for index, begin, end in pieces:
-            sequence, tokens = steps[index]
-            row, start, count = self._pages.row(sequence), before[sequence] + begin, end - begin
-            ids.append(tokens[begin:end])
-            positions.append(np.arange(start, start + count))
-            blocks += [(row, first + at, min(BLOCK, count - at), start + at) for at in range(0, count, BLOCK)]
-            first += count
-            if all_logits:
-                rows += range(first - count, first)
-            elif end == len(tokens):
-                rows.append(first - 1)
-        arrays = {"ids": np.concatenate(ids), "positions": np.concatenate(positions), "blocks": np.array(blocks)}
-        return {**arrays, "rows": np.array(rows or [0])}, len(rows)
+    def _others(self) -> list[Any]:
+        return [self._pages.table(), *self._pages.pools, self._weights]
 
     def _configure(self) -> None:
         """Set the number of threads: TVM has a pool for each thread that calls it."""

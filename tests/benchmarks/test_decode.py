@@ -26,6 +26,10 @@ def test_a_shape_without_weights_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     decode.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[2].strip() for line in lines[2:]] == ["1", "2"]
+    asked, ahead = list[int](), executor.ahead
+    monkeypatch.setattr(executor, "ahead", lambda steps, count: (asked.append(count), ahead(steps, count))[1])
+    assert decode.decode_speed(executor, 1, 8, 5, portion=3) > 0
+    assert asked == [3, 3, 3, 3, 3, 1, 3, 2]
     assert found["bytes_per_token"] > 0
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moec.runtime.artifact import open_artifact
 from moec.runtime.counters import ExpertCounters
 from moec.runtime.errors import MoecError
-from moec.runtime.executor import Step
+from moec.runtime.executor import Step, repeated
 from moec.runtime.manifest import MANIFEST, MANIFEST_DIGEST, manifest_digest
 from moec.runtime.sampler import Best
 from moec.runtime.session import Session
@@ -34,6 +34,8 @@ class MarkovExecutor:
         self.context_length = context_length
         self.sequences: dict[int, list[int]] = {}
         self.batches: list[int] = []
+        self.portion = 1
+        self.portions: list[int] = []
         self._next = 0
 
     def add(self) -> int:
@@ -62,6 +64,10 @@ class MarkovExecutor:
 
     def best(self, steps: Sequence[Step]) -> Best:
         return Best.of(self.forward(steps))
+
+    def ahead(self, steps: Sequence[Step], count: int) -> Best:
+        self.portions.append(count)
+        return repeated(self, steps, count)
 
 
 @lru_cache(maxsize=4)

@@ -11,7 +11,7 @@ from tvm import relax
 from tvm.ir import IRModule
 
 from moec.compiler.backends.tvm.lower import FunctionLowering, cache_types
-from moec.compiler.backends.tvm.platform import BEST, Functions, Platform
+from moec.compiler.backends.tvm.platform import AHEAD, BEST, Functions, Platform
 from moec.compiler.backends.tvm.storage import Storage
 from moec.compiler.ir import Graph
 
@@ -65,5 +65,5 @@ def build_library(
 ) -> dict[str, Any]:
     """Compile the graph and write the library; returns what the runtime has to know about it."""
     module = lower(graph, storage, platform, page_shapes)
-    best = any(function.name_hint == BEST for function in module.get_global_vars())
-    return {**platform.export(generate(module, platform), path), "best": best}
+    names = {function.name_hint for function in module.get_global_vars()}
+    return {**platform.export(generate(module, platform), path), "best": BEST in names, "ahead": AHEAD in names}

@@ -19,7 +19,7 @@ from moec.compiler.backends.tvm import fusions
 from moec.compiler.backends.tvm.cpu import link, runtime_library
 from moec.compiler.backends.tvm.cuda_choices import CHUNK, Choices, layer_of
 from moec.compiler.backends.tvm.fusion import Fusion
-from moec.compiler.backends.tvm.platform import BEST, Expr, Formats, Functions, count_of, static
+from moec.compiler.backends.tvm.platform import AHEAD, BEST, Expr, Formats, Functions, count_of, static
 from moec.compiler.backends.tvm.storage import experts_layout
 from moec.compiler.cuda_code import machine_code, need_cuda_compiler
 from moec.compiler.ir import Graph
@@ -29,6 +29,7 @@ from moec.targets import Target
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cpu.experts_layout import Factors
 from moec.targets.kernels.cuda import pipeline, plain
+from moec.targets.kernels.cuda.ahead import ahead_func
 from moec.targets.kernels.cuda.arrival import SEMAPHORES
 from moec.targets.kernels.cuda.attention import PAGE, STORED, attention, attention_step, page_shapes
 from moec.targets.kernels.cuda.best import best_func
@@ -224,6 +225,22 @@ class CudaPlatform:
             with bb.dataflow():
                 found = functions.call("best_rows", vocabulary, lambda: best_func(vocabulary, None), [logits], ([rows, 3], "float32"))
                 result = bb.emit_output(found[0])
+            bb.emit_func_output(result)
+        self._add_ahead(functions)
+
+    def _add_ahead(self, functions: Functions) -> None:
+        rows, tokens, steps = (tirx.Var(name, "int64") for name in "RTN")
+        types = {
+            "found": ([rows, 3], "float32"), "ids": ([tokens], "int64"), "positions": ([tokens], "int64"), "blocks": ([tokens, 4], "int32"),
+            "turn": ([2], "int32"), "history": ([steps, rows, 3], "float32"),
+        }  # fmt: skip
+        inputs = [relax.Var(name, relax.TensorType(*kind)) for name, kind in types.items()]
+        bb, kernel = functions.bb, functions.get("next_inputs", None, ahead_func)
+        with bb.function(AHEAD, inputs):
+            with bb.dataflow():
+                changed, places = [var.ty for var in inputs[1:]], list(range(1, len(inputs)))
+                found = bb.emit(relax.op.call_tir_inplace(kernel, relax.Tuple(inputs), places, changed))
+                result = bb.emit_output(relax.TupleGetItem(found, len(changed) - 1))
             bb.emit_func_output(result)
 
     def schedules(self) -> list[tvm.transform.Pass]:

@@ -27,6 +27,9 @@ Expr = Any
 BEST = "best"
 """The function that finds the likeliest tokens."""
 
+AHEAD = "ahead"
+"""The function that makes the inputs of the next step of what `BEST` found."""
+
 Arrays = Mapping[str, NDArray[np.generic]]
 Formats = str | tuple[str, ...]
 
@@ -200,7 +203,12 @@ class Platform(Protocol):
         ...
 
     def add_best(self, functions: Functions, vocabulary: int) -> None:
-        """Add a function `BEST`, from logits [R, V] to what `moec.runtime.sampler.Best.found` takes [R, 3], unless the host is as fast."""
+        """Add a function `BEST`, from logits [R, V] to what `moec.runtime.sampler.Best.found` takes [R, 3], unless the host is as fast.
+
+        And `AHEAD`, for which see `moec.runtime.tvm_call.Ahead`, where a call takes long to begin: from what `BEST` found, the streams
+        `ids`, `positions` [T] and `blocks` [T, 4] of one token of each sequence, `turn` int32 [2] and `history` [N, R, 3], which changes
+        like the streams and is the result.
+        """
         ...
 
     def schedules(self) -> list[tvm.transform.Pass]:

@@ -191,6 +191,26 @@ def test_8_bit_products_with_float_activations(target: str, terms: bool, tmp_pat
     assert error < (2e-4 if terms else 2e-6)
 
 
+@pytest.mark.parametrize("portable", [False, True])
+def test_steps_ahead_are_those_of_one_call_each(portable: bool, tmp_path: Path) -> None:
+    graph = quantized(wide_moe(), INT4)
+    model = build(graph, random_weights(graph), tmp_path, portable=portable)
+    executor, tokens = model.executor(), tokens_of(10)
+    one, other = executor.add(), executor.add()
+    found = executor.ahead([(one, tokens), (other, tokens[:4])], 3)
+    assert [executor.length(one), executor.length(other)] == [12, 6]
+    for index, length in enumerate((10, 4)):
+        handle, step = executor.add(), tokens[:length]
+        expected = []
+        for _ in range(3):
+            step = executor.best([(handle, step)]).ids
+            expected += step.tolist()
+        assert found.ids[:, index].tolist() == expected
+    with pytest.raises(MoecError, match="more than the context"):
+        executor.ahead([(one, tokens[:1])], 64)
+    assert executor.length(one) == 12
+
+
 def test_gpus_and_bidirectional_attention_are_refused() -> None:
     with pytest.raises(MoecError, match="h100-sxm: the onnx backend writes models for CPUs"):
         OnnxBackend(moe(), get_target("h100-sxm"))

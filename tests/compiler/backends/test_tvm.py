@@ -215,6 +215,23 @@ def test_errors_leave_sequences_as_they_were(small: Compiled) -> None:
         small.executor.length(sequence)
 
 
+def test_steps_ahead_are_those_of_one_call_each(small: Compiled) -> None:
+    executor, ids = small.executor, random_ids(small, 12, seed=4)
+    assert executor.portion == 1  # the processor has nothing to gain
+    first, second, third = (executor.add() for _ in range(3))
+    found = executor.ahead([(first, ids), (second, ids[:3])], 4)
+    assert [executor.length(first), executor.length(second)] == [12 + 3, 3 + 3]
+    for index, length in enumerate((12, 3)):
+        text = np.append(ids[:length], found.ids[:, index])
+        np.testing.assert_array_equal(small.expected(text)[length - 1 : -1].argmax(-1), found.ids[:, index])
+    executor.forward([(third, random_ids(small, 60))])
+    with pytest.raises(MoecError, match="a sequence of 65 tokens is longer than the context of 64"):
+        executor.ahead([(first, ids[:1]), (third, ids[:1])], 6)
+    assert [executor.length(first), executor.length(third)] == [15, 60]
+    for handle in (first, second, third):
+        executor.remove(handle)
+
+
 def test_not_more_sequences_than_agreed(small: Compiled) -> None:
     handles = [small.executor.add() for _ in range(8)]
     with pytest.raises(MoecError, match="all 8 sequences are in use"):

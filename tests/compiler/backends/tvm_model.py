@@ -34,7 +34,7 @@ class Compiled:
         self, graph: Graph, weights: WeightSource, folder: Path, target: str = "cpu", device: Device | None = None,
         sizes: Sequence[int] = (),
     ) -> None:  # fmt: skip
-        self.backend = TvmBackend(graph, get_target(target))
+        self.folder, self.backend = folder, TvmBackend(graph, get_target(target))
         if sizes:
             every = self.backend.platform.functions(self.backend.graph)
             taken = dict.fromkeys(next(f for f in every if f.most is None or size <= f.most) for size in sizes)
