@@ -22,45 +22,49 @@ pytestmark = needs_emulator
 def check(spec: ProjectionsSpec, seed: int = 0) -> None:
     """Run a kernel on random numbers, and compare all that it writes."""
     rng = np.random.default_rng(seed)
-    norm, k = spec.norm, spec.k
-    row, inputs, results = row_of(norm, k, rng)
+    norm, k, tokens = spec.norm, spec.k, spec.tokens
+    rows, inputs, results = rows_of(norm, k, tokens, rng)
     arrays: list[NDArray[Any]] = []
-    biases, expected, outputs = [], [], [(1, k)] * len(results)
+    biases, expected, outputs = [], [], [(tokens, k)] * len(results)
     for matrix in spec.matrices:
         parts, weight = packed(matrix.layout, rng)
         arrays += parts.values()
         bias = rng.standard_normal(matrix.layout.n).astype(np.float32)
         biases += [bias] if matrix.bias else []
-        expected.append((weight @ row + (bias if matrix.bias else 0))[None])
-        outputs.append((1, matrix.layout.n))
+        expected.append(rows @ weight.T + (bias if matrix.bias else 0))
+        outputs.append((tokens, matrix.layout.n))
     if spec.written:
-        results.append(row[None])
-        outputs.insert(len(results) - 1, (1, k))
+        results.append(rows)
+        outputs.insert(len(results) - 1, (tokens, k))
     found = CudaKernel(projections_func(spec))(*inputs, *arrays, *biases, outputs=[(shape, "float32") for shape in outputs])
     for got, wanted in zip(found, [*results, *expected], strict=True):
-        assert np.linalg.norm(got - wanted) < 2e-5 * np.linalg.norm(wanted)
+        for token in range(tokens):
+            assert np.linalg.norm(got[token] - wanted[token]) < 2e-5 * np.linalg.norm(wanted[token])
 
 
-def row_of(norm: NormSpec | None, k: int, rng: np.random.Generator) -> tuple[NDArray[Any], list[NDArray[Any]], list[NDArray[Any]]]:
-    """The row that is multiplied, the kernel's inputs up to the weights, and its first results."""
-    x = (rng.standard_normal((1, k)) * 3 + 1).astype(np.float32)
+def rows_of(
+    norm: NormSpec | None, k: int, tokens: int, rng: np.random.Generator
+) -> tuple[NDArray[Any], list[NDArray[Any]], list[NDArray[Any]]]:
+    """The rows that are multiplied, the kernel's inputs up to the weights, and its first results. Tokens differ in magnitude."""
+    size = 10.0 ** rng.permutation(np.arange(tokens) - tokens // 2)[:, None]
+    x = ((rng.standard_normal((tokens, k)) * 3 + 1) * size).astype(np.float32)
     if norm is None:
-        return x[0].astype(np.float64), [x], []
-    inputs, results, row = [x], [], x[0].astype(np.float64)
+        return x.astype(np.float64), [x], []
+    inputs, results, rows = [x], [], x.astype(np.float64)
     if norm.residual:
-        inputs.append(rng.standard_normal((1, k)).astype(np.float32))
-        row = row + inputs[-1][0]
-        results.append(row[None])
+        inputs.append((rng.standard_normal((tokens, k)) * size).astype(np.float32))
+        rows = rows + inputs[-1]
+        results.append(rows)
     if norm.center:
-        row = row - row.mean()
-    row = row / np.sqrt((row**2).mean() + norm.eps)
+        rows = rows - rows.mean(1, keepdims=True)
+    rows = rows / np.sqrt((rows**2).mean(1, keepdims=True) + norm.eps)
     if norm.weight:
         inputs.append(rng.standard_normal(k).astype(np.float32))
-        row = row * (inputs[-1] + norm.offset)
+        rows = rows * (inputs[-1] + norm.offset)
     if norm.bias:
         inputs.append(rng.standard_normal(k).astype(np.float32))
-        row = row + inputs[-1]
-    return row, inputs, results
+        rows = rows + inputs[-1]
+    return rows, inputs, results
 
 
 @pytest.mark.parametrize(
