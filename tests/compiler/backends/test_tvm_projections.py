@@ -158,8 +158,7 @@ def test_what_suits_a_gpu(target: str, tokens: int) -> None:
     assert [suits(t) for t in (1, 2, 4, 8)] == [t <= tokens for t in (1, 2, 4, 8)]
     assert suits(1, 1 << 16)
     assert not suits(8, 1 << 14)
-    assert suits(1, rows=1 << 16)
-    assert not suits(2, rows=1 << 16)
+    assert [suits(t, rows=1 << 16) for t in (1, 2, 4, 8)] == [True, True, False, False]
 
 
 @needs_emulator
