@@ -17,7 +17,7 @@ from tvm.target import Target as TvmTarget
 
 from moec.compiler.backends.tvm import fusions
 from moec.compiler.backends.tvm.cpu import link, runtime_library
-from moec.compiler.backends.tvm.cuda_choices import CHUNK, Choices, layer_of
+from moec.compiler.backends.tvm.cuda_choices import CHUNK, FEW, Choices, layer_of
 from moec.compiler.backends.tvm.fusion import Fusion
 from moec.compiler.backends.tvm.platform import BEST, Expr, Formats, Functions, count_of, static
 from moec.compiler.backends.tvm.storage import experts_layout
@@ -215,7 +215,7 @@ class CudaPlatform:
         return page_shapes(spec)
 
     def fusions(self, graph: Graph, storage: Mapping[str, Any], tokens: int | None) -> Sequence[Fusion]:
-        return fusions.match(graph, storage, self.gpu) if tokens == 1 else ()
+        return fusions.match(graph, storage, self.gpu, tokens) if tokens in (1, *FEW) else ()
 
     def add_best(self, functions: Functions, vocabulary: int) -> None:
         rows, bb = tirx.Var("R", "int64"), functions.bb

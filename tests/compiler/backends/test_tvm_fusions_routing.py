@@ -43,7 +43,7 @@ def model(norm: str = NORM, router: str = "%logits", attrs: str = 'score="softma
 def matched(graph: Graph) -> list[list[str]]:
     """The nodes of each match."""
     platform = CudaPlatform(get_target("h100-sxm"))
-    return [[node.name for node in found.nodes] for found in routing.match(graph, plan_storage(graph, platform), platform.gpu)]
+    return [[node.name for node in found.nodes] for found in routing.match(graph, plan_storage(graph, platform), platform.gpu, 1)]
 
 
 def test_what_is_matched() -> None:

@@ -36,7 +36,7 @@ graph block {layers=1, context_length=64, vocab_size=40} {
 
 def found_in(graph: Graph) -> list[Projections]:
     platform = CudaPlatform(get_target("h100-sxm"))
-    return match(graph, plan_storage(graph, platform), platform.gpu)
+    return match(graph, plan_storage(graph, platform), platform.gpu, 1)
 
 
 def found() -> list[Projections]:

@@ -65,8 +65,10 @@ class RoutingStep:
         return first.inputs if first is self.addition else first.inputs[:1]
 
 
-def match(graph: Graph, storage: Mapping[str, Any], gpu: Gpu) -> list[RoutingStep]:
-    """Every router that follows a linear layer."""
+def match(graph: Graph, storage: Mapping[str, Any], gpu: Gpu, tokens: int) -> list[RoutingStep]:
+    """Every router that follows a linear layer, for one token."""
+    if tokens != 1:
+        return []
     return [found for node in graph.nodes if node.op == "router" and (found := _step(graph, storage, node, gpu)) is not None]
 
 
