@@ -174,6 +174,7 @@ class ProjectionsKernel:
                 matrices.begin(part - first, thread, row)
                 grid_wait()
                 grid_launch()
+                row.read()
                 row.stage(part)
                 matrices.multiply(row, partial)
                 sync()

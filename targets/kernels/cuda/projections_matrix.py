@@ -10,8 +10,8 @@ from tvm.tirx.script import builder as T
 from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, when
 from moec.targets.kernels.cuda.intrinsics import call
 from moec.targets.kernels.cuda.layout import FragmentLayout, ceil_div
-from moec.targets.kernels.cuda.projections_product import Activations, Bfloat16, FixedPoint, Part, clear
-from moec.targets.kernels.cuda.projections_row import Row
+from moec.targets.kernels.cuda.projections_product import Activations, Bfloat16, FixedPoint, Part, Products, clear
+from moec.targets.kernels.cuda.projections_row import StagedRow
 from moec.targets.kernels.cuda.stored import FIRST, Stored
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Matrices:
         """The parts of a round: (tile, block), those first that have the same activations."""
         return [(tile, block) for block in range(self._deep) for tile in range(self._wide)]
 
-    def begin(self, part: Expr, thread: Expr, row: Row) -> None:
+    def begin(self, part: Expr, thread: Expr, row: StagedRow) -> None:
         """Ask for the first weights of a block of threads, number `part` of those that these matrices have, and for the row's."""
         spec = self.spec
         self._choose(part)
@@ -131,10 +131,9 @@ class Matrices:
                 for half, zero in enumerate(self._weights.zeros(FIRST, tile, block, self._lane, group)):
                     store(self._zeros, zero, 2 * (slot * self._groups + group) + half)
 
-    def multiply(self, row: Row, partial: Buffer) -> None:
+    def multiply(self, row: StagedRow, partial: Buffer) -> None:
         """partial[split, row] = the products with the staged row."""
-        kind = FixedPoint if self._layout.integer is not None else Bfloat16
-        self._products = kind(self._layout, row, self._lane)
+        self._products = self._products_with(row)
         held = {block: self._activations(block, 0) for block in range(self._deep)} if self._held else None
         sums = local(2 * self._wide, "float32")
         if self._rounds == 1:
@@ -142,6 +141,10 @@ class Matrices:
             return
         with T.serial(self._rounds) as turn:
             self._round(turn, sums, partial, held)
+
+    def _products_with(self, row: StagedRow) -> Products:
+        """The kind of products that the format has."""
+        return (FixedPoint if self._layout.integer is not None else Bfloat16)(self._layout, row, self._lane)
 
     def _activations(self, block: int, turn: Expr) -> Activations:
         """The B fragments of a block of columns of a round."""
@@ -176,12 +179,16 @@ class Matrices:
         for tile in range(self._wide):
             place = T.Bind(turn // self._turns * self._wide + tile)
             totals = [self._products.total(sums[2 * tile + half]) for half in range(2)]
-            wanted = self._lane % 4 == 0
+            wanted, first = self._keeps()
             if self._rounds > 1 and self.spec.tiles % self._wide:
                 wanted = T.And(wanted, place < self.spec.tiles)
             with when(wanted):
                 for half in range(2):
-                    store(partial, totals[half], self._split, (self._own + place) * 16 + half * 8 + self._lane // 4)
+                    store(partial, totals[half], self._split, first + (self._own + place) * 16 + half * 8 + self._lane // 4)
+
+    def _keeps(self) -> tuple[Expr, Expr]:
+        """Whether a lane has sums that count, and where its token's begin."""
+        return self._lane % 4 == 0, 0
 
     def _row(self, i: int) -> tuple[Expr, Expr]:
         """The i-th output of a thread: which of the block's, and the row of the matrix."""

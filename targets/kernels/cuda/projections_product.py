@@ -13,7 +13,7 @@ from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store
 from moec.targets.kernels.cuda.intrinsics import mma, widen
 from moec.targets.kernels.cuda.layout import COLUMN_WORDS, FragmentLayout
 from moec.targets.kernels.cuda.loads import read_words
-from moec.targets.kernels.cuda.projections_row import BF16_TERMS, Row
+from moec.targets.kernels.cuda.projections_row import BF16_TERMS, StagedRow
 from moec.targets.kernels.cuda.stream import STEPS
 from moec.targets.kernels.cuda.warp import warp_down
 
@@ -55,7 +55,7 @@ def clear(buffer: Buffer, count: int) -> None:
 class Bfloat16:
     """Weights of bfloat16, or fp8 as such; the two terms of the row are the first two columns of B."""
 
-    def __init__(self, layout: FragmentLayout, row: Row, lane: Expr) -> None:
+    def __init__(self, layout: FragmentLayout, row: StagedRow, lane: Expr) -> None:
         self._layout, self._row = layout, row
         self._from = T.Bind(T.min(lane // 4, BF16_TERMS - 1) * COLUMN_WORDS + lane % 4 * 4)
 
@@ -101,7 +101,7 @@ class _Staged(NamedTuple):
 class FixedPoint:
     """Integer codes; the three bytes of the row are the first three columns of B, so that lanes t = 0 and 1 have them."""
 
-    def __init__(self, layout: FragmentLayout, row: Row, lane: Expr) -> None:
+    def __init__(self, layout: FragmentLayout, row: StagedRow, lane: Expr) -> None:
         assert layout.integer is not None
         self._layout, self._row, self._bits = layout, row, layout.integer.bits
         self._middle = const(layout.integer.levels // 2, "int32")

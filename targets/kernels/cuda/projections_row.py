@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tvm.tirx.script import builder as T
 
@@ -26,18 +26,38 @@ def staged_words(layout: FragmentLayout) -> int:
     return BF16_TERMS * COLUMN_WORDS if layout.integer is None else fixed_point.WORDS
 
 
+class StagedRow(Protocol):
+    """What products need of a row, or of rows of several tokens."""
+
+    def begin(self, layout: FragmentLayout, thread: Expr, start: Expr, stop: Expr) -> None:
+        """Ask for what no kernel writes."""
+        ...
+
+    def place(self, block: Expr) -> Expr:
+        """Where the warp's block number `block` is staged."""
+        ...
+
+    @property
+    def staged(self) -> Buffer:
+        """The staged blocks."""
+        ...
+
+
 class Row:
     """A warp's columns in registers, two pairs of neighbours of each block of 128 in each lane, and staged in shared memory.
 
     Args:
         x, residual, weight, bias, total, normal: the kernel's parameters.
+        token: which row of these.
 
     Attributes:
         factor: what products of the staged row are to be multiplied with, after `finish`; None for 1.
     """
 
-    def __init__(self, spec: ProjectionsSpec, x: Any, residual: Any, weight: Any, bias: Any, total: Any, normal: Any) -> None:
-        self.spec, self.norm = spec, spec.norm
+    def __init__(
+        self, spec: ProjectionsSpec, x: Any, residual: Any, weight: Any, bias: Any, total: Any, normal: Any, token: Expr = 0
+    ) -> None:  # fmt: skip
+        self.spec, self.norm, self._token = spec, spec.norm, token
         self._x, self._residual, self._weight, self._bias, self._total, self._normal = x, residual, weight, bias, total, normal
         self._share = ceil_div(spec.blocks, spec.splits)
         self._words = max(staged_words(matrix.layout) for matrix in spec.matrices)
@@ -50,7 +70,16 @@ class Row:
 
     def take(self, memory: Shared) -> None:
         """Take memory of the block."""
-        self._staged = memory.take((self.spec.warps * self._share * self._words,), "uint32")
+        self.take_part(memory, memory.take((self.size,), "uint32"), 0)
+
+    @property
+    def size(self) -> int:
+        """Words of all that is staged."""
+        return self.spec.warps * self._share * self._words
+
+    def take_part(self, memory: Shared, staged: Buffer, first: int) -> None:
+        """Take memory of the block, of which what is staged has a place already, from `first` on."""
+        self._staged, self._first = staged, first
         self._parts = [memory.take((WARP,), "float32") for _ in range(2)]
 
     def begin(self, layout: FragmentLayout, thread: Expr, start: Expr, stop: Expr) -> None:
@@ -72,6 +101,12 @@ class Row:
         self._biases = None if self._bias is None else self._load(self._bias)
         self.factor: Expr | None = None
 
+    def follow(self, other: Row) -> None:
+        """Have what another token's row has asked for in `begin`."""
+        self._layout, self._start, self._stop, self._columns = other._layout, other._start, other._stop, other._columns
+        self._warp, self._lane, self._weights, self._biases = other._warp, other._lane, other._weights, other._biases
+        self.factor = None
+
     def _each(self, act: Callable[[int, Expr], None]) -> None:
         """Act on a lane's pairs: (number, first column)."""
         spec = self.spec
@@ -88,7 +123,7 @@ class Row:
                     with when(wanted):
                         act(2 * block + i, column)
 
-    def _load(self, buffer: Buffer, *lead: int) -> Buffer:
+    def _load(self, buffer: Buffer, *lead: Expr) -> Buffer:
         """A lane's pairs of an array; zeros where there are none."""
         found = local(4 * self._share, "float32")
         for i in range(4 * self._share):
@@ -101,18 +136,22 @@ class Row:
 
         def write(i: int, column: Expr) -> None:
             for j in range(2):
-                store(buffer, value(2 * i + j), 0, column + j)
+                store(buffer, value(2 * i + j), self._token, column + j)
 
         with when(T.And(part == 0, self._warp < self.spec.splits)):
             self._each(write)
 
+    def read(self) -> None:
+        """Ask for the row."""
+        self._values = self._load(self._x, self._token)
+        self._added = None if self._residual is None else self._load(self._residual, self._token)
+
     def stage(self, part: Expr) -> None:
-        """Read, normalise and stage the row; with a mean or a bias threads wait for all others."""
-        self._values = values = self._load(self._x, 0)
-        if self._residual is not None:
-            added = self._load(self._residual, 0)
+        """Normalise and stage the row; with a mean or a bias threads wait for all others."""
+        values = self._values
+        if self._added is not None:
             for i in range(4 * self._share):
-                store(values, values[i] + added[i], i)
+                store(values, values[i] + self._added[i], i)
             self._save(self._total, part, lambda i: values[i])
         if self.norm is not None:
             self._normalise(self.norm.center, self.norm.size)
@@ -161,7 +200,7 @@ class Row:
 
     def place(self, block: Expr) -> Expr:
         """Where the warp's block number `block` is staged."""
-        return (self._warp * self._share + block) * self._words
+        return self._first + (self._warp * self._share + block) * self._words
 
     @property
     def staged(self) -> Buffer:

@@ -15,7 +15,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.arrival import SEMAPHORES, last_warp
-from moec.targets.kernels.cuda.emit import WARP, Expr, argument, store, when
+from moec.targets.kernels.cuda.emit import WARP, Buffer, Expr, argument, store, when
 from moec.targets.kernels.cuda.layout import ceil_div
 from moec.targets.kernels.cuda.projections import Projection, ProjectionsKernel, ProjectionsSpec
 from moec.targets.kernels.cuda.router import Router
@@ -26,6 +26,10 @@ from moec.targets.kernels.specs import NormSpec, RouterSpec, SkipSpec
 MOST_BYTES = 256  # of weights that a lane has under way: 64 registers of the 128 that 16 warps leave it
 
 
+MOST_TOGETHER = 4  # tokens of a block: two terms of each are the 8 columns of a product
+MOST_BLOCKS = 4  # blocks of 128 columns of all tokens of a warp: 16 registers, and as many for what is added
+
+
 @dataclass(frozen=True)
 class RoutingSpec:
     """The kernel of a layer.
@@ -33,22 +37,51 @@ class RoutingSpec:
     Args:
         product: the row's part and the product with the router's weights.
         router, skip: what becomes of the logits; `skip` has no counts.
+        tokens: T, None for any number up to `SEMAPHORES`.
+        together: tokens of a block of threads, of several (`routing_tokens`).
     """
 
     product: ProjectionsSpec
     router: RouterSpec
     skip: SkipSpec | None = None
+    tokens: int | None = 1
+    together: int = 1
+
+    def __post_init__(self) -> None:
+        assert 1 <= self.together <= self.most_together, self
+
+    @property
+    def most_together(self) -> int:
+        """Tokens of a block at most: a warp finishes each; in fixed point a token's columns are those of one product."""
+        if self.product.matrices[0].layout.integer is not None:
+            return 1
+        return min(MOST_TOGETHER, self.product.warps)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of threads that a token's experts have."""
+        return self.product.blocks_of(0)
 
     @classmethod
     def of(
         cls, gate: Projection, multiprocessors: int, norm: NormSpec | None, router: RouterSpec, skip: SkipSpec | None = None,
-        written: bool = True,
+        written: bool = True, tokens: int | None = 1, most: int = 1,
     ) -> RoutingSpec:  # fmt: skip
-        """The kernel with options that suit the shapes: all of a block's weights are under way, if they are not too many."""
+        """The kernel with options that suit the shapes: all of a block's weights are under way, if they are not too many.
+
+        Args:
+            most: the most tokens, where T is any number.
+        """
         product = ProjectionsSpec.of([gate], multiprocessors, norm, written and norm is not None)
         assert product.outputs <= WARP
-        lane_bytes = ceil_div(gate.layout.blocks, product.splits) * gate.layout.block_words // 8
-        return cls(replace(product, unroll=min(lane_bytes, MOST_BYTES)), router, skip)
+        share = ceil_div(gate.layout.blocks, product.splits)
+        lane_bytes = share * gate.layout.block_words // 8
+        found = cls(replace(product, unroll=min(lane_bytes, MOST_BYTES)), router, skip, tokens)
+        # A token alone in its blocks waits for the fewest numbers; more tokens than blocks fit at a time share the weights.
+        together, limit = 1, min(found.most_together, MOST_BLOCKS // share)
+        while 2 * together <= limit and found.blocks * ceil_div(tokens or most, together) > multiprocessors:
+            together *= 2
+        return replace(found, together=together)
 
 
 class _RoutingStep(ProjectionsKernel):
@@ -71,20 +104,27 @@ class _RoutingStep(ProjectionsKernel):
                 self._choose(thread)
 
     def _choose(self, lane: Expr) -> None:
-        """What one warp does with the logits."""
-        weight, which = self._router.run(lambda i: self.outs[0][0, i], self._bias, lane)
-        if self._step.skip is None:
-            with when(lane < self._step.router.top_k):
-                store(self._weights, weight, 0, lane)
-                store(self._ids, T.cast(which, "int64"), 0, lane)
-            return
-        slots = range(self._step.router.top_k)
-        ids = [T.Bind(T.cast(warp_from(which, k, "int32"), "int64")) for k in slots]
-        found = skip_slots(self._step.skip, [warp_from(weight, k, "float32") for k in slots], ids)
-        with when(lane == 0):
-            for k in slots:
-                store(self._weights, found[0][k], 0, k)
-                store(self._ids, found[1][k], 0, k)
+        choose(self._step, self._router, self.outs[0], self._bias, (self._weights, self._ids), 0, lane)
+
+
+def choose(
+    spec: RoutingSpec, router: Router, logits: Buffer, bias: Buffer | None, outs: tuple[Buffer, Buffer], token: Expr, lane: Expr
+) -> None:  # fmt: skip
+    """Write the weights and ids of a token, of which a warp sees all logits [T, E]."""
+    weights, ids = outs
+    weight, which = router.run(lambda i: logits[token, i], bias, lane)
+    if spec.skip is None:
+        with when(lane < spec.router.top_k):
+            store(weights, weight, token, lane)
+            store(ids, T.cast(which, "int64"), token, lane)
+        return
+    slots = range(spec.router.top_k)
+    own = [T.Bind(T.cast(warp_from(which, k, "int32"), "int64")) for k in slots]
+    found = skip_slots(spec.skip, [warp_from(weight, k, "float32") for k in slots], own)
+    with when(lane == 0):
+        for k in slots:
+            store(weights, found[0][k], token, k)
+            store(ids, found[1][k], token, k)
 
 
 def routing_step_func(spec: RoutingSpec) -> tirx.PrimFunc:
