@@ -24,6 +24,7 @@ from moec.compiler.ir import Dim, Graph, Node, TensorType
 from moec.compiler.ops import OPS
 from moec.compiler.text import print_node
 from moec.runtime.counters import COUNTS
+from moec.runtime.tvm_functions import Function
 
 Expr = Any
 
@@ -57,17 +58,17 @@ class FunctionLowering:
 
     def __init__(
         self, graph: Graph, storage: Mapping[str, Storage], platform: Platform, kernels: Kernels, bb: relax.BlockBuilder,
-        counts: tuple[int | None, int | None],
+        function: Function,
     ) -> None:  # fmt: skip
         self.graph, self.storage, self.platform, self.kernels, self.bb = graph, storage, platform, kernels, bb
-        self.tokens, self.rows = counts
-        self.sizes = Sizes(*counts)
+        self.tokens, self.rows = function.tokens, function.rows
+        self.sizes = Sizes(self.tokens, self.rows)
         self._flat: dict[str, Expr] = {}
         self._full: dict[str, Expr] = {}
         self._weights: dict[tuple[str, str], Expr] = {}
         self._semaphores: Expr | None = None
         self._counted = 0
-        fusions = platform.fusions(graph, storage, self.tokens)
+        fusions = platform.fusions(graph, storage, function)
         self._fused: dict[str, Fusion] = {value.name: f for f in fusions for node in f.nodes for value in node.outputs}
 
     def build(self, name: str, cache_types: Sequence[relax.TensorType]) -> None:

@@ -27,6 +27,7 @@ MOST_BYTES = 256  # of weights that a lane has under way: 64 registers of the 12
 
 
 MOST_TOGETHER = 4  # tokens of a block: two terms of each are the 8 columns of a product
+MOST_TURNS = 2  # blocks of threads for each multiprocessor
 MOST_BLOCKS = 4  # blocks of 128 columns of all tokens of a warp: 16 registers, and as many for what is added
 
 
@@ -61,6 +62,10 @@ class RoutingSpec:
     def blocks(self) -> int:
         """Blocks of threads that a token's experts have."""
         return self.product.blocks_of(0)
+
+    def takes(self, most: int, multiprocessors: int) -> bool:
+        """Whether so many tokens run at once or in one turn more; other kernels, which read weights less often, should have more."""
+        return most == 1 or (most <= SEMAPHORES and self.blocks * ceil_div(most, self.together) <= MOST_TURNS * multiprocessors)
 
     @classmethod
     def of(
