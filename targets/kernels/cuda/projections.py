@@ -32,6 +32,7 @@ from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import ROWS, FragmentLayout, ceil_div
 from moec.targets.kernels.cuda.projections_matrix import Matrices
 from moec.targets.kernels.cuda.projections_row import Row
+from moec.targets.kernels.cuda.warp import sync_warp
 from moec.targets.kernels.specs import NormSpec
 
 MOST_WARPS = 16
@@ -175,7 +176,10 @@ class ProjectionsKernel:
                 grid_wait()
                 grid_launch()
                 row.read()
-                row.stage(part)
+                row.add(part)
+                row.normalise()
+                row.stage()
+                sync_warp()
                 matrices.multiply(row, partial)
                 sync()
                 row.finish()

@@ -13,7 +13,7 @@ from moec.targets.kernels.cuda.intrinsics import term
 from moec.targets.kernels.cuda.layout import BLOCK, COLUMN_WORDS, FragmentLayout, ceil_div
 from moec.targets.kernels.cuda.loads import load_pair
 from moec.targets.kernels.cuda.stream import in_order
-from moec.targets.kernels.cuda.warp import sync_warp, warp_sum
+from moec.targets.kernels.cuda.warp import warp_sum
 
 if TYPE_CHECKING:
     from moec.targets.kernels.cuda.projections import ProjectionsSpec
@@ -146,25 +146,23 @@ class Row:
         self._values = self._load(self._x, self._token)
         self._added = None if self._residual is None else self._load(self._residual, self._token)
 
-    def stage(self, part: Expr) -> None:
-        """Normalise and stage the row; with a mean or a bias threads wait for all others."""
+    def add(self, part: Expr) -> None:
+        """Add what is added, and write the sum."""
         values = self._values
         if self._added is not None:
             for i in range(4 * self._share):
                 store(values, values[i] + self._added[i], i)
             self._save(self._total, part, lambda i: values[i])
-        if self.norm is not None:
-            self._normalise(self.norm.center, self.norm.size)
-        self._stage()
 
-    def _normalise(self, center: bool, size: int) -> None:
-        """Leave out only the division by the length, which comes later, unless there is a bias."""
+    def normalise(self) -> None:
+        """Leave out only the division by the length, which comes later, unless there is a bias: then threads wait, as with a mean."""
         values, norm = self._values, self.norm
-        assert norm is not None
-        if center:
+        if norm is None:
+            return
+        if norm.center:
             self._add_up(values[0], lambda i: values[i], 0)
             sync()
-            mean = T.Bind(self._whole(0) * T.float32(1 / size))
+            mean = T.Bind(self._whole(0) * T.float32(1 / norm.size))
 
             def subtract(i: int, _: Expr) -> None:
                 for j in (2 * i, 2 * i + 1):
@@ -207,7 +205,8 @@ class Row:
         """The staged blocks."""
         return self._staged
 
-    def _stage(self) -> None:
+    def stage(self) -> None:
+        """Write the row into shared memory, which the warp sees after a `sync_warp`."""
         for block in range(self._share):
             place = T.Bind(self.place(block))
             if self._layout.integer is not None:
@@ -219,7 +218,6 @@ class Row:
                 for index in range(BF16_TERMS):
                     both = term(self._values[4 * block + 2 * i], self._values[4 * block + 2 * i + 1], index)
                     store(self._staged, both, place + index * COLUMN_WORDS + to)
-        sync_warp()
 
     def finish(self) -> None:
         """After a barrier: `factor`."""

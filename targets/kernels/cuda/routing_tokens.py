@@ -21,6 +21,7 @@ from moec.targets.kernels.cuda.projections_product import Bfloat16, Products
 from moec.targets.kernels.cuda.projections_row import BF16_TERMS, Row, StagedRow
 from moec.targets.kernels.cuda.router import Router
 from moec.targets.kernels.cuda.routing_step import RoutingSpec, choose
+from moec.targets.kernels.cuda.warp import sync_warp
 
 
 class _Rows:
@@ -50,7 +51,12 @@ class _Rows:
         for row in self.rows:  # all loads in front of all stores, which would hold them up
             row.read()
         for i, row in enumerate(self.rows):
-            row.stage(part - i % blocks)
+            row.add(part - i % blocks)
+        for row in self.rows:
+            row.normalise()
+        for row in self.rows:
+            row.stage()
+        sync_warp()
 
     def factor(self, own: Expr) -> Expr | None:
         """After a barrier: what products of the staged row number `own` are to be multiplied with."""
@@ -161,7 +167,7 @@ class _RoutingTokens:
         """Compute all results."""
         spec, product, matrix, n = self.spec, self.spec.product, self.matrix, self.spec.together
         first, end = T.Bind(turn * n), count if isinstance(count, int) else T.Bind(T.cast(count, "int32"))
-        # Past the end it is the last token again, whose numbers a thread writes twice.
+        # Past the end it is the last token again, whose rows are written twice, with the same numbers.
         tokens = [first] if n == 1 else [T.Bind(T.min(first + i, end - 1)) for i in range(n)]
         rows = _Rows([Row(product, *self.row_arguments, token) for token in tokens])
         rows.take(memory)
