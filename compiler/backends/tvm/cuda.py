@@ -40,6 +40,7 @@ from moec.targets.kernels.cuda.layout import FragmentLayout
 from moec.targets.kernels.cuda.linear import few_tokens, linear
 from moec.targets.kernels.cuda.norm import norm_func
 from moec.targets.kernels.cuda.projections import Projection, ProjectionsSpec, projections_func
+from moec.targets.kernels.cuda.projections_columns import TOKENS
 from moec.targets.kernels.cuda.rope import rope_func
 from moec.targets.kernels.cuda.router import router_func, topk_func
 from moec.targets.kernels.cuda.routing_step import RoutingSpec, routing_step_func
@@ -75,22 +76,23 @@ class CudaKernels:
         return self.functions.call("embedding", (layout, tokens, kind), lambda: embedding_func(layout, tokens, kind), args, out)[0]
 
     def linear(self, x: Expr, weights: Mapping[str, Expr], layout: FragmentLayout, bias: Expr | None) -> Expr:
-        if static(x) == 1 and layout.in_fragments:
-            one = ProjectionsSpec.of([Projection(layout, bias is not None)], self._platform.gpu.multiprocessors)
-            return self.projections(one, [x, *weights.values(), *([] if bias is None else [bias])])[0]
+        gpu, most, tokens = self._platform.gpu, self._function.most, static(x)
+        if tokens in TOKENS and layout.in_fragments:
+            spec = ProjectionsSpec.of([Projection(layout, bias is not None)], gpu.multiprocessors, tokens=tokens)
+            if spec.suits(gpu):
+                return self.projections(spec, [x, *weights.values(), *([] if bias is None else [bias])])[0]
         stacked = {name: self.bb.emit(relax.op.reshape(array, [1, *array.ty.shape])) for name, array in weights.items()}
-        gpu, most = self._platform.gpu, self._function.most
-        if layout.in_fragments and (self._platform.products or few_tokens(layout, bias is not None, static(x), None, gpu) is not None):
+        if layout.in_fragments and (self._platform.products or few_tokens(layout, bias is not None, tokens, None, gpu) is not None):
             return linear(self.functions, x, stacked, layout, bias, most, gpu)
         if not layout.in_fragments:
             self._platform.choices.only_plain(f"weights in {layout.format}")
         return plain.linear(self.functions, x, stacked, layout, bias)
 
     def projections(self, spec: ProjectionsSpec, inputs: Sequence[Expr]) -> list[Expr]:
-        """Products of one token with several matrices: the inputs and results of `projections_func`."""
-        wide, norm = ([1, spec.k], "float32"), spec.norm
+        """Products of a few tokens with several matrices: the inputs and results of `projections_func`."""
+        wide, norm = ([spec.tokens, spec.k], "float32"), spec.norm
         outs = [wide] * (int(norm is not None and norm.residual) + spec.written)
-        outs += [([1, matrix.layout.n], "float32") for matrix in spec.matrices]
+        outs += [([spec.tokens, matrix.layout.n], "float32") for matrix in spec.matrices]
         return self.functions.call("projections", spec, lambda: projections_func(spec), inputs, *outs)
 
     def norm(self, spec: NormSpec, inputs: Sequence[Expr]) -> list[Expr]:
@@ -217,9 +219,10 @@ class CudaPlatform:
         return page_shapes(spec)
 
     def fusions(self, graph: Graph, storage: Mapping[str, Any], function: Function) -> Sequence[Fusion]:
-        if function.tokens in (1, *FEW):
-            return fusions.match(graph, storage, self.gpu, function.tokens)
-        return () if function.most is None else fusions.match_up_to(graph, storage, self.gpu, function.most)
+        tokens, most = function.tokens, function.most
+        if tokens in (1, *FEW):
+            return fusions.match(graph, storage, self.gpu, tokens)
+        return () if most is None else fusions.match_up_to(graph, storage, self.gpu, most)
 
     def add_best(self, functions: Functions, vocabulary: int) -> None:
         rows, bb = tirx.Var("R", "int64"), functions.bb

@@ -38,34 +38,20 @@ class RoutingSpec:
     Args:
         product: the row's part and the product with the router's weights.
         router, skip: what becomes of the logits; `skip` has no counts.
-        tokens: T, None for any number up to `SEMAPHORES`.
-        together: tokens of a block of threads, of several (`routing_tokens`).
+        tokens: T, None for any number up to `SEMAPHORES`; of several, `product.tokens` share a block of threads (`routing_tokens`).
     """
 
     product: ProjectionsSpec
     router: RouterSpec
     skip: SkipSpec | None = None
     tokens: int | None = 1
-    together: int = 1
 
     def __post_init__(self) -> None:
-        assert 1 <= self.together <= self.most_together, self
-
-    @property
-    def most_together(self) -> int:
-        """Tokens of a block at most: a warp finishes each; in fixed point a token's columns are those of one product."""
-        if self.product.matrices[0].layout.integer is not None:
-            return 1
-        return min(MOST_TOGETHER, self.product.warps)
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of threads that a token's experts have."""
-        return self.product.blocks_of(0)
+        assert self.product.tokens <= self.product.warps, self  # a warp finishes each
 
     def takes(self, most: int, multiprocessors: int) -> bool:
         """Whether so many tokens run at once or in one turn more; other kernels, which read weights less often, should have more."""
-        return most == 1 or (most <= SEMAPHORES and self.blocks * ceil_div(most, self.together) <= MOST_TURNS * multiprocessors)
+        return most == 1 or (most <= SEMAPHORES and self.product.grid * ceil_div(most, self.product.tokens) <= MOST_TURNS * multiprocessors)
 
     @classmethod
     def of(
@@ -74,6 +60,8 @@ class RoutingSpec:
     ) -> RoutingSpec:  # fmt: skip
         """The kernel with options that suit the shapes: all of a block's weights are under way, if they are not too many.
 
+        A token alone in its blocks waits for the fewest numbers; where so many blocks do not run at once, tokens share the weights.
+
         Args:
             most: the most tokens, where T is any number.
         """
@@ -81,12 +69,10 @@ class RoutingSpec:
         assert product.outputs <= WARP
         share = ceil_div(gate.layout.blocks, product.splits)
         lane_bytes = share * gate.layout.block_words // 8
-        found = cls(replace(product, unroll=min(lane_bytes, MOST_BYTES)), router, skip, tokens)
-        # A token alone in its blocks waits for the fewest numbers; more tokens than blocks fit at a time share the weights.
-        together, limit = 1, min(found.most_together, MOST_BLOCKS // share)
-        while 2 * together <= limit and found.blocks * ceil_div(tokens or most, together) > multiprocessors:
+        together, limit = 1, min(MOST_TOGETHER, MOST_BLOCKS // share, product.warps)
+        while 2 * together <= limit and product.grid * ceil_div(tokens or most, together) > multiprocessors:
             together *= 2
-        return replace(found, together=together)
+        return cls(replace(product, unroll=min(lane_bytes, MOST_BYTES), tokens=together), router, skip, tokens)
 
 
 class _RoutingStep(ProjectionsKernel):

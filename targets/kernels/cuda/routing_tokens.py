@@ -1,112 +1,34 @@
 """`routing_step` for several tokens: a block of threads has 16 of the experts and a token, or up to four tokens.
 
 The blocks of a token write their logits and meet at the token's own semaphore, and the warp that comes last chooses, as for one token. So
-nothing waits for other tokens, and where each has blocks of its own its results are those that it has alone, bit for bit. Weights are read
-once for the tokens of a block, out of the L2 cache but for the first time: their two terms of bfloat16 are the columns of one product.
+nothing waits for other tokens. Weights are read once for the tokens of a block, whose terms are columns of the same products, and out of
+the L2 cache but for the first time. Logits of bfloat16 are those that a token has alone, bit for bit.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.arrival import SEMAPHORES, last_warp
-from moec.targets.kernels.cuda.emit import WARP, Buffer, Expr, Shared, argument, const, kernel, local, store, sync, when
+from moec.targets.kernels.cuda.emit import WARP, Buffer, Expr, Shared, argument, kernel, local, store, sync, when
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
-from moec.targets.kernels.cuda.layout import COLUMN_WORDS, ROWS, FragmentLayout, ceil_div
+from moec.targets.kernels.cuda.layout import ROWS, ceil_div
 from moec.targets.kernels.cuda.projections_matrix import Matrices
-from moec.targets.kernels.cuda.projections_product import Bfloat16, Products
-from moec.targets.kernels.cuda.projections_row import BF16_TERMS, Row, StagedRow
+from moec.targets.kernels.cuda.projections_row import Row
 from moec.targets.kernels.cuda.router import Router
 from moec.targets.kernels.cuda.routing_step import RoutingSpec, choose
-from moec.targets.kernels.cuda.warp import sync_warp
-
-
-class _Rows:
-    """The rows of a block's tokens, staged one after the other: a warp has the same columns of each."""
-
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows, self.stride = rows, rows[0].size
-
-    def take(self, memory: Shared) -> None:
-        """Take memory of the block."""
-        self.staged = memory.take((len(self.rows) * self.stride,), "uint32")
-        for i, row in enumerate(self.rows):
-            row.take_part(memory, self.staged, i * self.stride)
-
-    def begin(self, layout: FragmentLayout, thread: Expr, start: Expr, stop: Expr) -> None:
-        """Ask for what no kernel writes."""
-        self.rows[0].begin(layout, thread, start, stop)
-        for row in self.rows[1:]:
-            row.follow(self.rows[0])
-
-    def place(self, block: Expr) -> Expr:
-        """Where the block number `block` of the warp's first row is staged."""
-        return self.rows[0].place(block)
-
-    def stage(self, part: Expr, blocks: int) -> None:
-        """Read, normalise and stage all rows; of so many blocks each saves the sums of some tokens."""
-        for row in self.rows:  # all loads in front of all stores, which would hold them up
-            row.read()
-        for i, row in enumerate(self.rows):
-            row.add(part - i % blocks)
-        for row in self.rows:
-            row.normalise()
-        for row in self.rows:
-            row.stage()
-        sync_warp()
-
-    def factor(self, own: Expr) -> Expr | None:
-        """After a barrier: what products of the staged row number `own` are to be multiplied with."""
-        if len(self.rows) == 1:
-            self.rows[0].finish()
-            return self.rows[0].factor
-        found, divided = local(1, "float32"), False
-        for i, row in enumerate(self.rows):
-            with when(own == i):
-                row.finish()
-                if row.factor is not None:
-                    divided = True
-                    store(found, row.factor, 0)
-        return found[0] if divided else None
-
-    def write(self, part: Expr, blocks: int) -> None:
-        """Write the normalised rows, each by one of the blocks."""
-        for i, row in enumerate(self.rows):
-            with when(part == i % blocks):
-                row.finish()
-                row.write(const(0, "int32"))
-
-
-class _Columns(Bfloat16):
-    """Products with several rows, whose terms are columns of B: lane t of four has the sums of row t."""
-
-    def __init__(self, layout: FragmentLayout, rows: _Rows, lane: Expr) -> None:
-        super().__init__(layout, rows, lane)
-        column = T.Bind(T.min(lane // 4, len(rows.rows) * BF16_TERMS - 1))
-        self._from = T.Bind(column // BF16_TERMS * rows.stride + column % BF16_TERMS * COLUMN_WORDS + lane % 4 * 4)
 
 
 class _Matrix(Matrices):
-    """The router's weights, and their products with several rows: float32 [splits, tokens * outputs]."""
+    """The router's weights, and their products with the rows of a block's tokens; a warp adds up those of one token."""
 
     def __init__(self, spec: RoutingSpec, arrays: dict[str, Buffer], bias: Buffer | None, logits: Buffer) -> None:
         super().__init__(spec.product, [0], [arrays], [bias], [logits])
-        self._tokens, self._logits, self._bias = spec.together, logits, bias
-
-    def _products_with(self, row: StagedRow) -> Products:
-        if self._tokens == 1:
-            return super()._products_with(row)
-        assert isinstance(row, _Rows)
-        return _Columns(self._layout, row, self._lane)
-
-    def _keeps(self) -> tuple[Expr, Expr]:
-        return (self._lane % 4 < self._tokens, self._lane % 4 * self.spec.outputs) if self._tokens > 1 else super()._keeps()
+        self._logits, self._bias = logits, bias
 
     def _first_biases(self) -> Buffer | None:
-        """The bias of the expert whose logits a lane adds up."""
+        """The bias of the expert whose logit a lane adds up."""
         if self._bias is None:
             return None
         found = local(1, "float32")
@@ -126,7 +48,7 @@ class _Matrix(Matrices):
     def finish_token(self, partial: Buffer, own: Expr, token: Expr, factor: Expr | None) -> None:
         """Add up, by a warp, what all warps have of the block's token number `own`, and write it."""
         with when(self._adds):
-            here = own * self.spec.outputs + self._lane
+            here = self._lane * self.spec.tokens + own
             total = sum((partial[split, here] for split in range(1, self.spec.splits)), partial[0, here])
             total = total if factor is None else total * factor
             store(self._logits, total if self._offsets is None else total + self._offsets[0], token, self._expert)
@@ -135,8 +57,6 @@ class _Matrix(Matrices):
 class _RoutingTokens:
     def __init__(self, spec: RoutingSpec) -> None:
         self.spec, self.router = spec, Router(spec.router)
-        product = spec.product
-        self.words = spec.together * Row.words(product) + ceil_div(product.splits * product.outputs * spec.together, 4) * 4
 
     def arguments(self) -> Expr:
         """Declare the parameters -> T."""
@@ -160,34 +80,36 @@ class _RoutingTokens:
 
     def grid(self, count: Expr) -> list[Expr]:
         """Blocks of threads by experts and by tokens."""
-        n = self.spec.together
-        return [self.spec.blocks, ceil_div(count, n) if isinstance(count, int) else T.cast((count + n - 1) // n, "int32")]
+        n = self.spec.product.tokens
+        return [self.spec.product.grid, ceil_div(count, n) if isinstance(count, int) else T.cast((count + n - 1) // n, "int32")]
 
     def body(self, count: Expr, memory: Shared, part: Expr, turn: Expr, thread: Expr) -> None:
         """Compute all results."""
-        spec, product, matrix, n = self.spec, self.spec.product, self.matrix, self.spec.together
+        spec, product, matrix, n = self.spec, self.spec.product, self.matrix, self.spec.product.tokens
         first, end = T.Bind(turn * n), count if isinstance(count, int) else T.Bind(T.cast(count, "int32"))
-        # Past the end it is the last token again, whose rows are written twice, with the same numbers.
-        tokens = [first] if n == 1 else [T.Bind(T.min(first + i, end - 1)) for i in range(n)]
-        rows = _Rows([Row(product, *self.row_arguments, token) for token in tokens])
-        rows.take(memory)
+        tokens = [T.Bind(first + i) for i in range(n)]
+        whole = isinstance(count, int) and count % n == 0
+        places = tokens if whole or n == 1 else [T.Bind(T.min(token, end - 1)) for token in tokens]
+        row = Row(product, *self.row_arguments, places, () if places is tokens else [token < end for token in tokens])
+        row.take(memory)
         partial = memory.take((product.splits, n * product.outputs), "float32")
-        matrix.begin(part, thread, rows)
+        matrix.begin(part, thread, row)
         grid_wait()
         grid_launch()
-        rows.stage(part, spec.blocks)
-        matrix.multiply(rows, partial)
+        row.stage(part)
+        matrix.multiply(row, partial)
         sync()
+        if n == 1:
+            row.finish(thread)
         with when(thread < n * WARP):
             own, lane = T.Bind(thread // WARP), T.Bind(thread % WARP)
             token = T.Bind(first + own)
             with when(token < end):
-                matrix.finish_token(partial, own, token, rows.factor(own))
-                last = last_warp(self.semaphores, token, spec.blocks)
+                matrix.finish_token(partial, own, token, row.factor if n == 1 else row.factor_of(own))
+                last = last_warp(self.semaphores, token, product.grid)
                 with when(last != 0):
                     choose(spec, self.router, self.logits, self.choice_bias, self.outs, token, lane)
-        if product.written:
-            rows.write(part, spec.blocks)
+        row.write(part)
 
 
 def routing_tokens_func(spec: RoutingSpec) -> tirx.PrimFunc:
@@ -196,4 +118,4 @@ def routing_tokens_func(spec: RoutingSpec) -> tirx.PrimFunc:
     The parameters are those of `routing_step_func`.
     """
     step = _RoutingTokens(spec)
-    return kernel("routing_tokens", spec.product.threads, step.arguments, step.grid, step.body, words=step.words)
+    return kernel("routing_tokens", spec.product.threads, step.arguments, step.grid, step.body, words=spec.product.words)

@@ -80,7 +80,7 @@ def test_so_many_tokens_as_run_at_once() -> None:
     assert found == [[None], [None], []]  # a token has a semaphore
     gate = Projection(FragmentLayout(128, 2048, "bf16"))
     kinds = [RoutingSpec.of(gate, 132, None, RouterSpec(128, 8), tokens=None, most=most) for most in (48, 192)]
-    assert [(spec.together, spec.takes(most, 132)) for spec, most in zip(kinds, (48, 192), strict=True)] == [(4, True), (4, False)]
+    assert [(spec.product.tokens, spec.takes(most, 132)) for spec, most in zip(kinds, (48, 192), strict=True)] == [(4, True), (4, False)]
 
 
 @pytest.fixture
