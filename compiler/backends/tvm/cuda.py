@@ -44,6 +44,7 @@ from moec.targets.kernels.cuda.projections_columns import TOKENS
 from moec.targets.kernels.cuda.rope import rope_func
 from moec.targets.kernels.cuda.router import router_func, topk_func
 from moec.targets.kernels.cuda.routing_step import RoutingSpec, routing_step_func
+from moec.targets.kernels.cuda.routing_tokens import routing_tokens_func
 from moec.targets.kernels.cuda.rows import layout_of
 from moec.targets.kernels.cuda.skip import skip_func
 from moec.targets.kernels.cuda.space import multiprocessors, shared_memory
@@ -122,11 +123,12 @@ class CudaKernels:
         )
 
     def routing_step(self, spec: RoutingSpec, inputs: Sequence[Expr]) -> list[Expr]:
-        """The inputs and results of `routing_step_func`."""
-        product, slots = spec.product, [1, spec.router.top_k]
-        rows = int(product.norm is not None and product.norm.residual) + product.written
-        outs = *[([1, product.k], "float32")] * rows, ([1, spec.router.experts], "float32"), (slots, "float32"), (slots, "int64")
-        return self.functions.call("routing_step", spec, lambda: routing_step_func(spec), inputs, *outs)
+        """The inputs and results of `routing_step_func`, or of `routing_tokens_func` of more tokens."""
+        product, count = spec.product, count_of(inputs[1 + spec.router.bias])  # after the bias and the semaphores
+        rows, slots = int(product.norm is not None and product.norm.residual) + product.written, [count, spec.router.top_k]
+        outs = *[([count, product.k], "float32")] * rows, ([count, spec.router.experts], "float32"), (slots, "float32"), (slots, "int64")
+        make = routing_step_func if spec.tokens == 1 else routing_tokens_func
+        return self.functions.call("routing_step", spec, lambda: make(spec), inputs, *outs)
 
     def skip(self, spec: SkipSpec, inputs: Sequence[Expr]) -> list[Expr]:
         tokens, shape = _one(inputs[0]), [count_of(inputs[0]), spec.top_k]
@@ -216,8 +218,11 @@ class CudaPlatform:
     def page_shapes(self, spec: AttentionSpec) -> Sequence[tuple[int, ...]]:
         return page_shapes(spec)
 
-    def fusions(self, graph: Graph, storage: Mapping[str, Any], tokens: int | None) -> Sequence[Fusion]:
-        return fusions.match(graph, storage, self.gpu, tokens) if tokens in (1, *FEW) else ()
+    def fusions(self, graph: Graph, storage: Mapping[str, Any], function: Function) -> Sequence[Fusion]:
+        tokens, most = function.tokens, function.most
+        if tokens in (1, *FEW):
+            return fusions.match(graph, storage, self.gpu, tokens)
+        return () if most is None else fusions.match_up_to(graph, storage, self.gpu, most)
 
     def add_best(self, functions: Functions, vocabulary: int) -> None:
         rows, bb = tirx.Var("R", "int64"), functions.bb

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tvm.tirx.script import builder as T
@@ -34,13 +34,18 @@ class Row:
 
     Args:
         x, residual, weight, bias, total, normal: the kernel's parameters.
+        places: where each token's row is in these; of one that is not `there` nothing is written.
 
     Attributes:
         factor: what a thread's products of the staged rows are to be multiplied with, after `finish`; None for 1.
     """
 
-    def __init__(self, spec: ProjectionsSpec, x: Any, residual: Any, weight: Any, bias: Any, total: Any, normal: Any) -> None:
+    def __init__(
+        self, spec: ProjectionsSpec, x: Any, residual: Any, weight: Any, bias: Any, total: Any, normal: Any,
+        places: Sequence[Expr] = (), there: Sequence[Expr] = (),
+    ) -> None:  # fmt: skip
         self.spec, self.norm = spec, spec.norm
+        self._places, self._there = places or range(spec.tokens), there
         self._x, self._residual, self._weight, self._bias, self._total, self._normal = x, residual, weight, bias, total, normal
         self._share = ceil_div(spec.blocks, spec.splits)
         self.token_words = max(staged_words(matrix.layout) for matrix in spec.matrices)
@@ -95,7 +100,7 @@ class Row:
                     with when(wanted):
                         act(2 * block + i, column)
 
-    def _load(self, buffer: Buffer, *lead: int) -> Buffer:
+    def _load(self, buffer: Buffer, *lead: Expr) -> Buffer:
         """A lane's pairs of an array; zeros where there are none."""
         found = local(4 * self._share, "float32")
         for i in range(4 * self._share):
@@ -108,21 +113,22 @@ class Row:
 
         def write(i: int, column: Expr) -> None:
             for j in range(2):
-                store(buffer, value(2 * i + j), token, column + j)
+                store(buffer, value(2 * i + j), self._places[token], column + j)
 
         with when(self._writes(part, token)):
             self._each(write)
 
     def _writes(self, part: Expr, token: int) -> Expr:
-        return T.And(part == token % self.spec.grid, self._warp < self.spec.splits)
+        writes = T.And(part == token % self.spec.grid, self._warp < self.spec.splits)
+        return T.And(writes, self._there[token]) if self._there else writes
 
     def stage(self, part: Expr) -> None:
         """Read, normalise and stage the rows; with a mean or a bias threads wait for all others."""
         for first in range(0, self.spec.tokens, self._together):
             tokens = range(first, first + self._together)
-            self._values = {token: self._load(self._x, token) for token in tokens}
+            self._values = {token: self._load(self._x, self._places[token]) for token in tokens}
             if self._residual is not None:
-                added = {token: self._load(self._residual, token) for token in tokens}
+                added = {token: self._load(self._residual, self._places[token]) for token in tokens}
                 for token, values in self._values.items():
                     for i in range(4 * self._share):
                         store(values, values[i] + added[token][i], i)
@@ -212,8 +218,11 @@ class Row:
 
     def finish(self, thread: Expr) -> None:
         """After a barrier: `factor` of the token whose results a thread has, number `thread` modulo T."""
-        if self.norm is not None and self._biases is None:
-            self.factor = self._inverse(0 if self.spec.tokens == 1 else T.Bind(thread % self.spec.tokens))
+        self.factor = self.factor_of(0 if self.spec.tokens == 1 else T.Bind(thread % self.spec.tokens))
+
+    def factor_of(self, token: Expr) -> Expr | None:
+        """After a barrier: what products of a token's row are to be multiplied with."""
+        return self._inverse(token) if self.norm is not None and self._biases is None else None
 
     def write(self, part: Expr) -> None:
         """Write the normalised rows, where they are a result."""
@@ -222,17 +231,17 @@ class Row:
         if self.spec.tokens == 1:
             values, factor = self._values[0], self.factor
             self._save(self._normal, part, 0, lambda i: values[i] if factor is None else values[i] * factor)
-        elif self.factor is not None:
+        elif self._biases is None:
             for token in range(self.spec.tokens):
                 with when(self._writes(part, token)):
                     self._divide(token)
 
     def _divide(self, token: int) -> None:
         """Divide what this thread has written of a row by the row's length."""
-        inverse, values = self._inverse(token), self._load(self._normal, token)
+        inverse, values = self._inverse(token), self._load(self._normal, self._places[token])
 
         def write(i: int, column: Expr) -> None:
             for j in range(2):
-                store(self._normal, values[2 * i + j] * inverse, token, column + j)
+                store(self._normal, values[2 * i + j] * inverse, self._places[token], column + j)
 
         self._each(write)
