@@ -17,7 +17,7 @@ from tvm.target import Target as TvmTarget
 
 from moec.compiler.backends.tvm import fusions
 from moec.compiler.backends.tvm.cpu import link, runtime_library
-from moec.compiler.backends.tvm.cuda_choices import CHUNK, Choices, layer_of
+from moec.compiler.backends.tvm.cuda_choices import CHUNK, FEW, Choices, layer_of
 from moec.compiler.backends.tvm.fusion import Fusion
 from moec.compiler.backends.tvm.platform import AHEAD, BEST, Expr, Formats, Functions, count_of, static
 from moec.compiler.backends.tvm.storage import experts_layout
@@ -41,9 +41,11 @@ from moec.targets.kernels.cuda.layout import FragmentLayout
 from moec.targets.kernels.cuda.linear import few_tokens, linear
 from moec.targets.kernels.cuda.norm import norm_func
 from moec.targets.kernels.cuda.projections import Projection, ProjectionsSpec, projections_func
+from moec.targets.kernels.cuda.projections_columns import TOKENS
 from moec.targets.kernels.cuda.rope import rope_func
 from moec.targets.kernels.cuda.router import router_func, topk_func
 from moec.targets.kernels.cuda.routing_step import RoutingSpec, routing_step_func
+from moec.targets.kernels.cuda.routing_tokens import routing_tokens_func
 from moec.targets.kernels.cuda.rows import layout_of
 from moec.targets.kernels.cuda.skip import skip_func
 from moec.targets.kernels.cuda.space import multiprocessors, shared_memory
@@ -75,22 +77,23 @@ class CudaKernels:
         return self.functions.call("embedding", (layout, tokens, kind), lambda: embedding_func(layout, tokens, kind), args, out)[0]
 
     def linear(self, x: Expr, weights: Mapping[str, Expr], layout: FragmentLayout, bias: Expr | None) -> Expr:
-        if static(x) == 1 and layout.in_fragments:
-            one = ProjectionsSpec.of([Projection(layout, bias is not None)], self._platform.gpu.multiprocessors)
-            return self.projections(one, [x, *weights.values(), *([] if bias is None else [bias])])[0]
+        gpu, most, tokens = self._platform.gpu, self._function.most, static(x)
+        if tokens in TOKENS and layout.in_fragments:
+            spec = ProjectionsSpec.of([Projection(layout, bias is not None)], gpu.multiprocessors, tokens=tokens)
+            if spec.suits(gpu):
+                return self.projections(spec, [x, *weights.values(), *([] if bias is None else [bias])])[0]
         stacked = {name: self.bb.emit(relax.op.reshape(array, [1, *array.ty.shape])) for name, array in weights.items()}
-        gpu, most = self._platform.gpu, self._function.most
-        if layout.in_fragments and (self._platform.products or few_tokens(layout, bias is not None, static(x), None, gpu) is not None):
+        if layout.in_fragments and (self._platform.products or few_tokens(layout, bias is not None, tokens, None, gpu) is not None):
             return linear(self.functions, x, stacked, layout, bias, most, gpu)
         if not layout.in_fragments:
             self._platform.choices.only_plain(f"weights in {layout.format}")
         return plain.linear(self.functions, x, stacked, layout, bias)
 
     def projections(self, spec: ProjectionsSpec, inputs: Sequence[Expr]) -> list[Expr]:
-        """Products of one token with several matrices: the inputs and results of `projections_func`."""
-        wide, norm = ([1, spec.k], "float32"), spec.norm
+        """Products of a few tokens with several matrices: the inputs and results of `projections_func`."""
+        wide, norm = ([spec.tokens, spec.k], "float32"), spec.norm
         outs = [wide] * (int(norm is not None and norm.residual) + spec.written)
-        outs += [([1, matrix.layout.n], "float32") for matrix in spec.matrices]
+        outs += [([spec.tokens, matrix.layout.n], "float32") for matrix in spec.matrices]
         return self.functions.call("projections", spec, lambda: projections_func(spec), inputs, *outs)
 
     def norm(self, spec: NormSpec, inputs: Sequence[Expr]) -> list[Expr]:
@@ -121,11 +124,12 @@ class CudaKernels:
         )
 
     def routing_step(self, spec: RoutingSpec, inputs: Sequence[Expr]) -> list[Expr]:
-        """The inputs and results of `routing_step_func`."""
-        product, slots = spec.product, [1, spec.router.top_k]
-        rows = int(product.norm is not None and product.norm.residual) + product.written
-        outs = *[([1, product.k], "float32")] * rows, ([1, spec.router.experts], "float32"), (slots, "float32"), (slots, "int64")
-        return self.functions.call("routing_step", spec, lambda: routing_step_func(spec), inputs, *outs)
+        """The inputs and results of `routing_step_func`, or of `routing_tokens_func` of more tokens."""
+        product, count = spec.product, count_of(inputs[1 + spec.router.bias])  # after the bias and the semaphores
+        rows, slots = int(product.norm is not None and product.norm.residual) + product.written, [count, spec.router.top_k]
+        outs = *[([count, product.k], "float32")] * rows, ([count, spec.router.experts], "float32"), (slots, "float32"), (slots, "int64")
+        make = routing_step_func if spec.tokens == 1 else routing_tokens_func
+        return self.functions.call("routing_step", spec, lambda: make(spec), inputs, *outs)
 
     def skip(self, spec: SkipSpec, inputs: Sequence[Expr]) -> list[Expr]:
         tokens, shape = _one(inputs[0]), [count_of(inputs[0]), spec.top_k]
@@ -215,8 +219,11 @@ class CudaPlatform:
     def page_shapes(self, spec: AttentionSpec) -> Sequence[tuple[int, ...]]:
         return page_shapes(spec)
 
-    def fusions(self, graph: Graph, storage: Mapping[str, Any], tokens: int | None) -> Sequence[Fusion]:
-        return fusions.match(graph, storage, self.gpu) if tokens == 1 else ()
+    def fusions(self, graph: Graph, storage: Mapping[str, Any], function: Function) -> Sequence[Fusion]:
+        tokens, most = function.tokens, function.most
+        if tokens in (1, *FEW):
+            return fusions.match(graph, storage, self.gpu, tokens)
+        return () if most is None else fusions.match_up_to(graph, storage, self.gpu, most)
 
     def add_best(self, functions: Functions, vocabulary: int) -> None:
         rows, bb = tirx.Var("R", "int64"), functions.bb

@@ -1,9 +1,9 @@
 """Products of integer codes with activations in fixed point, exact on the tensor cores: what `projections` multiplies by.
 
 A block of 128 activations becomes integers of 24 bits, of which the largest in magnitude is 127 * 2^16, in three terms of a byte each:
-q = 65536 q0 + 256 q1 + q2. Each term is a column of B in `mma.m16n8k32` of unsigned by signed bytes, whose int32 sums are exact. Against
-float32 activations the error is 2^-24 of the block's largest. Four codes take one to two instructions to become the bytes of an A
-register, where two of bfloat16 take four, and there are half as many products.
+q = 65536 q0 + 256 q1 + q2, which are the bytes of q + 0x8080, the lower two less 0x80. Each term is a column of B in `mma.m16n8k32` of
+unsigned by signed bytes, whose int32 sums are exact. Against float32 activations the error is 2^-24 of the block's largest. Four codes
+take one to two instructions to become the bytes of an A register, where two of bfloat16 take four, and there are half as many products.
 
 A lane has 16 pairs of neighbouring columns of each of its rows: pair p is at columns 8 p + 2 t and 8 p + 2 t + 1 (`layout.py`). Register
 r < 8 of a row has the pairs p and p + d as bytes (p, p + d, p, p + d), the first two of the even columns, with p = r // d * 2 d + r % d.
@@ -39,14 +39,12 @@ __device__ __forceinline__ void moec_fixed(unsigned int* to, const float* v, int
   const float inverse = __fdividef(8323072.f, __uint_as_float(most));
   unsigned int q[4];
   #pragma unroll
-  for (int i = 0; i < 4; ++i) q[i] = (unsigned int)__float2int_rn(v[i] * inverse);
-  #pragma unroll
-  for (int term = 2; term >= 0; --term) {
-    const unsigned int even = __byte_perm(q[0], q[2], 0x0040), odd = __byte_perm(q[1], q[3], 0x0040);
-    to[(term * 4 + lane % 4) * 8 + lane / 4] = __byte_perm(even, odd, 0x5410);
-    #pragma unroll
-    for (int i = 0; i < 4; ++i) q[i] = (unsigned int)((int)(q[i] + 128u) >> 8);
-  }
+  for (int i = 0; i < 4; ++i) q[i] = (unsigned int)__float2int_rn(v[i] * inverse) + 0x8080u;
+  const unsigned int even = __byte_perm(q[0], q[2], 0x5140), odd = __byte_perm(q[1], q[3], 0x5140);
+  unsigned int* const own = to + lane % 4 * 8 + lane / 4;
+  own[64] = __byte_perm(even, odd, 0x5410) ^ 0x80808080u;
+  own[32] = __byte_perm(even, odd, 0x7632) ^ 0x80808080u;
+  own[0] = __byte_perm(__byte_perm(q[0], q[2], 0x0062), __byte_perm(q[1], q[3], 0x0062), 0x5410);
   if (lane == 0) to[96] = __float_as_uint(__uint_as_float(most) * (1.f / 8323072.f));
 }
 #endif

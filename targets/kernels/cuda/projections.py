@@ -1,8 +1,8 @@
-"""projections: a row times several packed matrices, [residual addition,] [normalisation,] products, in one kernel. For one token.
+"""projections: rows times several packed matrices, [residual addition,] [normalisation,] products, in one kernel. For 1, 2, 4 or 8 tokens.
 
-    sum  = x + residual                     float32 [1, K], if there is a residual
-    row  = norm(sum) * weight (+ bias)      float32 [1, K], if there is a norm
-    out_i = row @ W_i^T (+ b_i)             float32 [1, N_i], each W_i of a format of its own
+    sum  = x + residual                     float32 [T, K], if there is a residual
+    row  = norm(sum) * weight (+ bias)      float32 [T, K], if there is a norm
+    out_i = row @ W_i^T (+ b_i)             float32 [T, N_i], each W_i of a format of its own
 
 A small matrix is limited by latency, not by bandwidth, so what counts is the chain from the moment that the kernel before has ended:
 
@@ -14,22 +14,27 @@ A small matrix is limited by latency, not by bandwidth, so what counts is the ch
  4. The warps of a block share the columns out (`splits`), and each multiplies several tiles of rows at once, so that one product waits for
     none before it; their sums meet in shared memory at the one barrier, and a thread adds up and writes an output.
 
+Several tokens are more columns of the same products (`projections_columns`), so that weights are read and made into operands once. Each
+block stages all tokens for itself, which limits how many blocks there should be (`ProjectionsSpec.suits`).
+
 Blocks are dealt to the matrices by ranges. Matrices of one format are one piece of code, which picks its arrays by the block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from moec.targets.kernels.cuda.calls import Gpu
 from moec.targets.kernels.cuda.emit import WARP, Expr, Shared, argument, kernel, sync, when
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import ROWS, FragmentLayout, ceil_div
+from moec.targets.kernels.cuda.projections_columns import TOKENS
 from moec.targets.kernels.cuda.projections_matrix import Matrices
 from moec.targets.kernels.cuda.projections_row import Row
 from moec.targets.kernels.specs import NormSpec
@@ -58,6 +63,7 @@ class ProjectionsSpec:
         splits: how many of them share a tile of 16 rows; at most the blocks of 128 columns.
         tiles: that a warp works on.
         unroll: bytes of weights that a lane has under way.
+        tokens: T, one of `TOKENS`.
     """
 
     matrices: tuple[Projection, ...]
@@ -67,12 +73,14 @@ class ProjectionsSpec:
     splits: int = MOST_WARPS
     tiles: int = 1
     unroll: int = LANE_BYTES
+    tokens: int = 1
 
     def __post_init__(self) -> None:
         assert len({matrix.layout.k for matrix in self.matrices}) == 1, self.matrices
         assert self.splits <= self.blocks and self.warps % self.splits == 0, self
         assert self.norm is None or (self.norm.groups, self.norm.size) == (1, self.k), self.norm
         assert self.norm is not None or not self.written
+        assert self.tokens in TOKENS, self.tokens
 
     @cached_property
     def k(self) -> int:
@@ -109,9 +117,30 @@ class ProjectionsSpec:
         """Blocks of threads that a matrix has."""
         return ceil_div(self.matrices[index].layout.tiles, self.block_tiles)
 
+    @property
+    def grid(self) -> int:
+        """Blocks of threads."""
+        return sum(self.blocks_of(i) for i in range(len(self.matrices)))
+
+    @property
+    def words(self) -> int:
+        """Words of shared memory of a block."""
+        return Row.words(self) + ceil_div(self.splits * self.outputs * self.tokens, 4) * 4
+
+    def suits(self, gpu: Gpu) -> bool:
+        """Whether the kernel is right for so many tokens; `linear` is what there is otherwise.
+
+        Each block reads and stages all tokens. Of one and two that is little, and two blocks share a multiprocessor, so that one stages
+        while the other multiplies. Of more it takes a microsecond or two, and registers for one block a multiprocessor: there should be
+        no second one in turn. A matrix of more rows takes as long as its bytes in either kernel.
+        """
+        if self.tokens == 1:
+            return True
+        return 4 * self.words <= gpu.shared_bytes and (self.tokens == 2 or self.grid <= gpu.multiprocessors)
+
     @classmethod
     def of(
-        cls, matrices: Sequence[Projection], multiprocessors: int, norm: NormSpec | None = None, written: bool = False
+        cls, matrices: Sequence[Projection], multiprocessors: int, norm: NormSpec | None = None, written: bool = False, tokens: int = 1
     ) -> ProjectionsSpec:
         """The kernel with the options that suit the shapes and a GPU of so many multiprocessors.
 
@@ -131,7 +160,10 @@ class ProjectionsSpec:
         if block_tiles > MOST_TILES:
             block_tiles = ceil_div(block_tiles, ceil_div(block_tiles, MOST_TILES))
         warps = splits * min(MOST_WARPS // splits, max(1, block_tiles))
-        return cls(tuple(matrices), norm, written, warps, splits, ceil_div(block_tiles, warps // splits))
+        found = cls(tuple(matrices), norm, written, warps, splits, ceil_div(block_tiles, warps // splits), tokens=tokens)
+        if tokens > 1 and found.grid > multiprocessors >= found.grid - len(matrices):  # a last block of each that is not full
+            return replace(found, tiles=found.tiles + 1)
+        return found
 
 
 class ProjectionsKernel:
@@ -139,13 +171,12 @@ class ProjectionsKernel:
 
     def __init__(self, spec: ProjectionsSpec) -> None:
         self.spec = spec
-        self.grid = sum(spec.blocks_of(i) for i in range(len(spec.matrices)))
-        self.words = Row.words(spec) + ceil_div(spec.splits * spec.outputs, 4) * 4
+        self.grid = spec.grid
 
     def arguments(self) -> None:
         """Declare the parameters."""
         spec, norm = self.spec, self.spec.norm
-        wide = (1, spec.k)
+        wide = (spec.tokens, spec.k)
         x = argument("x", wide, "float32")
         residual = argument("residual", wide, "float32") if norm and norm.residual else None
         weight = argument("weight", (spec.k,), "float32") if norm and norm.weight else None
@@ -157,7 +188,7 @@ class ProjectionsKernel:
         biases = [argument(f"bias{i}", (m.layout.n,), "float32") if m.bias else None for i, m in enumerate(spec.matrices)]
         total = argument("total", wide, "float32") if norm and norm.residual else None
         normal = argument("normal", wide, "float32") if spec.written else None
-        self.outs = [argument(f"out{i}", (1, matrix.layout.n), "float32") for i, matrix in enumerate(spec.matrices)]
+        self.outs = [argument(f"out{i}", (spec.tokens, matrix.layout.n), "float32") for i, matrix in enumerate(spec.matrices)]
         self._row = Row(spec, x, residual, weight, bias, total, normal)
         self._matrices = [Matrices(spec, members, arrays, biases, self.outs) for members in spec.by_format]
 
@@ -165,7 +196,7 @@ class ProjectionsKernel:
         """Compute all results."""
         spec, row = self.spec, self._row
         row.take(memory)
-        partial = memory.take((spec.splits, spec.outputs), "float32")
+        partial = memory.take((spec.splits, spec.outputs * spec.tokens), "float32")
         first = 0
         for matrices in self._matrices:
             count = sum(spec.blocks_of(i) for i in matrices.members)
@@ -177,7 +208,7 @@ class ProjectionsKernel:
                 row.stage(part)
                 matrices.multiply(row, partial)
                 sync()
-                row.finish()
+                row.finish(thread)
                 matrices.finish(partial, row.factor)
                 self.then(thread)
                 row.write(part)
@@ -194,12 +225,12 @@ class ProjectionsKernel:
 
     def build(self, name: str) -> tirx.PrimFunc:
         """The kernel."""
-        return kernel(name, self.spec.threads, self.arguments, lambda _: [self.grid], self.body, words=self.words)
+        return kernel(name, self.spec.threads, self.arguments, lambda _: [self.grid], self.body, words=self.spec.words)
 
 
 def projections_func(spec: ProjectionsSpec) -> tirx.PrimFunc:
-    """PrimFunc (x f32 [1, K], [residual], [norm weight [K]], [norm bias], arrays of each matrix..., biases..., [sum], [row], outs...).
+    """PrimFunc (x f32 [T, K], [residual], [norm weight [K]], [norm bias], arrays of each matrix..., biases..., [sum], [row], outs...).
 
-    Arrays have the shapes of `FragmentLayout.arrays()`; outs are f32 [1, N_i].
+    Arrays have the shapes of `FragmentLayout.arrays()`; outs are f32 [T, N_i].
     """
     return ProjectionsKernel(spec).build("projections")

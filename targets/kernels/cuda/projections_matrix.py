@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from tvm.tirx.script import builder as T
@@ -10,6 +11,7 @@ from tvm.tirx.script import builder as T
 from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, when
 from moec.targets.kernels.cuda.intrinsics import call
 from moec.targets.kernels.cuda.layout import FragmentLayout, ceil_div
+from moec.targets.kernels.cuda.projections_columns import Columns
 from moec.targets.kernels.cuda.projections_product import Activations, Bfloat16, FixedPoint, Part, clear
 from moec.targets.kernels.cuda.projections_row import Row
 from moec.targets.kernels.cuda.stored import FIRST, Stored
@@ -17,7 +19,7 @@ from moec.targets.kernels.cuda.stored import FIRST, Stored
 if TYPE_CHECKING:
     from moec.targets.kernels.cuda.projections import ProjectionsSpec
 
-MOST_TOGETHER = 4  # blocks of tiles whose products take turns, so that none waits for the one before it
+MOST_TOGETHER = 4  # fragments of sums whose products take turns, so that none waits for the one before it
 MOST_HELD = 2  # blocks of activations that stay in registers
 
 
@@ -41,7 +43,7 @@ def _pick(which: Expr, buffers: Sequence[Buffer], shape: tuple[int, ...], dtype:
 
 
 class Matrices:
-    """Some matrices of a format: their products with a row, tile by tile.
+    """Some matrices of a format: their products with a row of each token, tile by tile.
 
     A warp has `tiles` tiles and `share` blocks of columns of each. It goes through them in rounds, each of `wide` tiles and `deep` blocks,
     whose weights are in registers; the next round's are asked for as soon as a tile's are used. With fewer bytes under way than a tile
@@ -68,14 +70,21 @@ class Matrices:
         self._wide = max(1, min(depth // share, spec.tiles))
         self._rounds = ceil_div(spec.tiles, self._wide) * self._turns
         self._exact = spec.blocks % spec.splits == 0 and share == self._deep * self._turns
+        self._kind: type[FixedPoint | Bfloat16] = FixedPoint if self._layout.integer is not None else Bfloat16
+        self._columns = Columns(spec.tokens, self._kind.terms)
         # Where weights are still to be asked for, which happens when all of these are used, memory must not wait.
-        self._together = min(len(self._slots), MOST_TOGETHER if self._rounds == 1 else 1)
+        self._together = min(len(self._slots), max(1, MOST_TOGETHER // self._columns.fragments) if self._rounds == 1 else 1)
         self._held = self._turns == 1 and self._deep <= MOST_HELD
 
     @property
     def _slots(self) -> list[tuple[int, int]]:
         """The parts of a round: (tile, block), those first that have the same activations."""
         return [(tile, block) for block in range(self._deep) for tile in range(self._wide)]
+
+    @property
+    def _sums(self) -> int:
+        """Sums of a lane in a round: [tile, half, token]."""
+        return 2 * self._wide * self._columns.own
 
     def begin(self, part: Expr, thread: Expr, row: Row) -> None:
         """Ask for the first weights of a block of threads, number `part` of those that these matrices have, and for the row's."""
@@ -112,7 +121,7 @@ class Matrices:
             for name, (shape, dtype) in self._layout.arrays().items()
         }
         self._weights = _Picked(self._layout, buffers)
-        self._out = _pick(self._which, self._outs, (1, self._layout.n), "float32")
+        self._out = _pick(self._which, self._outs, (1, self.spec.tokens * self._layout.n), "float32")
 
     def _block(self, slot: int, turn: Expr) -> Expr:
         """The block of columns of a slot in a round."""
@@ -132,11 +141,10 @@ class Matrices:
                     store(self._zeros, zero, 2 * (slot * self._groups + group) + half)
 
     def multiply(self, row: Row, partial: Buffer) -> None:
-        """partial[split, row] = the products with the staged row."""
-        kind = FixedPoint if self._layout.integer is not None else Bfloat16
-        self._products = kind(self._layout, row, self._lane)
+        """partial[split, row, token] = the products with the staged rows."""
+        self._products = self._kind(self._layout, row, self._lane, self._columns)
         held = {block: self._activations(block, 0) for block in range(self._deep)} if self._held else None
-        sums = local(2 * self._wide, "float32")
+        sums = local(self._sums, "float32")
         if self._rounds == 1:
             self._round(0, sums, partial, held)
             return
@@ -151,10 +159,10 @@ class Matrices:
 
     def _round(self, turn: Expr, sums: Buffer, partial: Buffer, held: dict[int, Activations] | None) -> None:
         if self._turns == 1:
-            clear(sums, 2 * self._wide)
+            clear(sums, self._sums)
         else:
             with when(turn % self._turns == 0):
-                clear(sums, 2 * self._wide)
+                clear(sums, self._sums)
         for first in range(0, len(self._slots), self._together):
             some = range(first, min(first + self._together, len(self._slots)))
             blocks = dict.fromkeys(self._slots[slot][1] for slot in some)
@@ -175,43 +183,51 @@ class Matrices:
         """Keep the sums of a round's tiles."""
         for tile in range(self._wide):
             place = T.Bind(turn // self._turns * self._wide + tile)
-            totals = [self._products.total(sums[2 * tile + half]) for half in range(2)]
-            wanted = self._lane % 4 == 0
+            own, tokens, t = self._columns.own, self.spec.tokens, self._lane % 4
+            totals = [self._products.total(sums[2 * own * tile + i]) for i in range(2 * own)]
+            wanted = self._columns.whole(t)
             if self._rounds > 1 and self.spec.tiles % self._wide:
-                wanted = T.And(wanted, place < self.spec.tiles)
-            with when(wanted):
+                inside = place < self.spec.tiles
+                wanted = inside if wanted is None else T.And(wanted, inside)
+            with when(wanted) if wanted is not None else nullcontext():
                 for half in range(2):
-                    store(partial, totals[half], self._split, (self._own + place) * 16 + half * 8 + self._lane // 4)
+                    row = (self._own + place) * 16 + half * 8 + self._lane // 4
+                    for which in range(own):
+                        store(partial, totals[half * own + which], self._split, row * tokens + self._columns.token(t, which))
 
-    def _row(self, i: int) -> tuple[Expr, Expr]:
-        """The i-th output of a thread: which of the block's, and the row of the matrix."""
-        here = i * self.spec.threads + self._thread
-        return here, self._first_tile * 16 + here
+    def _result(self, i: int) -> tuple[Expr, Expr, Expr]:
+        """The i-th result of a thread: which of the block's, the row of the matrix, and the token."""
+        here, tokens = i * self.spec.threads + self._thread, self.spec.tokens
+        return here, self._first_tile * 16 + here // tokens, here % tokens
 
     def _wanted(self, i: int) -> Expr:
-        here, row = self._row(i)
-        inside = row < self._limit
-        return inside if (i + 1) * self.spec.threads <= self.spec.outputs else T.And(here < self.spec.outputs, inside)
+        here, row, _ = self._result(i)
+        inside, results = row < self._limit, self.spec.outputs * self.spec.tokens
+        return inside if (i + 1) * self.spec.threads <= results else T.And(here < results, inside)
+
+    @property
+    def _results(self) -> int:
+        """Results of a thread at most."""
+        return ceil_div(self.spec.outputs * self.spec.tokens, self.spec.threads)
 
     def _first_biases(self) -> Buffer | None:
-        """The biases of a thread's outputs."""
+        """The biases of a thread's results."""
         if not any(bias is not None for bias in self._biases):
             return None
-        count = ceil_div(self.spec.outputs, self.spec.threads)
-        found = local(count, "float32")
-        clear(found, count)
+        found = local(self._results, "float32")
+        clear(found, self._results)
         for n, bias in enumerate(self._biases):
             if bias is not None:
-                for i in range(count):
+                for i in range(self._results):
                     with when(T.And(self._which == n, self._wanted(i))):
-                        store(found, bias[self._row(i)[1]], i)
+                        store(found, bias[self._result(i)[1]], i)
         return found
 
     def finish(self, partial: Buffer, factor: Expr | None) -> None:
         """After a barrier: add up what the warps have, and write it."""
-        for i in range(ceil_div(self.spec.outputs, self.spec.threads)):
-            here, row = self._row(i)
+        for i in range(self._results):
+            here, row, token = self._result(i)
             with when(self._wanted(i)):
                 total = sum((partial[split, here] for split in range(1, self.spec.splits)), partial[0, here])
                 total = total if factor is None else total * factor
-                store(self._out, total if self._offsets is None else total + self._offsets[i], 0, row)
+                store(self._out, total if self._offsets is None else total + self._offsets[i], 0, token * self._limit + row)

@@ -1,4 +1,4 @@
-"""Products of tiles of packed rows with a staged row: of integer codes in fixed point, of bfloat16 with two terms of bfloat16."""
+"""Products of tiles of packed rows with staged rows: of integer codes in fixed point, of bfloat16 with two terms of bfloat16."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store
 from moec.targets.kernels.cuda.intrinsics import mma, widen
 from moec.targets.kernels.cuda.layout import COLUMN_WORDS, FragmentLayout
 from moec.targets.kernels.cuda.loads import read_words
+from moec.targets.kernels.cuda.projections_columns import Columns
 from moec.targets.kernels.cuda.projections_row import BF16_TERMS, Row
 from moec.targets.kernels.cuda.stream import STEPS
 from moec.targets.kernels.cuda.warp import warp_down
@@ -31,18 +32,21 @@ class Part(NamedTuple):
 
 
 class Products(Protocol):
-    """Products of a kind of weights with a staged row."""
+    """Products of a kind of weights with the staged rows."""
+
+    terms: int
+    """Of an activation."""
 
     def activations(self, block: Expr, missing: Expr | None) -> Activations:
         """The B fragments of a block of the warp's columns, zeros where it is missing."""
         ...
 
     def add(self, parts: Sequence[Part], activations: Mapping[int, Activations], sums: Buffer, sides: Buffer, zeros: Buffer | None) -> None:
-        """sums[tile, half] += the products of some parts, which take turns."""
+        """sums[tile, half, token of the lane] += the products of some parts, which take turns."""
         ...
 
     def total(self, value: Expr) -> Expr:
-        """A sum, in the lanes that have the first columns of B."""
+        """A sum, in the lanes that have the first columns of a token."""
         ...
 
 
@@ -53,104 +57,145 @@ def clear(buffer: Buffer, count: int) -> None:
 
 
 class Bfloat16:
-    """Weights of bfloat16, or fp8 as such; the two terms of the row are the first two columns of B."""
+    """Weights of bfloat16, or fp8 as such; a row is two terms of bfloat16."""
 
-    def __init__(self, layout: FragmentLayout, row: Row, lane: Expr) -> None:
-        self._layout, self._row = layout, row
-        self._from = T.Bind(T.min(lane // 4, BF16_TERMS - 1) * COLUMN_WORDS + lane % 4 * 4)
+    terms = BF16_TERMS
+
+    def __init__(self, layout: FragmentLayout, row: Row, lane: Expr, columns: Columns) -> None:
+        self._layout, self._row, self._columns = layout, row, columns
+        self._from = []
+        for fragment in range(columns.fragments):
+            token, index = columns.loaded(fragment, lane // 4)
+            self._from.append(T.Bind(token * row.token_words + index * COLUMN_WORDS + lane % 4 * 4))
 
     def activations(self, block: Expr, missing: Expr | None) -> Buffer:
-        found = local(16, "uint32")
-        place = T.Bind(self._row.place(block) + self._from)
-        for j in range(4):
-            read_words(at(found, 4 * j), at(self._row.staged, place + j * 16))
+        found = local(16 * len(self._from), "uint32")
+        for fragment, start in enumerate(self._from):
+            place = T.Bind(self._row.place(block) + start)
+            for j in range(4):
+                read_words(at(found, 16 * fragment + 4 * j), at(self._row.staged, place + j * 16))
         if missing is not None:
             with when(missing):
-                clear(found, 16)
+                clear(found, 16 * len(self._from))
         return found
 
     def add(self, parts: Sequence[Part], activations: Mapping[int, Buffer], sums: Buffer, sides: Buffer, zeros: Buffer | None) -> None:
         del zeros
-        found, a = local(4 * len(parts), "float32"), local(4 * len(parts), "uint32")
-        clear(found, 4 * len(parts))
+        columns, fragments = self._columns, self._columns.fragments
+        found, a = local(4 * fragments * len(parts), "float32"), local(4 * len(parts), "uint32")
+        clear(found, 4 * fragments * len(parts))
         nothing = const(0, "uint32")
         for step in range(STEPS):
             for n, part in enumerate(parts):
                 dequantize(self._layout, at(a, 4 * n), part.words, step, (nothing, nothing))
-                b, first = activations[part.block], 2 * step
-                mma(at(found, 4 * n), at(a, 4 * n), b[first], b[first + 1])
+                for fragment in range(fragments):
+                    b, first = activations[part.block], 16 * fragment + 2 * step
+                    mma(at(found, 4 * (n * fragments + fragment)), at(a, 4 * n), b[first], b[first + 1])
         for n, part in enumerate(parts):
             for half in range(2):
-                place, value = 2 * part.tile + half, found[4 * n + 2 * half] + found[4 * n + 2 * half + 1]
-                if self._layout.fp8 is not None:
-                    value = value * T.reinterpret("float32", sides[part.side + half])
-                store(sums, sums[place] + value, place)
+                for which in range(columns.own):
+                    terms = [columns.place(which, index) for index in range(BF16_TERMS)]
+                    one, two = (found[4 * (n * fragments + fragment) + 2 * half + c] for fragment, c in terms)
+                    place, value = (2 * part.tile + half) * columns.own + which, one + two
+                    if self._layout.fp8 is not None:
+                        value = value * T.reinterpret("float32", sides[part.side + half])
+                    store(sums, sums[place] + value, place)
 
     def total(self, value: Expr) -> Expr:
         return value
 
 
 class _Staged(NamedTuple):
-    """B registers, the sums of each group of them in a lane's two columns, and what the columns count."""
+    """B registers, the sums of each group of them in a lane's columns , and what these count."""
 
     b: Buffer
     sums: Buffer
-    factors: tuple[Expr, Expr]
+    factors: tuple[Expr, ...]
 
 
 class FixedPoint:
-    """Integer codes; the three bytes of the row are the first three columns of B, so that lanes t = 0 and 1 have them."""
+    """Integer codes; a row is three bytes."""
 
-    def __init__(self, layout: FragmentLayout, row: Row, lane: Expr) -> None:
+    terms = fixed_point.TERMS
+
+    def __init__(self, layout: FragmentLayout, row: Row, lane: Expr, columns: Columns) -> None:
         assert layout.integer is not None
-        self._layout, self._row, self._bits = layout, row, layout.integer.bits
+        self._layout, self._row, self._bits, self._columns = layout, row, layout.integer.bits, columns
         self._middle = const(layout.integer.levels // 2, "int32")
         self._steps = fixed_point.group_steps(self._bits, layout.block_groups)
-        self._from = T.Bind((T.min(lane // 4, fixed_point.TERMS - 1) * 4 + lane % 4) * fixed_point.REGISTERS)
-        self._columns = [T.Bind(fixed_point.weight_of_column(lane % 4, which)) for which in range(2)]
+        t = lane % 4
+        self._from = []
+        for fragment in range(columns.fragments):
+            token, index = columns.loaded(fragment, lane // 4)
+            self._from.append(T.Bind(token * row.token_words + (index * 4 + t) * fixed_point.REGISTERS))
+        self._counts: list[Expr] | None = None
+        if columns.split:
+            inside = t if columns.tokens == 1 else t % (columns.each // 2)
+            self._counts = [T.Bind(fixed_point.weight_of_column(inside, which)) for which in range(2)]
+        self._scales = [T.Bind(columns.token(t, which) * row.token_words + fixed_point.SCALE) for which in range(columns.own)]
 
     def activations(self, block: Expr, missing: Expr | None) -> _Staged:
-        b = local(fixed_point.REGISTERS, "uint32")
+        registers, fragments = fixed_point.REGISTERS, self._columns.fragments
+        b = local(registers * fragments, "uint32")
         place = T.Bind(self._row.place(block))
-        for half in range(2):
-            read_words(at(b, 4 * half), at(self._row.staged, place + self._from + 4 * half))
+        for fragment, start in enumerate(self._from):
+            for half in range(2):
+                read_words(at(b, registers * fragment + 4 * half), at(self._row.staged, place + start + 4 * half))
         if missing is not None:
             with when(missing):
-                clear(b, fixed_point.REGISTERS)
-        scale = T.Bind(T.reinterpret("float32", self._row.staged[place + fixed_point.SCALE]))
-        sums, ones = local(4 * len(self._steps), "int32"), local(4, "uint32")
-        clear(sums, 4 * len(self._steps))
+                clear(b, registers * fragments)
+        scales = [T.Bind(T.reinterpret("float32", self._row.staged[place + scale])) for scale in self._scales]
+        sums, ones = local(4 * fragments * len(self._steps), "int32"), local(4, "uint32")
+        clear(sums, 4 * fragments * len(self._steps))
         for i in range(4):
             store(ones, const(0x01010101, "uint32"), i)
         for group, steps in enumerate(self._steps):
             for n, first, second in steps:
-                fixed_point.product(at(sums, 4 * group), at(ones, 0), *self._b(b, n, first, second))
-        return _Staged(b, sums, (T.Bind(self._columns[0] * scale), T.Bind(self._columns[1] * scale)))
+                for fragment in range(fragments):
+                    fixed_point.product(at(sums, 4 * (group * fragments + fragment)), at(ones, 0), *self._b(b, fragment, n, first, second))
+        if self._counts is not None:
+            scales = [T.Bind(count * scales[0]) for count in self._counts]
+        return _Staged(b, sums, tuple(scales))
 
     @staticmethod
-    def _b(b: Buffer, n: int, first: int, second: int) -> tuple[Expr, Expr]:
-        return fixed_point.only(b[2 * n], first), fixed_point.only(b[2 * n + 1], second)
+    def _b(b: Buffer, fragment: int, n: int, first: int, second: int) -> tuple[Expr, Expr]:
+        at_first = fixed_point.REGISTERS * fragment + 2 * n
+        return fixed_point.only(b[at_first], first), fixed_point.only(b[at_first + 1], second)
 
     def add(self, parts: Sequence[Part], activations: Mapping[int, _Staged], sums: Buffer, sides: Buffer, zeros: Buffer | None) -> None:
-        found, a, scales = local(4 * len(parts), "int32"), local(4 * len(parts), "uint32"), local(2, "float32")
+        own, fragments = self._columns.own, self._columns.fragments
+        count = 4 * fragments * len(parts)
+        found, a, scales = local(count, "int32"), local(4 * len(parts), "uint32"), local(2, "float32")
         for group, steps in enumerate(self._steps):
-            clear(found, 4 * len(parts))
+            clear(found, count)
             for n, first, second in steps:
                 for m, part in enumerate(parts):
                     fixed_point.codes(self._bits, at(a, 4 * m), part.words, n)
-                    fixed_point.product(at(found, 4 * m), at(a, 4 * m), *self._b(activations[part.block].b, n, first, second))
+                    for fragment in range(fragments):
+                        b = self._b(activations[part.block].b, fragment, n, first, second)
+                        fixed_point.product(at(found, 4 * (m * fragments + fragment)), at(a, 4 * m), *b)
             for m, part in enumerate(parts):
                 staged = activations[part.block]
                 widen(at(scales, 0), sides[part.side + group])
                 for half in range(2):
                     zero = self._middle if zeros is None else T.cast(zeros[2 * (part.side + group) + half], "int32")
-                    values = [
-                        T.cast(found[4 * m + 2 * half + c] - zero * staged.sums[4 * group + c], "float32") * staged.factors[c]
-                        for c in range(2)
-                    ]
-                    place = 2 * part.tile + half
-                    store(sums, sums[place] + (values[0] + values[1]) * scales[half], place)
+                    for which in range(own):
+                        value = self._value(found, 4 * fragments * m, staged, 4 * fragments * group, half, which, zero)
+                        place = (2 * part.tile + half) * own + which
+                        store(sums, sums[place] + value * scales[half], place)
+
+    def _value(self, found: Buffer, first: int, staged: _Staged, side: int, half: int, which: int, zero: Expr) -> Expr:
+        """What a lane has of a token: the products with its terms, less those of the zero point, each as often as it counts."""
+        if self._counts is not None:
+            values = [T.cast(found[first + 2 * half + c] - zero * staged.sums[side + c], "float32") * staged.factors[c] for c in range(2)]
+            return values[0] + values[1]
+        places = [4 * fragment + c for fragment, c in (self._columns.place(which, index) for index in range(fixed_point.TERMS))]
+        high, *low = (found[first + 2 * half + place] for place in places)
+        sums = [staged.sums[side + place] for place in places]
+        # The lower two together stay below 2^31: 128 codes of 8 bits times 2^15.
+        rest = low[0] * 256 + low[1] - zero * (sums[1] * 256 + sums[2])
+        return (T.cast(high - zero * sums[0], "float32") * T.float32(65536) + T.cast(rest, "float32")) * staged.factors[which]
 
     def total(self, value: Expr) -> Expr:
         kept = T.Bind(value)
-        return T.Bind(kept + warp_down(kept, 1))
+        return T.Bind(kept + warp_down(kept, 1)) if self._columns.split else kept

@@ -15,7 +15,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.arrival import SEMAPHORES, last_warp
-from moec.targets.kernels.cuda.emit import WARP, Expr, argument, store, when
+from moec.targets.kernels.cuda.emit import WARP, Buffer, Expr, argument, store, when
 from moec.targets.kernels.cuda.layout import ceil_div
 from moec.targets.kernels.cuda.projections import Projection, ProjectionsKernel, ProjectionsSpec
 from moec.targets.kernels.cuda.router import Router
@@ -26,6 +26,11 @@ from moec.targets.kernels.specs import NormSpec, RouterSpec, SkipSpec
 MOST_BYTES = 256  # of weights that a lane has under way: 64 registers of the 128 that 16 warps leave it
 
 
+MOST_TOGETHER = 4  # tokens of a block: two terms of each are the 8 columns of a product
+MOST_TURNS = 2  # blocks of threads for each multiprocessor
+MOST_BLOCKS = 4  # blocks of 128 columns of all tokens of a warp: 16 registers, and as many for what is added
+
+
 @dataclass(frozen=True)
 class RoutingSpec:
     """The kernel of a layer.
@@ -33,22 +38,41 @@ class RoutingSpec:
     Args:
         product: the row's part and the product with the router's weights.
         router, skip: what becomes of the logits; `skip` has no counts.
+        tokens: T, None for any number up to `SEMAPHORES`; of several, `product.tokens` share a block of threads (`routing_tokens`).
     """
 
     product: ProjectionsSpec
     router: RouterSpec
     skip: SkipSpec | None = None
+    tokens: int | None = 1
+
+    def __post_init__(self) -> None:
+        assert self.product.tokens <= self.product.warps, self  # a warp finishes each
+
+    def takes(self, most: int, multiprocessors: int) -> bool:
+        """Whether so many tokens run at once or in one turn more; other kernels, which read weights less often, should have more."""
+        return most == 1 or (most <= SEMAPHORES and self.product.grid * ceil_div(most, self.product.tokens) <= MOST_TURNS * multiprocessors)
 
     @classmethod
     def of(
         cls, gate: Projection, multiprocessors: int, norm: NormSpec | None, router: RouterSpec, skip: SkipSpec | None = None,
-        written: bool = True,
+        written: bool = True, tokens: int | None = 1, most: int = 1,
     ) -> RoutingSpec:  # fmt: skip
-        """The kernel with options that suit the shapes: all of a block's weights are under way, if they are not too many."""
+        """The kernel with options that suit the shapes: all of a block's weights are under way, if they are not too many.
+
+        A token alone in its blocks waits for the fewest numbers; where so many blocks do not run at once, tokens share the weights.
+
+        Args:
+            most: the most tokens, where T is any number.
+        """
         product = ProjectionsSpec.of([gate], multiprocessors, norm, written and norm is not None)
         assert product.outputs <= WARP
-        lane_bytes = ceil_div(gate.layout.blocks, product.splits) * gate.layout.block_words // 8
-        return cls(replace(product, unroll=min(lane_bytes, MOST_BYTES)), router, skip)
+        share = ceil_div(gate.layout.blocks, product.splits)
+        lane_bytes = share * gate.layout.block_words // 8
+        together, limit = 1, min(MOST_TOGETHER, MOST_BLOCKS // share, product.warps)
+        while 2 * together <= limit and product.grid * ceil_div(tokens or most, together) > multiprocessors:
+            together *= 2
+        return cls(replace(product, unroll=min(lane_bytes, MOST_BYTES), tokens=together), router, skip, tokens)
 
 
 class _RoutingStep(ProjectionsKernel):
@@ -71,20 +95,27 @@ class _RoutingStep(ProjectionsKernel):
                 self._choose(thread)
 
     def _choose(self, lane: Expr) -> None:
-        """What one warp does with the logits."""
-        weight, which = self._router.run(lambda i: self.outs[0][0, i], self._bias, lane)
-        if self._step.skip is None:
-            with when(lane < self._step.router.top_k):
-                store(self._weights, weight, 0, lane)
-                store(self._ids, T.cast(which, "int64"), 0, lane)
-            return
-        slots = range(self._step.router.top_k)
-        ids = [T.Bind(T.cast(warp_from(which, k, "int32"), "int64")) for k in slots]
-        found = skip_slots(self._step.skip, [warp_from(weight, k, "float32") for k in slots], ids)
-        with when(lane == 0):
-            for k in slots:
-                store(self._weights, found[0][k], 0, k)
-                store(self._ids, found[1][k], 0, k)
+        choose(self._step, self._router, self.outs[0], self._bias, (self._weights, self._ids), 0, lane)
+
+
+def choose(
+    spec: RoutingSpec, router: Router, logits: Buffer, bias: Buffer | None, outs: tuple[Buffer, Buffer], token: Expr, lane: Expr
+) -> None:  # fmt: skip
+    """Write the weights and ids of a token, of which a warp sees all logits [T, E]."""
+    weights, ids = outs
+    weight, which = router.run(lambda i: logits[token, i], bias, lane)
+    if spec.skip is None:
+        with when(lane < spec.router.top_k):
+            store(weights, weight, token, lane)
+            store(ids, T.cast(which, "int64"), token, lane)
+        return
+    slots = range(spec.router.top_k)
+    own = [T.Bind(T.cast(warp_from(which, k, "int32"), "int64")) for k in slots]
+    found = skip_slots(spec.skip, [warp_from(weight, k, "float32") for k in slots], own)
+    with when(lane == 0):
+        for k in slots:
+            store(weights, found[0][k], token, k)
+            store(ids, found[1][k], token, k)
 
 
 def routing_step_func(spec: RoutingSpec) -> tirx.PrimFunc:

@@ -27,6 +27,24 @@ __device__ __forceinline__ int moec_argmax(float x, int at) {
   }
   return at;
 }
+template <int N> __device__ __forceinline__ float moec_sums(const float* from, int lane) {
+  float x[N];
+  #pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = from[i];
+  int distance = 16;
+  #pragma unroll
+  for (int n = N / 2; n; n >>= 1, distance >>= 1) {
+    const bool high = lane & distance;
+    #pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const float own = high ? x[i + n] : x[i], other = high ? x[i] : x[i + n];
+      x[i] = own + __shfl_xor_sync(0xffffffffu, other, distance);
+    }
+  }
+  #pragma unroll
+  for (; distance; distance >>= 1) x[0] += __shfl_xor_sync(0xffffffffu, x[0], distance);
+  return x[0];
+}
 template <typename T> __device__ __forceinline__ T moec_from(T x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 template <typename T> __device__ __forceinline__ T moec_across(T x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }
 __device__ __forceinline__ float moec_sum_first(float x, int count) {
@@ -41,6 +59,14 @@ __device__ __forceinline__ float moec_sum_first(float x, int count) {
 def warp_sum(x: Expr, lanes: int = WARP) -> Expr:
     """The sum of float32 over neighbouring lanes, a power of two of them, in each of these."""
     return T.Bind(call("moec_sum", _REDUCE, x, lanes, result="float32"))
+
+
+def warp_sums(x: Expr, count: int, lane: Expr) -> Expr:
+    """The sums of several float32 over a warp, a power of two of them: lane i has that of number i * count // 32.
+
+    Lanes halve what they have as they exchange it, so that 8 sums take 9 exchanges, where one alone takes 5.
+    """
+    return T.Bind(call(f"moec_sums<{count}>", _REDUCE, x, lane, result="float32"))
 
 
 def warp_max(x: Expr) -> Expr:

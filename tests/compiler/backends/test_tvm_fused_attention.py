@@ -94,7 +94,7 @@ def names(step: AttentionStep) -> set[str]:
 
 
 def test_norms_and_rope_are_found() -> None:
-    first, second = match(changed(), {}, GPU)
+    first, second = match(changed(), {}, GPU, 1)
     assert names(first) == {"qb", "qc", "qd", "kb", "kc", "kd", "a"}
     assert (first.q.source, first.k.source) == ("qa", "ka")
     assert first.spec.rope
@@ -109,23 +109,23 @@ def test_norms_and_rope_are_found() -> None:
 
 
 def test_what_others_read_is_left_out() -> None:
-    first, _ = match(changed(("linear(%b, @o1)", "linear(%qb, @o1)")), {}, GPU)
+    first, _ = match(changed(("linear(%b, @o1)", "linear(%qb, @o1)")), {}, GPU, 1)
     assert (first.q.source, first.q.norm, first.k.source) == ("qb", None, "ka")
     assert first.spec.rope
     assert first.spec.q_norm is None
-    returned, _ = match(changed(("return %out", "return %out, %kb")), {}, GPU)
+    returned, _ = match(changed(("return %out", "return %out, %kb")), {}, GPU, 1)
     assert (returned.q.source, returned.k.source, returned.k.norm) == ("qa", "kb", None)
 
 
 def test_another_kind_of_norm_is_left_out() -> None:
     norm = "%qb: f32[B, T, 16] = rms_norm(%qa, @qn1) {eps=1e-05}"
-    first, _ = match(changed((norm, norm.replace("rms_norm", "layer_norm"))), {}, GPU)
+    first, _ = match(changed((norm, norm.replace("rms_norm", "layer_norm"))), {}, GPU, 1)
     assert (first.q.source, first.spec.q_norm, first.k.source) == ("qb", None, "ka")
 
 
 def test_rope_of_one_of_them_is_left_out() -> None:
     edits = ("attention(%qd, %kd, %vc)", "attention(%qd, %kc, %vc)"), ("  %kd: f32[B, T, 2, 8] = rope(%kc, %cos, %sin)\n", "")
-    first, _ = match(changed(*edits), {}, GPU)
+    first, _ = match(changed(*edits), {}, GPU, 1)
     assert names(first) == {"a"}
     assert (first.q.source, first.k.source, first.spec.rope) == ("qd", "kc", False)
 

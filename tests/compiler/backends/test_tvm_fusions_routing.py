@@ -7,13 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moec.compiler.backends.tvm.cuda import CudaPlatform
+from moec.compiler.backends.tvm.cuda import CudaKernels, CudaPlatform
 from moec.compiler.backends.tvm.fusions import routing
 from moec.compiler.backends.tvm.storage import plan_storage
 from moec.compiler.ir import Graph
 from moec.compiler.text import parse_graph, print_graph
 from moec.runtime.tvm_device import Gpu
 from moec.targets import get_target
+from moec.targets.kernels.cuda.layout import FragmentLayout
+from moec.targets.kernels.cuda.projections import Projection
+from moec.targets.kernels.cuda.routing_step import RoutingSpec
+from moec.targets.kernels.specs import RouterSpec
 from tests.compiler.backends.test_tvm import with_format
 from tests.compiler.backends.test_tvm_cuda import emulated, whole
 from tests.compiler.backends.tvm_model import Compiled
@@ -40,10 +44,16 @@ def model(norm: str = NORM, router: str = "%logits", attrs: str = 'score="softma
     return with_format(parse_graph(text), "bf16")
 
 
-def matched(graph: Graph) -> list[list[str]]:
+def matched(graph: Graph, tokens: int = 1) -> list[list[str]]:
     """The nodes of each match."""
     platform = CudaPlatform(get_target("h100-sxm"))
-    return [[node.name for node in found.nodes] for found in routing.match(graph, plan_storage(graph, platform), platform.gpu)]
+    return [[node.name for node in found.nodes] for found in routing.match(graph, plan_storage(graph, platform), platform.gpu, tokens)]
+
+
+def up_to(graph: Graph, most: int) -> list[RoutingSpec]:
+    """The kernels of a function of any number of tokens."""
+    platform = CudaPlatform(get_target("h100-sxm"))
+    return [found.spec for found in routing.match_up_to(graph, plan_storage(graph, platform), platform.gpu, most)]
 
 
 def test_what_is_matched() -> None:
@@ -64,14 +74,32 @@ def test_what_is_matched() -> None:
     assert matched(with_format(parse_graph(between), "bf16")) == []
 
 
+def test_so_many_tokens_as_run_at_once() -> None:
+    assert matched(model(skip=True), 8) == [["h1", "x", "logits", "w0", "w"]]
+    found = [[spec.tokens for spec in up_to(model(), most)] for most in (48, 256, 264)]
+    assert found == [[None], [None], []]  # a token has a semaphore
+    gate = Projection(FragmentLayout(128, 2048, "bf16"))
+    kinds = [RoutingSpec.of(gate, 132, None, RouterSpec(128, 8), tokens=None, most=most) for most in (48, 192)]
+    assert [(spec.product.tokens, spec.takes(most, 132)) for spec, most in zip(kinds, (48, 192), strict=True)] == [(4, True), (4, False)]
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """The numbers of tokens of the kernels that are emitted."""
+    found, emit = list[int | None](), CudaKernels.routing_step
+    monkeypatch.setattr(CudaKernels, "routing_step", lambda *args: (found.append(args[1].tokens), emit(*args))[1])
+    return found
+
+
 @needs_emulator
 @pytest.mark.parametrize(
     "graph",
     [model(skip=True), model(router="%logits, @choice", attrs='score="sigmoid", groups=3, top_groups=2, scale=1.5')],
     ids=["skip", "groups"],
 )
-def test_a_model_on_the_emulated_gpu(graph: Graph, emulated: Gpu, tmp_path: Path) -> None:
-    compiled = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", emulated, (1,))
+def test_a_model_on_the_emulated_gpu(graph: Graph, emulated: Gpu, tmp_path: Path, called: list[int | None]) -> None:
+    compiled = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", emulated, (1, 4, 8))
+    assert called == [1, 4, 8]
     ids = np.random.default_rng(0).integers(0, 40, 12)
     sequence = compiled.executor.add()
     found = [compiled.executor.forward([(sequence, ids[i : i + 1])])[0] for i in range(12)]
@@ -80,3 +108,20 @@ def test_a_model_on_the_emulated_gpu(graph: Graph, emulated: Gpu, tmp_path: Path
     ((tokens, experts),) = [(count.tokens, count.experts) for count in compiled.executor.counters.read()]
     assert tokens == 12
     assert 12 < experts < 24 if len(graph.producers["w"].inputs) == 2 and graph.producers["w"].op == "skip" else experts == 24
+
+    first, second = compiled.executor.add(), compiled.executor.add()
+    expected = [compiled.expected(text) for text in (ids, ids[::-1].copy())]
+    for step in (slice(0, 4), slice(4, 6)):  # decode8 and decode4
+        logits = compiled.executor.forward([(first, ids[step]), (second, ids[::-1][step])], all_logits=True)
+        np.testing.assert_allclose(logits, np.concatenate([rows[step] for rows in expected]), atol=1e-4)
+
+
+@needs_emulator
+def test_a_range_of_tokens(whole: Gpu, tmp_path: Path, called: list[int | None]) -> None:
+    graph = model(skip=True)
+    compiled = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", whole, (11,))
+    assert called == [None]
+    ids = np.random.default_rng(1).integers(0, 40, 21)
+    sequence, expected = compiled.executor.add(), compiled.expected(ids)
+    for step in (slice(0, 9), slice(9, 21)):
+        np.testing.assert_allclose(compiled.executor.forward([(sequence, ids[step])], all_logits=True), expected[step], atol=1e-4)

@@ -67,9 +67,11 @@ class AttentionStep:
         low.set_flat(self.node.name, kernels.attention_step(self.spec, low.caches(self.node), inputs))
 
 
-def match(graph: Graph, storage: Mapping[str, Any], gpu: Gpu) -> list[AttentionStep]:
-    """Every attention node of a graph."""
+def match(graph: Graph, storage: Mapping[str, Any], gpu: Gpu, tokens: int) -> list[AttentionStep]:
+    """Every attention node of a graph, for one token."""
     del storage, gpu  # options follow where the kernel is emitted
+    if tokens != 1:
+        return []
     return [_step(graph, node) for node in graph.nodes if node.op == "attention"]
 
 

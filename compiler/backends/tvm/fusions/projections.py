@@ -7,7 +7,7 @@
     ...
 
 become one kernel of %x and %y, which also writes %h, and %n where something else reads it. A single linear layer without a norm in front
-of it is that kernel already.
+of it is that kernel already. Of several tokens there are only those for which the kernel is right (`ProjectionsSpec.suits`).
 """
 
 from __future__ import annotations
@@ -58,13 +58,14 @@ class Projections:
             low.set_flat(node.name, next(found))
 
 
-def match(graph: Graph, storage: Mapping[str, Any], gpu: Gpu) -> list[Projections]:
+def match(graph: Graph, storage: Mapping[str, Any], gpu: Gpu, tokens: int) -> list[Projections]:
     """The linear layers of each value, together with as much as can be; where others have taken a part, what is left."""
     groups: dict[str, list[Node]] = {}
     for node in graph.nodes:
         if node.op == "linear" and _fits(graph, storage, node):
             groups.setdefault(node.inputs[0], []).append(node)
-    return [found for name, linears in groups.items() for found in _choices(graph, storage, name, tuple(linears), gpu)]
+    found = (choice for name, linears in groups.items() for choice in _choices(graph, storage, name, tuple(linears), gpu, tokens))
+    return [choice for choice in found if choice.spec.suits(gpu)]
 
 
 def _fits(graph: Graph, storage: Mapping[str, Any], node: Node) -> bool:
@@ -76,18 +77,20 @@ def _fits(graph: Graph, storage: Mapping[str, Any], node: Node) -> bool:
     return in_fragments(storage, node)
 
 
-def _choices(graph: Graph, storage: Mapping[str, Any], name: str, linears: tuple[Node, ...], gpu: Gpu) -> Iterator[Projections]:
+def _choices(
+    graph: Graph, storage: Mapping[str, Any], name: str, linears: tuple[Node, ...], gpu: Gpu, tokens: int
+) -> Iterator[Projections]:
     """From the one with the most nodes to that with the fewest; only one of them can be had."""
     norm = graph.producers.get(name)
     if norm is not None and (spec := _norm_spec(graph, norm)) is not None:
         addition = graph.producers.get(norm.inputs[0])
         if addition is not None and residual_norm(graph, addition) is norm:
-            yield _fused(graph, storage, gpu, linears, norm, addition, spec)
-        yield _fused(graph, storage, gpu, linears, norm, None, spec)
+            yield _fused(graph, storage, gpu, tokens, linears, norm, addition, spec)
+        yield _fused(graph, storage, gpu, tokens, linears, norm, None, spec)
     elsewhere = [user for user in linears if not any(reader.op == "router" for reader in graph.users.get(user.name, ()))]
     for some in (linears, tuple(elsewhere)):  # the layer in front of a router goes with it
         if len(some) > 1:
-            yield _fused(graph, storage, gpu, some)
+            yield _fused(graph, storage, gpu, tokens, some)
 
 
 def _norm_spec(graph: Graph, node: Node) -> NormSpec | None:
@@ -98,11 +101,11 @@ def _norm_spec(graph: Graph, node: Node) -> NormSpec | None:
 
 
 def _fused(
-    graph: Graph, storage: Mapping[str, Any], gpu: Gpu, linears: tuple[Node, ...], norm: Node | None = None,
+    graph: Graph, storage: Mapping[str, Any], gpu: Gpu, tokens: int, linears: tuple[Node, ...], norm: Node | None = None,
     addition: Node | None = None, spec: NormSpec | None = None,
 ) -> Projections:  # fmt: skip
     if spec is not None and addition is not None:
         spec = replace(spec, residual=True)
     matrices = [Projection(cast(FragmentLayout, matrix_layout(storage[linear.inputs[1]])), linear.has(2)) for linear in linears]
     written = norm is not None and norm.name in read_outside(graph, [norm, *linears])
-    return Projections(linears, ProjectionsSpec.of(matrices, gpu.multiprocessors, spec, written), norm, addition)
+    return Projections(linears, ProjectionsSpec.of(matrices, gpu.multiprocessors, spec, written, tokens), norm, addition)

@@ -6,7 +6,7 @@
     %w, %i = router(%l)
     %w2, %i2 = skip(%w, %i)                     or none
 
-become one kernel of %x and %y, whoever else reads what lies between.
+become one kernel of %x and %y, whoever else reads what lies between, of one token or of so few that their thread blocks are few.
 """
 
 from __future__ import annotations
@@ -65,12 +65,22 @@ class RoutingStep:
         return first.inputs if first is self.addition else first.inputs[:1]
 
 
-def match(graph: Graph, storage: Mapping[str, Any], gpu: Gpu) -> list[RoutingStep]:
+def match(graph: Graph, storage: Mapping[str, Any], gpu: Gpu, tokens: int) -> list[RoutingStep]:
     """Every router that follows a linear layer."""
-    return [found for node in graph.nodes if node.op == "router" and (found := _step(graph, storage, node, gpu)) is not None]
+    return _all(graph, storage, gpu, tokens, tokens)
 
 
-def _step(graph: Graph, storage: Mapping[str, Any], router: Node, gpu: Gpu) -> RoutingStep | None:
+def match_up_to(graph: Graph, storage: Mapping[str, Any], gpu: Gpu, most: int) -> list[RoutingStep]:
+    """The same for any number of tokens up to `most`."""
+    return _all(graph, storage, gpu, None, most)
+
+
+def _all(graph: Graph, storage: Mapping[str, Any], gpu: Gpu, tokens: int | None, most: int) -> list[RoutingStep]:
+    found = (_step(graph, storage, node, gpu, tokens, most) for node in graph.nodes if node.op == "router")
+    return [step for step in found if step is not None and step.spec.takes(most, gpu.multiprocessors)]
+
+
+def _step(graph: Graph, storage: Mapping[str, Any], router: Node, gpu: Gpu, tokens: int | None, most: int) -> RoutingStep | None:
     linear = graph.producers.get(router.inputs[0])
     spec = router_spec(graph, router)
     fits = spec.experts <= MOST_EXPERTS and max(spec.top_k, spec.groups) <= MOST_SLOTS
@@ -88,7 +98,8 @@ def _step(graph: Graph, storage: Mapping[str, Any], router: Node, gpu: Gpu) -> R
     rows = norm_spec(graph, norm, addition) if norm is not None else None
     inside = [node for node in (addition, norm, linear, router, skip) if node is not None]
     written = norm is not None and norm.name in read_outside(graph, inside)
-    chosen = RoutingSpec.of(gate, gpu.multiprocessors, rows, spec, skip_spec(graph, skip) if skip is not None else None, written)
+    slots = skip_spec(graph, skip) if skip is not None else None
+    chosen = RoutingSpec.of(gate, gpu.multiprocessors, rows, spec, slots, written, tokens, most)
     return RoutingStep(chosen, linear, router, addition, norm, skip)
 
 

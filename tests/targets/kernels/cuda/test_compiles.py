@@ -100,8 +100,8 @@ def test_linear_layers_compile() -> None:
     from moec.targets.kernels.cuda.pipeline import NAME
 
     spec = LinearSpec(FragmentLayout(1000, 520, "int4_g64_asym"), bias=True)
-    one = ProjectionsSpec.of([Projection(spec.layout, bias=True)], MULTIPROCESSORS)
-    functions = {"one": projections_func(one), "many": prefill_func(spec), "split": split_func(520)}
+    one, eight = (ProjectionsSpec.of([Projection(spec.layout, bias=True)], MULTIPROCESSORS, tokens=t) for t in (1, 8))
+    functions = {"one": projections_func(one), "eight": projections_func(eight), "many": prefill_func(spec), "split": split_func(520)}
     target = get_target("h100")
     module = IRModule({name: f.with_attr("global_symbol", name) for name, f in functions.items()})
     found = tvm.compile(module, TvmTarget(json.loads(target.tvm), host="llvm"), tir_pipeline=NAME).mod.imports

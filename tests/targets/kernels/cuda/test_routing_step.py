@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from moec.targets.kernels.cuda.arrival import SEMAPHORES
 from moec.targets.kernels.cuda.layout import FragmentLayout
 from moec.targets.kernels.cuda.projections import Projection
 from moec.targets.kernels.cuda.routing_step import RoutingSpec, routing_step_func
+from moec.targets.kernels.cuda.routing_tokens import routing_tokens_func
 from moec.targets.kernels.specs import NormSpec, RouterSpec, SkipSpec
 from tests.targets.kernels.cuda.packed import MULTIPROCESSORS, packed
 from tests.targets.kernels.emulator import needs_emulator
@@ -41,9 +43,11 @@ class Case:
     skip: SkipSpec | None = None
 
     @property
-    def spec(self) -> RoutingSpec:
-        gate = Projection(FragmentLayout(self.router.experts, self.d, self.format), self.bias)
-        return RoutingSpec.of(gate, MULTIPROCESSORS, self.norm, self.router, self.skip)
+    def gate(self) -> Projection:
+        return Projection(FragmentLayout(self.router.experts, self.d, self.format), self.bias)
+
+    def of(self, tokens: int | None = 1, most: int = 1) -> RoutingSpec:
+        return RoutingSpec.of(self.gate, MULTIPROCESSORS, self.norm, self.router, self.skip, tokens=tokens, most=most)
 
 
 GROUPS = RouterSpec(48, 6, "sigmoid", normalize=True, scale=2.5, groups=4, top_groups=2, group_score="top2", bias=True)
@@ -53,6 +57,8 @@ CASES = [
     Case(384, RouterSpec(40, 4, "softmax_topk"), norm=NormSpec(384, 1, 1e-5, offset=1.0), bias=True),
     Case(128, GROUPS, norm=NormSpec(128, 1, 1e-6, residual=True)),
     Case(136, RouterSpec(33, 5), "int8_g32_asym", NormSpec(136, 1, 1e-5, center=True, bias=True, residual=True)),
+    Case(520, RouterSpec(33, 5), norm=NormSpec(520, 1, 1e-5, center=True, bias=True, residual=True), bias=True),
+    Case(640, RouterSpec(24, 4, "sigmoid", bias=True), "fp8_channel", NormSpec(640, 1, 1e-6)),
     Case(2056, RouterSpec(20, 3), "int4_channel", skip=SkipSpec(3, 20, ratio=0.6, top_p=0.9, normalize=True)),
     Case(
         2304, RouterSpec(32, 4, normalize=True), norm=NormSpec(2304, 1, 1e-5, weight=False, residual=True), skip=SkipSpec(4, 32, ratio=0.5)
@@ -61,66 +67,131 @@ CASES = [
 
 
 @cache
-def kernel(case: Case) -> CudaKernel:
-    return CudaKernel(routing_step_func(case.spec))
+def several(case: Case, tokens: int | None, together: int) -> CudaKernel:
+    spec = case.of(tokens)
+    return CudaKernel(routing_tokens_func(replace(spec, product=replace(spec.product, tokens=min(together, spec.product.warps)))))
+
+
+@cache
+def single(case: Case) -> CudaKernel:
+    return CudaKernel(routing_step_func(case.of()))
 
 
 def normalised(case: Case, total: NDArray[Any], weight: NDArray[Any], bias: NDArray[Any]) -> NDArray[np.float64]:
-    """The row in float64."""
+    """The rows in float64."""
     row: NDArray[np.float64] = total.astype(np.float64)
     norm = case.norm
     if norm is None:
         return row
-    row = row - row.mean() if norm.center else row
-    row = row / np.sqrt((row * row).mean() + norm.eps)
+    row = row - row.mean(-1, keepdims=True) if norm.center else row
+    row = row / np.sqrt((row * row).mean(-1, keepdims=True) + norm.eps)
     row = row * (weight.astype(np.float64) + norm.offset) if norm.weight else row
     if norm.bias:
         row = row + bias
     return row
 
 
+class Layer:
+    """Random weights of a layer and rows of some tokens, as inputs of the kernel, and what it is to give.
+
+    Args:
+        size: of the rows' numbers.
+    """
+
+    def __init__(self, case: Case, tokens: int, seed: int, size: float) -> None:
+        rng = np.random.default_rng(seed)
+        self.case, self.tokens = case, tokens
+        arrays, values = packed(case.gate.layout, rng)
+        factor = 0.5 ** round(np.log2(case.d) / 2)  # logits of about 1
+        self.values = values * factor
+        scaled = "values" if case.format == "bf16" else "scale"
+        arrays[scaled] = _scaled(arrays[scaled], factor)
+        wide, router = (tokens, case.d), case.router
+        self.x, self.residual = (rng.standard_normal(wide).astype(np.float32) * np.float32(size) for _ in range(2))
+        weight, bias = (rng.standard_normal(case.d).astype(np.float32) for _ in range(2))
+        gate_bias, self.choice_bias = (rng.standard_normal(router.experts).astype(np.float32) * np.float32(scale) for scale in (1, 0.1))
+        norm = case.norm
+        self.total = self.x + self.residual if norm and norm.residual else self.x
+        self.row = normalised(case, self.total, weight, bias)
+        self.logits = self.row @ self.values.T + (gate_bias if case.bias else 0)
+        self._parameters = [a for a, there in ((weight, norm and norm.weight), (bias, norm and norm.bias)) if there]
+        self._parameters += [*arrays.values(), *([gate_bias] if case.bias else [])]
+        self.semaphores = np.zeros(SEMAPHORES, np.int32)
+
+    def run(self, kernel: CudaKernel, first: int = 0, tokens: int | None = None) -> list[NDArray[Any]]:
+        """What the kernel gives for some of the tokens: [sum,] [row,] logits, weights, ids."""
+        count, case, norm = self.tokens if tokens is None else tokens, self.case, self.case.norm
+        own = slice(first, first + count)
+        inputs = [*([self.choice_bias] if case.router.bias else []), self.semaphores, self.x[own]]
+        inputs += [*([self.residual[own]] if norm and norm.residual else []), *self._parameters]
+        slots, rows = (count, case.router.top_k), int(norm is not None and norm.residual) + (norm is not None)
+        outputs = [((count, case.d), "float32")] * rows + [((count, case.router.experts), "float32"), (slots, "float32"), (slots, "int64")]
+        return kernel(*inputs, outputs=outputs)
+
+    def check(self, found: Sequence[NDArray[Any]]) -> None:
+        """Compare what the kernel gave for all tokens."""
+        *rows, logits, weights, ids = found
+        case, norm, router = self.case, self.case.norm, self.case.router
+        if norm is not None:
+            np.testing.assert_allclose(rows[-1], self.row, rtol=2e-5, atol=2e-5)
+        if norm is not None and norm.residual:
+            np.testing.assert_array_equal(rows[0], self.total)
+        np.testing.assert_allclose(logits, self.logits, rtol=1e-4, atol=1e-4 * max(1.0, np.abs(self.row).max()))
+        attrs = {name: value for name, value in asdict(router).items() if name not in ("experts", "bias")}
+        wanted = ops.router(torch.from_numpy(logits), torch.from_numpy(self.choice_bias) if router.bias else None, **attrs)
+        if case.skip is not None:
+            skip = case.skip
+            wanted = ops.skip(*wanted, experts=router.experts, ratio=skip.ratio, top_p=skip.top_p, normalize=skip.normalize)
+        np.testing.assert_array_equal(ids, wanted[1].numpy())
+        np.testing.assert_allclose(weights, wanted[0].numpy(), rtol=1e-4, atol=1e-6)
+        assert not self.semaphores.any()
+
+
+SIZES = st.sampled_from([0.1, 1.0, 30.0])
+
+
 @settings(max_examples=25, deadline=None)
-@given(index=st.sampled_from(range(len(CASES))), seed=st.integers(0, 10_000), size=st.sampled_from([0.1, 1.0, 30.0]))
-def test_routing_step(index: int, seed: int, size: float) -> None:
-    case, rng = CASES[index], np.random.default_rng(seed)
-    router, norm, wide = case.router, case.norm, (1, case.d)
-    arrays, values = packed(case.spec.product.matrices[0].layout, rng)
-    factor = 0.5 ** round(np.log2(case.d) / 2)  # logits of about 1
-    values = values * factor
-    scaled = "values" if case.format == "bf16" else "scale"
-    arrays[scaled] = _scaled(arrays[scaled], factor)
-    x, residual = (rng.standard_normal(wide).astype(np.float32) * np.float32(size) for _ in range(2))
-    weight, bias = (rng.standard_normal(case.d).astype(np.float32) for _ in range(2))
-    gate_bias, choice_bias = (rng.standard_normal(router.experts).astype(np.float32) * np.float32(scale) for scale in (1, 0.1))
-    semaphores = np.zeros(SEMAPHORES, np.int32)
-    total = x + residual if norm and norm.residual else x
-    inputs = [*([choice_bias] if router.bias else []), semaphores, x, *([residual] if norm and norm.residual else [])]
-    inputs += [a for a, there in ((weight, norm and norm.weight), (bias, norm and norm.bias)) if there]
-    inputs += [*arrays.values(), *([gate_bias] if case.bias else [])]
-    slots = (1, router.top_k)
-    rows = [(wide, "float32")] * (int(norm is not None and norm.residual) + (norm is not None))
-    outputs = [*rows, ((1, router.experts), "float32"), (slots, "float32"), (slots, "int64")]
+@given(case=st.sampled_from(CASES), seed=st.integers(0, 10_000), size=SIZES)
+def test_routing_step(case: Case, seed: int, size: float) -> None:
+    layer = Layer(case, 1, seed, size)
     for _ in range(2):  # the second time the semaphores are as the first left them
-        *found, logits, weights, ids = kernel(case)(*inputs, outputs=outputs)
-    row = normalised(case, total[0], weight, bias)
-    if norm is not None:
-        np.testing.assert_allclose(found[-1][0], row, rtol=2e-5, atol=2e-5)
-    if norm is not None and norm.residual:
-        np.testing.assert_array_equal(found[0], total)
-    expected = values @ row + (gate_bias if case.bias else 0)
-    np.testing.assert_allclose(logits[0], expected, rtol=1e-4, atol=1e-4 * max(1.0, np.abs(row).max()))
-    attrs = {name: value for name, value in asdict(router).items() if name not in ("experts", "bias")}
-    wanted = ops.router(torch.from_numpy(logits), torch.from_numpy(choice_bias) if router.bias else None, **attrs)
-    if case.skip is not None:
-        wanted = ops.skip(*wanted, experts=router.experts, ratio=case.skip.ratio, top_p=case.skip.top_p, normalize=case.skip.normalize)
-    np.testing.assert_array_equal(ids, wanted[1].numpy())
-    np.testing.assert_allclose(weights, wanted[0].numpy(), rtol=1e-4, atol=1e-6)
-    assert not semaphores.any()
+        found = layer.run(single(case))
+    layer.check(found)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    case=st.sampled_from(CASES), seed=st.integers(0, 10_000), size=SIZES, tokens=st.sampled_from([2, 4, 8]),
+    together=st.sampled_from([1, 2, 4]),
+)  # fmt: skip
+def test_routing_of_some_tokens(case: Case, seed: int, size: float, tokens: int, together: int) -> None:
+    layer = Layer(case, tokens, seed, size)
+    found = layer.run(several(case, tokens, together))
+    layer.check(found)
+    if case.format == "bf16" or together == 1:  # which experts run depends on no batch
+        for those, alone in zip(found, layer.run(single(case), tokens - 1, 1), strict=True):
+            np.testing.assert_array_equal(those[-1:], alone)
+
+
+@settings(max_examples=20, deadline=None)
+@given(case=st.sampled_from(CASES), seed=st.integers(0, 10_000), tokens=st.integers(1, 11), together=st.sampled_from([1, 2, 4]))
+def test_routing_of_any_number_of_tokens(case: Case, seed: int, tokens: int, together: int) -> None:
+    layer = Layer(case, tokens, seed, 1.0)
+    for _ in range(2):
+        found = layer.run(several(case, None, together))
+    layer.check(found)
+
+
+def test_how_many_tokens_share_a_block() -> None:
+    many, qwen, wide = (Case(d, RouterSpec(e, 8)) for d, e in ((2048, 64), (2048, 128), (7168, 256)))
+    assert [many.of(None, most).product.tokens for most in (8, 32, 48, 64, 192)] == [1, 1, 2, 2, 4]
+    assert [qwen.of(None, most).product.tokens for most in (8, 16, 32, 64)] == [1, 1, 2, 4]
+    assert [wide.of(None, most).product.tokens for most in (8, 64)] == [1, 1]  # more rows than registers
 
 
 def _scaled(array: NDArray[Any], factor: float) -> NDArray[Any]:
     """Weights (bfloat16 as bits) or scales, times a power of two."""
-    if array.dtype == np.float16:
-        return (array * factor).astype(np.float16)
+    if array.dtype != np.uint16:
+        return (array * factor).astype(array.dtype)
     values = (array.astype(np.uint32) << 16).view(np.float32) * np.float32(factor)
     return (values.view(np.uint32) >> 16).astype(np.uint16)
