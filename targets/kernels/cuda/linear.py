@@ -2,7 +2,7 @@
 
 A few tokens read the weights as a stream (`stream`); more go through the tensor cores' large products (`product`), or are a few at a time
 where so few products would leave most of the GPU idle. Either way activations count as two terms of bfloat16, 16 bits of them, and integer
-weights are not rounded. A single token has `projections` instead.
+weights are not rounded. One to eight tokens have `projections` instead, where that suits.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ A small matrix is limited by latency, not by bandwidth, so what counts is the ch
     none before it; their sums meet in shared memory at the one barrier, and a thread adds up and writes an output.
 
 Several tokens are more columns of the same products (`projections_columns`), so that weights are read and made into operands once. Each
-block stages all tokens for itself, which it does once where all blocks run at the same time: `ProjectionsSpec.suits` says where.
+block stages all tokens for itself, which limits how many blocks there should be (`ProjectionsSpec.suits`).
 
 Blocks are dealt to the matrices by ranges. Matrices of one format are one piece of code, which picks its arrays by the block.
 """
@@ -128,12 +128,15 @@ class ProjectionsSpec:
         return Row.words(self) + ceil_div(self.splits * self.outputs * self.tokens, 4) * 4
 
     def suits(self, gpu: Gpu) -> bool:
-        """Whether the kernel is right for so many tokens.
+        """Whether the kernel is right for so many tokens; `linear` is what there is otherwise.
 
-        Of several tokens each block reads and stages T rows, about as long as a tile of it takes to read, and has its multiprocessor for
-        itself: it must fit there, and all blocks at the same time. A larger matrix is limited by its bytes, which `linear` reads as well.
+        Each block reads and stages all tokens. Of one and two that is little, and two blocks share a multiprocessor, so that one stages
+        while the other multiplies. Of more it takes a microsecond or two, and registers for one block a multiprocessor: there should be
+        no second one in turn. A matrix of more rows takes as long as its bytes in either kernel.
         """
-        return self.tokens == 1 or (self.grid <= gpu.multiprocessors and 4 * self.words <= gpu.shared_bytes)
+        if self.tokens == 1:
+            return True
+        return 4 * self.words <= gpu.shared_bytes and (self.tokens == 2 or self.grid <= gpu.multiprocessors)
 
     @classmethod
     def of(

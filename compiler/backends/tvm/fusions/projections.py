@@ -60,8 +60,6 @@ class Projections:
 
 def match(graph: Graph, storage: Mapping[str, Any], gpu: Gpu, tokens: int) -> list[Projections]:
     """The linear layers of each value, together with as much as can be; where others have taken a part, what is left."""
-    if tokens != 1:
-        return []
     groups: dict[str, list[Node]] = {}
     for node in graph.nodes:
         if node.op == "linear" and _fits(graph, storage, node):
