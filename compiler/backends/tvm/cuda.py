@@ -44,13 +44,14 @@ from moec.targets.kernels.cuda.projections import Projection, ProjectionsSpec, p
 from moec.targets.kernels.cuda.projections_columns import TOKENS
 from moec.targets.kernels.cuda.rope import rope_func
 from moec.targets.kernels.cuda.router import router_func, topk_func
-from moec.targets.kernels.cuda.routing_step import RoutingSpec, routing_step_func
-from moec.targets.kernels.cuda.routing_tokens import routing_tokens_func
+from moec.targets.kernels.cuda.routing_step import RoutingSpec
+from moec.targets.kernels.cuda.routing_tokens import routing
 from moec.targets.kernels.cuda.rows import layout_of
 from moec.targets.kernels.cuda.skip import skip_func
 from moec.targets.kernels.cuda.space import multiprocessors, shared_memory
 from moec.targets.kernels.cuda.step import step_func
 from moec.targets.kernels.cuda.step_spec import StepOptions, StepSpec
+from moec.targets.kernels.cuda.tuned import Choice
 from moec.targets.kernels.specs import AttentionSpec, NormSpec, RouterSpec, SkipSpec
 
 CUBIN = "kernels.cubin"
@@ -123,13 +124,18 @@ class CudaKernels:
             "router", (spec, tokens), lambda: router_func(spec, tokens), inputs, (shape, "float32"), (shape, "int64")
         )
 
-    def routing_step(self, spec: RoutingSpec, inputs: Sequence[Expr]) -> list[Expr]:
-        """The inputs and results of `routing_step_func`, or of `routing_tokens_func` of more tokens."""
-        product, count = spec.product, count_of(inputs[1 + spec.router.bias])  # after the bias and the semaphores
-        rows, slots = int(product.norm is not None and product.norm.residual) + product.written, [count, spec.router.top_k]
-        outs = *[([count, product.k], "float32")] * rows, ([count, spec.router.experts], "float32"), (slots, "float32"), (slots, "int64")
-        make = routing_step_func if spec.tokens == 1 else routing_tokens_func
-        return self.functions.call("routing_step", spec, lambda: make(spec), inputs, *outs)
+    def routing_step(self, spec: RoutingSpec, inputs: Sequence[Expr], layers: Sequence[tuple[ExpertsLayout, int]]) -> list[Expr]:
+        """The inputs and results of `routing_step_func`.
+
+        Args:
+            layers: the experts that read the normalised row, and how many of them run.
+        """
+        choices = [self._choice(layout, top_k) for layout, top_k in layers] if spec.tokens != 1 else []
+        return routing(self.functions, spec, inputs, any(choice is not None and choice.kernel == "prefill" for choice in choices))
+
+    def _choice(self, layout: ExpertsLayout, top_k: int) -> Choice | None:
+        """What a layer of experts runs; None: plain kernels."""
+        return self._platform.choices.of(layer_of(layout, top_k), self._function) if layout.in_fragments else None
 
     def skip(self, spec: SkipSpec, inputs: Sequence[Expr]) -> list[Expr]:
         tokens, shape = _one(inputs[0]), [count_of(inputs[0]), spec.top_k]
@@ -148,7 +154,7 @@ class CudaKernels:
         named = {f"{part}_{name}": array for part, arrays in zip(parts, weights, strict=True) for name, array in arrays.items()}
         x, ids, routing = routed
         both = (biases[0], biases[1]) if biases else None
-        choice = self._platform.choices.of(layer_of(layout, int(ids.ty.shape[1])), self._function) if layout.in_fragments else None
+        choice = self._choice(layout, int(ids.ty.shape[1]))
         if not layout.in_fragments:
             self._platform.choices.only_plain(f"experts with {', '.join(sorted(_plain_parts(layout)))}")
         if choice is None:

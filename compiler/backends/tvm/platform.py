@@ -238,6 +238,7 @@ class Functions:
 
     bb: relax.BlockBuilder
     built: dict[object, Any] = field(default_factory=dict)
+    made: dict[tuple[str, Expr], Expr] = field(default_factory=dict)
 
     def call(
         self, name: str, key: object, make: Callable[[], tirx.PrimFunc], args: Sequence[Expr], *outs: tuple[Sequence[Any], str]
@@ -246,6 +247,12 @@ class Functions:
         types = [relax.TensorType(list(shape), dtype) for shape, dtype in outs]
         result = self.bb.emit(relax.call_tir(self.get(name, key, make), list(args), types[0] if len(types) == 1 else types))
         return [result] if len(types) == 1 else [self.bb.emit(relax.TupleGetItem(result, i)) for i in range(len(types))]
+
+    def once(self, name: str, x: Expr, make: Callable[[], Expr]) -> Expr:
+        """What is made of a variable under this name: the first time what `make` emits, later the same again."""
+        if (name, x) not in self.made:
+            self.made[name, x] = make()
+        return self.made[name, x]
 
     def get(self, name: str, key: object, make: Callable[[], tirx.PrimFunc]) -> Any:
         """The global variable of a kernel."""

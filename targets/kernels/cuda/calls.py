@@ -16,6 +16,10 @@ class Functions(Protocol):
         """Emit a call of the kernel of this name and key; returns its outputs, whose shapes and dtypes are given."""
         ...
 
+    def once(self, name: str, x: Any, make: Callable[[], Any]) -> Any:
+        """What is made of a value under this name: the first time what `make` emits, later the same again."""
+        ...
+
     def get(self, name: str, key: object, make: Callable[[], Any]) -> Any:
         """The global variable of a kernel."""
         ...

@@ -3,7 +3,7 @@
 out[t] = sum over s of weights[t, s] * down[e] @ f(gate_up[e] @ x[t]),   e = ids[t, s]
 
 A slot whose id is outside of 0 to E - 1 is skipped: it adds nothing, and its weight is not read. A few tokens run two kernels
-(`experts_decode`), any number of tokens five: `linear.split_func` and those of `experts_prefill`. Activations count as two terms of
+(`experts_decode`), any number of tokens five: `linear.terms_of` and those of `experts_prefill`. Activations count as two terms of
 bfloat16. Layers that these kernels do not read, and many tokens on other GPUs, have `plain.experts`.
 """
 
@@ -22,7 +22,7 @@ from moec.targets.kernels.cuda.calls import Functions
 from moec.targets.kernels.cuda.counting import call_counting
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.gathered import Shape
-from moec.targets.kernels.cuda.linear import TERMS, split_func
+from moec.targets.kernels.cuda.linear import TERMS, terms_of
 from moec.targets.kernels.cuda.sort import combine_func, most_tiles, sort_func
 from moec.targets.kernels.cuda.tuned import Choice
 
@@ -87,8 +87,7 @@ def _many(
     key = (experts, top_k, dtype, shape.tokens, None, counts is not None)
     sort = functions.get("sort", key, lambda: sort_func(*key))
     order, places, tiles = call_counting(functions.bb, sort, [ids], counts, *sorted_types)
-    (terms,) = functions.call("split", d, lambda: split_func(d), [x], ((TERMS, t, d), "uint16"))
-    arguments = [terms, order, tiles, *weights[0]]
+    arguments = [terms_of(functions, x), order, tiles, *weights[0]]
     hidden_type = ((TERMS, slots, layout.padded_f), "uint16")
     (hidden,) = functions.call("gate_up", spec, lambda: prefill.gate_up_func(spec), arguments, hidden_type)
     arguments = [hidden, order, tiles, routing_weights, *weights[1]]

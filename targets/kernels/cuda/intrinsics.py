@@ -95,6 +95,19 @@ def term(x: Expr, y: Expr, index: int) -> Expr:
     return call("moec_term", SPLIT, x, y, index, result="uint32")
 
 
+_WORD = r"""
+#ifndef MOEC_WORD
+#define MOEC_WORD
+__device__ __forceinline__ void moec_store_word(void* p, unsigned int x) { *(unsigned int*)p = x; }
+#endif
+"""
+
+
+def store_word(target: Expr, word: Expr) -> None:
+    """Write a word, such as a pair of bfloat16, at an address of any type."""
+    call("moec_store_word", _WORD, target, word)
+
+
 _WAIT = r"""
 #ifndef MOEC_WAIT
 #define MOEC_WAIT

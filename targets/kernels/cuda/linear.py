@@ -16,14 +16,17 @@ from tvm.tirx.script import builder as T
 from moec.targets.kernels.cpu.emit import tensor_shape
 from moec.targets.kernels.cuda import product, stream
 from moec.targets.kernels.cuda.calls import Functions, Gpu
-from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, const, kernel, local, store, strided, sync, when
+from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, at, const, kernel, local, store, strided, sync, when
 from moec.targets.kernels.cuda.experts_layout import Stack
 from moec.targets.kernels.cuda.gathered import THREADS, Activations, Shape
-from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait, term
+from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait, store_word, term
 from moec.targets.kernels.cuda.layout import BLOCK, PADDING, ROWS, FragmentLayout, ceil_div
 from moec.targets.kernels.cuda.space import MOST_DECODE
 
 TERMS = 2
+
+SPLIT = "split"
+"""The name under which the terms of a value are kept."""
 
 LANE_BYTES = 64
 """Of weights that a lane of the kernel of a few tokens has under way."""
@@ -154,11 +157,16 @@ def split_func(k: int) -> tirx.PrimFunc:
         grid_launch()
         with strided(thread, k // 2, threads) as pair:
             for index in range(TERMS):
-                both = T.Bind(term(x[token, 2 * pair], x[token, 2 * pair + 1], index))
-                store(out, T.cast(both % 65536, "uint16"), index, token, 2 * pair)
-                store(out, T.cast(both // 65536, "uint16"), index, token, 2 * pair + 1)
+                store_word(at(out, index, token, 2 * pair), term(x[token, 2 * pair], x[token, 2 * pair + 1], index))
 
     return kernel("split", threads, arguments, lambda operands: [operands[-1]], body)
+
+
+def terms_of(functions: Functions, x: relax.Expr) -> relax.Expr:
+    """Emit x [T, K] as terms of bfloat16: uint16 [TERMS, T, K]. All that read them have the same."""
+    t, k = tensor_shape(x)
+    out = (TERMS, t, k), "uint16"
+    return functions.once(SPLIT, x, lambda: functions.call("split", k, lambda: split_func(int(k)), [x], out)[0])
 
 
 def prefill_func(spec: LinearSpec) -> tirx.PrimFunc:
@@ -249,5 +257,4 @@ def linear(
         return functions.call("linear", ("few", few), lambda: decode_func(few), [x, *arrays, *rest], out)[0]
     size = min(64, ceil_div(most or 64, 8) * 8)
     spec = LinearSpec(layout, bias is not None, shape=Shape(size, 1, 4, TERMS))
-    terms = functions.call("split", layout.k, lambda: split_func(layout.k), [x], ((TERMS, t, layout.k), "uint16"))[0]
-    return functions.call("linear", ("many", spec), lambda: prefill_func(spec), [terms, *arrays, *rest], out)[0]
+    return functions.call("linear", ("many", spec), lambda: prefill_func(spec), [terms_of(functions, x), *arrays, *rest], out)[0]

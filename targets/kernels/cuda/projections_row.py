@@ -9,7 +9,7 @@ from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda import fixed_point
 from moec.targets.kernels.cuda.emit import WARP, Buffer, Expr, Shared, at, local, store, sync, when
-from moec.targets.kernels.cuda.intrinsics import term
+from moec.targets.kernels.cuda.intrinsics import store_word, term
 from moec.targets.kernels.cuda.layout import BLOCK, COLUMN_WORDS, FragmentLayout, ceil_div
 from moec.targets.kernels.cuda.loads import load_pair
 from moec.targets.kernels.cuda.stream import in_order
@@ -35,6 +35,7 @@ class Row:
     Args:
         x, residual, weight, bias, total, normal: the kernel's parameters.
         places: where each token's row is in these; of one that is not `there` nothing is written.
+        terms: uint16 [terms, T, K], the normalised rows in bfloat16, where they are a result too.
 
     Attributes:
         factor: what a thread's products of the staged rows are to be multiplied with, after `finish`; None for 1.
@@ -42,10 +43,10 @@ class Row:
 
     def __init__(
         self, spec: ProjectionsSpec, x: Any, residual: Any, weight: Any, bias: Any, total: Any, normal: Any,
-        places: Sequence[Expr] = (), there: Sequence[Expr] = (),
+        places: Sequence[Expr] = (), there: Sequence[Expr] = (), terms: Any = None,
     ) -> None:  # fmt: skip
         self.spec, self.norm = spec, spec.norm
-        self._places, self._there = places or range(spec.tokens), there
+        self._places, self._there, self._terms = places or range(spec.tokens), there, terms
         self._x, self._residual, self._weight, self._bias, self._total, self._normal = x, residual, weight, bias, total, normal
         self._share = ceil_div(spec.blocks, spec.splits)
         self.token_words = max(staged_words(matrix.layout) for matrix in spec.matrices)
@@ -108,15 +109,20 @@ class Row:
         self._each(lambda i, column: load_pair(at(found, 2 * i), at(buffer, *lead, column), "float32"))
         return found
 
-    def _save(self, buffer: Buffer, part: Expr, token: int, value: Callable[[int], Expr]) -> None:
-        """Write a row, by the first warps of one block: tokens are dealt to the blocks."""
+    def _save(self, buffer: Buffer, part: Expr, token: int, value: Callable[[int], Expr], last: bool = False) -> None:
+        """Write a row, by the first warps of one block: tokens are dealt to the blocks. The `last` one is normalised, and has terms too."""
+        with when(self._writes(part, token)):
+            self._put(buffer, token, value, last)
 
+    def _put(self, buffer: Buffer, token: int, value: Callable[[int], Expr], last: bool) -> None:
         def write(i: int, column: Expr) -> None:
             for j in range(2):
                 store(buffer, value(2 * i + j), self._places[token], column + j)
+            for index in range(BF16_TERMS) if last and self._terms is not None else ():
+                pair = term(value(2 * i), value(2 * i + 1), index)
+                store_word(at(self._terms, index, self._places[token], column), pair)
 
-        with when(self._writes(part, token)):
-            self._each(write)
+        self._each(write)
 
     def _writes(self, part: Expr, token: int) -> Expr:
         writes = T.And(part == token % self.spec.grid, self._warp < self.spec.splits)
@@ -138,7 +144,7 @@ class Row:
             for token, values in self._values.items():
                 self._stage(token, values)
                 if self._normal is not None and self.spec.tokens > 1:  # what is left to do is done at the end
-                    self._save(self._normal, part, token, values.__getitem__)
+                    self._save(self._normal, part, token, values.__getitem__, self._biases is not None)
         sync_warp()
 
     def _normalise(self, center: bool, size: int) -> None:
@@ -230,7 +236,7 @@ class Row:
             return
         if self.spec.tokens == 1:
             values, factor = self._values[0], self.factor
-            self._save(self._normal, part, 0, lambda i: values[i] if factor is None else values[i] * factor)
+            self._save(self._normal, part, 0, lambda i: values[i] if factor is None else values[i] * factor, True)
         elif self._biases is None:
             for token in range(self.spec.tokens):
                 with when(self._writes(part, token)):
@@ -239,9 +245,4 @@ class Row:
     def _divide(self, token: int) -> None:
         """Divide what this thread has written of a row by the row's length."""
         inverse, values = self._inverse(token), self._load(self._normal, self._places[token])
-
-        def write(i: int, column: Expr) -> None:
-            for j in range(2):
-                store(self._normal, values[2 * i + j] * inverse, self._places[token], column + j)
-
-        self._each(write)
+        self._put(self._normal, token, lambda i: values[i] * inverse, True)

@@ -15,9 +15,11 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.arrival import SEMAPHORES, last_warp
+from moec.targets.kernels.cuda.calls import Gpu
 from moec.targets.kernels.cuda.emit import WARP, Buffer, Expr, argument, store, when
 from moec.targets.kernels.cuda.layout import ceil_div
 from moec.targets.kernels.cuda.projections import Projection, ProjectionsKernel, ProjectionsSpec
+from moec.targets.kernels.cuda.projections_columns import TOKENS
 from moec.targets.kernels.cuda.router import Router
 from moec.targets.kernels.cuda.skip import skip_slots
 from moec.targets.kernels.cuda.warp import warp_from
@@ -26,9 +28,9 @@ from moec.targets.kernels.specs import NormSpec, RouterSpec, SkipSpec
 MOST_BYTES = 256  # of weights that a lane has under way: 64 registers of the 128 that 16 warps leave it
 
 
-MOST_TOGETHER = 4  # tokens of a block: two terms of each are the 8 columns of a product
+MOST_TOGETHER = max(TOKENS)  # tokens of a block
 MOST_TURNS = 2  # blocks of threads for each multiprocessor
-MOST_BLOCKS = 4  # blocks of 128 columns of all tokens of a warp: 16 registers, and as many for what is added
+MOST_BLOCKS = 16  # blocks of 128 columns of all tokens of a warp, which reads as many at once as registers allow
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,17 @@ class RoutingSpec:
         product: the row's part and the product with the router's weights.
         router, skip: what becomes of the logits; `skip` has no counts.
         tokens: T, None for any number up to `SEMAPHORES`; of several, `product.tokens` share a block of threads (`routing_tokens`).
+        terms: whether the normalised rows are a result in bfloat16 too, of several tokens.
     """
 
     product: ProjectionsSpec
     router: RouterSpec
     skip: SkipSpec | None = None
     tokens: int | None = 1
+    terms: bool = False
 
     def __post_init__(self) -> None:
+        assert not self.terms or (self.product.written and self.tokens != 1), self
         assert self.product.tokens <= self.product.warps, self  # a warp finishes each
 
     def takes(self, most: int, multiprocessors: int) -> bool:
@@ -55,7 +60,7 @@ class RoutingSpec:
 
     @classmethod
     def of(
-        cls, gate: Projection, multiprocessors: int, norm: NormSpec | None, router: RouterSpec, skip: SkipSpec | None = None,
+        cls, gate: Projection, gpu: Gpu, norm: NormSpec | None, router: RouterSpec, skip: SkipSpec | None = None,
         written: bool = True, tokens: int | None = 1, most: int = 1,
     ) -> RoutingSpec:  # fmt: skip
         """The kernel with options that suit the shapes: all of a block's weights are under way, if they are not too many.
@@ -65,14 +70,17 @@ class RoutingSpec:
         Args:
             most: the most tokens, where T is any number.
         """
-        product = ProjectionsSpec.of([gate], multiprocessors, norm, written and norm is not None)
+        product = ProjectionsSpec.of([gate], gpu.multiprocessors, norm, written and norm is not None)
         assert product.outputs <= WARP
         share = ceil_div(gate.layout.blocks, product.splits)
         lane_bytes = share * gate.layout.block_words // 8
-        together, limit = 1, min(MOST_TOGETHER, MOST_BLOCKS // share, product.warps)
-        while 2 * together <= limit and product.grid * ceil_div(tokens or most, together) > multiprocessors:
-            together *= 2
-        return cls(replace(product, unroll=min(lane_bytes, MOST_BYTES), tokens=together), router, skip, tokens)
+        product, limit = replace(product, unroll=min(lane_bytes, MOST_BYTES)), min(MOST_TOGETHER, MOST_BLOCKS // share, product.warps)
+        while 2 * product.tokens <= limit and product.grid * ceil_div(tokens or most, product.tokens) > gpu.multiprocessors:
+            more = replace(product, tokens=2 * product.tokens)
+            if 4 * more.words > gpu.shared_bytes:
+                break
+            product = more
+        return cls(product, router, skip, tokens)
 
 
 class _RoutingStep(ProjectionsKernel):

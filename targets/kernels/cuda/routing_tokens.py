@@ -1,4 +1,4 @@
-"""`routing_step` for several tokens: a block of threads has 16 of the experts and a token, or up to four tokens.
+"""`routing_step` for several tokens: a block of threads has 16 of the experts and a token, or several.
 
 The blocks of a token write their logits and meet at the token's own semaphore, and the warp that comes last chooses, as for one token. So
 nothing waits for other tokens. Weights are read once for the tokens of a block, whose terms are columns of the same products, and out of
@@ -7,17 +7,24 @@ the L2 cache but for the first time. Logits of bfloat16 are those that a token h
 
 from __future__ import annotations
 
-from tvm import tirx
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from tvm import relax, tirx
 from tvm.tirx.script import builder as T
 
+from moec.targets.kernels.cpu.emit import tensor_shape
 from moec.targets.kernels.cuda.arrival import SEMAPHORES, last_warp
+from moec.targets.kernels.cuda.calls import Functions
 from moec.targets.kernels.cuda.emit import WARP, Buffer, Expr, Shared, argument, kernel, local, store, sync, when
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import ROWS, ceil_div
+from moec.targets.kernels.cuda.linear import SPLIT, TERMS
 from moec.targets.kernels.cuda.projections_matrix import Matrices
 from moec.targets.kernels.cuda.projections_row import Row
 from moec.targets.kernels.cuda.router import Router
-from moec.targets.kernels.cuda.routing_step import RoutingSpec, choose
+from moec.targets.kernels.cuda.routing_step import RoutingSpec, choose, routing_step_func
 
 
 class _Matrix(Matrices):
@@ -73,9 +80,10 @@ class _RoutingTokens:
         gate_bias = argument("bias0", (spec.router.experts,), "float32") if gate.bias else None
         total = argument("total", wide, "float32") if norm and norm.residual else None
         normal = argument("normal", wide, "float32") if product.written else None
+        terms = argument("terms", (TERMS, *wide), "uint16") if spec.terms else None
         self.logits = argument("logits", (count, spec.router.experts), "float32")
         self.outs = argument("weights", slots, "float32"), argument("ids", slots, "int64")
-        self.row_arguments, self.matrix = (x, residual, weight, bias, total, normal), _Matrix(spec, arrays, gate_bias, self.logits)
+        self.rows, self.matrix = (x, residual, weight, bias, total, normal, terms), _Matrix(spec, arrays, gate_bias, self.logits)
         return count
 
     def grid(self, count: Expr) -> list[Expr]:
@@ -90,7 +98,8 @@ class _RoutingTokens:
         tokens = [T.Bind(first + i) for i in range(n)]
         whole = isinstance(count, int) and count % n == 0
         places = tokens if whole or n == 1 else [T.Bind(T.min(token, end - 1)) for token in tokens]
-        row = Row(product, *self.row_arguments, places, () if places is tokens else [token < end for token in tokens])
+        there = () if places is tokens else [token < end for token in tokens]
+        row = Row(product, *self.rows[:-1], places, there, self.rows[-1])
         row.take(memory)
         partial = memory.take((product.splits, n * product.outputs), "float32")
         matrix.begin(part, thread, row)
@@ -113,9 +122,31 @@ class _RoutingTokens:
 
 
 def routing_tokens_func(spec: RoutingSpec) -> tirx.PrimFunc:
-    """PrimFunc ([router bias [E]], semaphores, x f32 [T, D], ..., [sum], [row], logits [T, E], weights [T, K], ids int64 [T, K]).
+    """PrimFunc ([router bias], semaphores, x [T, D], ..., [sum], [row], [terms uint16 [terms, T, D]], logits [T, E], weights, ids [T, K]).
 
-    The parameters are those of `routing_step_func`.
+    The parameters are those of `routing_step_func`, but for the terms: the row as pairs of bfloat16, as `linear.split_func` makes them.
     """
     step = _RoutingTokens(spec)
     return kernel("routing_tokens", spec.product.threads, step.arguments, step.grid, step.body, words=spec.product.words)
+
+
+def routing(functions: Functions, spec: RoutingSpec, inputs: Sequence[relax.Expr], split: bool) -> list[relax.Expr]:
+    """Emit the kernel of a layer: the inputs and results of `routing_step_func`.
+
+    Args:
+        split: of several tokens, make the normalised rows' terms too, for whoever asks for them (`linear.terms_of`).
+    """
+    product, (count, _) = spec.product, tensor_shape(inputs[1 + spec.router.bias])  # after the bias and the semaphores
+    rows, slots = int(product.norm is not None and product.norm.residual) + product.written, (count, spec.router.top_k)
+    outs: list[tuple[Any, str]] = [((count, product.k), "float32")] * rows
+    outs += [((count, spec.router.experts), "float32"), (slots, "float32"), (slots, "int64")]
+    if spec.tokens == 1:
+        return functions.call("routing_step", spec, lambda: routing_step_func(spec), inputs, *outs)
+    if not split or not product.written:
+        return functions.call("routing_tokens", spec, lambda: routing_tokens_func(spec), inputs, *outs)
+    spec = replace(spec, terms=True)
+    outs.insert(rows, ((TERMS, count, product.k), "uint16"))
+    found = functions.call("routing_tokens", spec, lambda: routing_tokens_func(spec), inputs, *outs)
+    terms = found.pop(rows)
+    functions.once(SPLIT, found[rows - 1], lambda: terms)
+    return found

@@ -9,6 +9,7 @@ import pytest
 
 from moec.compiler.backends.tvm.cuda import CudaKernels, CudaPlatform
 from moec.compiler.backends.tvm.fusions import routing
+from moec.compiler.backends.tvm.platform import Functions
 from moec.compiler.backends.tvm.storage import plan_storage
 from moec.compiler.ir import Graph
 from moec.compiler.text import parse_graph, print_graph
@@ -78,9 +79,10 @@ def test_so_many_tokens_as_run_at_once() -> None:
     assert matched(model(skip=True), 8) == [["h1", "x", "logits", "w0", "w"]]
     found = [[spec.tokens for spec in up_to(model(), most)] for most in (48, 256, 264)]
     assert found == [[None], [None], []]  # a token has a semaphore
-    gate = Projection(FragmentLayout(128, 2048, "bf16"))
-    kinds = [RoutingSpec.of(gate, 132, None, RouterSpec(128, 8), tokens=None, most=most) for most in (48, 192)]
-    assert [(spec.product.tokens, spec.takes(most, 132)) for spec, most in zip(kinds, (48, 192), strict=True)] == [(4, True), (4, False)]
+    gate, router = Projection(FragmentLayout(256, 2048, "bf16")), RouterSpec(256, 8)
+    gpu, counts = CudaPlatform(get_target("h100-sxm")).gpu, (48, 256)
+    kinds = [RoutingSpec.of(gate, gpu, None, router, tokens=None, most=most) for most in counts]
+    assert [spec.takes(most, gpu.multiprocessors) for spec, most in zip(kinds, counts, strict=True)] == [True, False]
 
 
 @pytest.fixture
@@ -117,10 +119,12 @@ def test_a_model_on_the_emulated_gpu(graph: Graph, emulated: Gpu, tmp_path: Path
 
 
 @needs_emulator
-def test_a_range_of_tokens(whole: Gpu, tmp_path: Path, called: list[int | None]) -> None:
-    graph = model(skip=True)
+def test_a_range_of_tokens(whole: Gpu, tmp_path: Path, called: list[int | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, names, emit = model(skip=True), list[str](), Functions.call
+    monkeypatch.setattr(Functions, "call", lambda self, name, *args: (names.append(name), emit(self, name, *args))[1])
     compiled = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", whole, (11,))
     assert called == [None]
+    assert [names.count(name) for name in ("routing_tokens", "gate_up", "split", "router", "norm")] == [1, 1, 0, 0, 2]
     ids = np.random.default_rng(1).integers(0, 40, 21)
     sequence, expected = compiled.executor.add(), compiled.expected(ids)
     for step in (slice(0, 9), slice(9, 21)):

@@ -11,14 +11,14 @@ become one kernel of %x and %y, whoever else reads what lies between, of one tok
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from moec.compiler.backends.tvm.fusion import read_outside
 from moec.compiler.backends.tvm.relax_types import stream
 from moec.compiler.backends.tvm.semantic import norm_spec, residual_norm, router_spec, skip_spec
-from moec.compiler.backends.tvm.storage import matrix_layout
+from moec.compiler.backends.tvm.storage import experts_layout, matrix_layout
 from moec.compiler.ir import Graph, Node
 from moec.targets.kernels.cuda.calls import Gpu
 from moec.targets.kernels.cuda.projections import Projection
@@ -28,6 +28,7 @@ from moec.targets.kernels.cuda.routing_step import RoutingSpec
 if TYPE_CHECKING:
     from moec.compiler.backends.tvm.cuda import CudaKernels
     from moec.compiler.backends.tvm.lower import FunctionLowering
+    from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
     from moec.targets.kernels.cuda.layout import FragmentLayout
 
 
@@ -51,12 +52,19 @@ class RoutingStep:
         inputs += [low.semaphores(), *(low.flat(name) for name in self._sources)]
         inputs += [low.full(name) for name in (self.norm.inputs[1:] if self.norm is not None else ()) if name]
         inputs += [*low.weights(self.linear.inputs[1]).values(), *(low.full(name) for name in self.linear.inputs[2:] if name)]
-        found = cast("CudaKernels", low.kernels).routing_step(self.spec, inputs)
+        found = cast("CudaKernels", low.kernels).routing_step(self.spec, inputs, list(self._layers(low)))
         names = [self.addition.name] if self.addition is not None else []
         names += [self.norm.name] if self.norm is not None and self.spec.product.written else []
         last = self.skip or self.router
         for name, value in zip([*names, self.linear.name, *(output.name for output in last.outputs)], found, strict=True):
             low.set_flat(name, value)
+
+    def _layers(self, low: FunctionLowering) -> Iterator[tuple[ExpertsLayout, int]]:
+        """The experts that read the normalised row."""
+        for node in low.graph.users.get(self.norm.name, ()) if self.norm is not None else ():
+            if node.op == "experts" and node.inputs[0] == self.linear.inputs[0]:
+                layout = experts_layout(low.graph, node, low.platform)
+                yield cast("ExpertsLayout", layout), int(low.graph.type_of(node.inputs[1]).shape[-1])
 
     @property
     def _sources(self) -> Sequence[str]:
@@ -99,7 +107,7 @@ def _step(graph: Graph, storage: Mapping[str, Any], router: Node, gpu: Gpu, toke
     inside = [node for node in (addition, norm, linear, router, skip) if node is not None]
     written = norm is not None and norm.name in read_outside(graph, inside)
     slots = skip_spec(graph, skip) if skip is not None else None
-    chosen = RoutingSpec.of(gate, gpu.multiprocessors, rows, spec, slots, written, tokens, most)
+    chosen = RoutingSpec.of(gate, gpu, rows, spec, slots, written, tokens, most)
     return RoutingStep(chosen, linear, router, addition, norm, skip)
 
 

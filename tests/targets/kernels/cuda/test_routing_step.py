@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from moec.compiler import ops
 from moec.targets.kernels.cuda.arrival import SEMAPHORES
+from moec.targets.kernels.cuda.calls import Gpu
 from moec.targets.kernels.cuda.layout import FragmentLayout
 from moec.targets.kernels.cuda.projections import Projection
 from moec.targets.kernels.cuda.routing_step import RoutingSpec, routing_step_func
@@ -25,6 +27,8 @@ from tests.targets.kernels.emulator import needs_emulator
 from tests.targets.kernels.run_cuda import CudaKernel
 
 pytestmark = needs_emulator
+
+GPU = Gpu(232_448, MULTIPROCESSORS)
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Case:
         return Projection(FragmentLayout(self.router.experts, self.d, self.format), self.bias)
 
     def of(self, tokens: int | None = 1, most: int = 1) -> RoutingSpec:
-        return RoutingSpec.of(self.gate, MULTIPROCESSORS, self.norm, self.router, self.skip, tokens=tokens, most=most)
+        return RoutingSpec.of(self.gate, GPU, self.norm, self.router, self.skip, tokens=tokens, most=most)
 
 
 GROUPS = RouterSpec(48, 6, "sigmoid", normalize=True, scale=2.5, groups=4, top_groups=2, group_score="top2", bias=True)
@@ -67,9 +71,10 @@ CASES = [
 
 
 @cache
-def several(case: Case, tokens: int | None, together: int) -> CudaKernel:
+def several(case: Case, tokens: int | None, together: int, terms: bool = False) -> CudaKernel:
     spec = case.of(tokens)
-    return CudaKernel(routing_tokens_func(replace(spec, product=replace(spec.product, tokens=min(together, spec.product.warps)))))
+    product = replace(spec.product, tokens=min(together, spec.product.warps))
+    return CudaKernel(routing_tokens_func(replace(spec, product=product, terms=terms)))
 
 
 @cache
@@ -118,14 +123,15 @@ class Layer:
         self._parameters += [*arrays.values(), *([gate_bias] if case.bias else [])]
         self.semaphores = np.zeros(SEMAPHORES, np.int32)
 
-    def run(self, kernel: CudaKernel, first: int = 0, tokens: int | None = None) -> list[NDArray[Any]]:
-        """What the kernel gives for some of the tokens: [sum,] [row,] logits, weights, ids."""
+    def run(self, kernel: CudaKernel, first: int = 0, tokens: int | None = None, terms: bool = False) -> list[NDArray[Any]]:
+        """What the kernel gives for some of the tokens: [sum,] [row,] [its terms,] logits, weights, ids."""
         count, case, norm = self.tokens if tokens is None else tokens, self.case, self.case.norm
         own = slice(first, first + count)
         inputs = [*([self.choice_bias] if case.router.bias else []), self.semaphores, self.x[own]]
         inputs += [*([self.residual[own]] if norm and norm.residual else []), *self._parameters]
         slots, rows = (count, case.router.top_k), int(norm is not None and norm.residual) + (norm is not None)
-        outputs = [((count, case.d), "float32")] * rows + [((count, case.router.experts), "float32"), (slots, "float32"), (slots, "int64")]
+        outputs = [((count, case.d), "float32")] * rows + [((2, count, case.d), "uint16")] * terms
+        outputs += [((count, case.router.experts), "float32"), (slots, "float32"), (slots, "int64")]
         return kernel(*inputs, outputs=outputs)
 
     def check(self, found: Sequence[NDArray[Any]]) -> None:
@@ -162,7 +168,7 @@ def test_routing_step(case: Case, seed: int, size: float) -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     case=st.sampled_from(CASES), seed=st.integers(0, 10_000), size=SIZES, tokens=st.sampled_from([2, 4, 8]),
-    together=st.sampled_from([1, 2, 4]),
+    together=st.sampled_from([1, 2, 4, 8]),
 )  # fmt: skip
 def test_routing_of_some_tokens(case: Case, seed: int, size: float, tokens: int, together: int) -> None:
     layer = Layer(case, tokens, seed, size)
@@ -174,19 +180,24 @@ def test_routing_of_some_tokens(case: Case, seed: int, size: float, tokens: int,
 
 
 @settings(max_examples=20, deadline=None)
-@given(case=st.sampled_from(CASES), seed=st.integers(0, 10_000), tokens=st.integers(1, 11), together=st.sampled_from([1, 2, 4]))
+@given(case=st.sampled_from(CASES), seed=st.integers(0, 10_000), tokens=st.integers(1, 11), together=st.sampled_from([1, 2, 4, 8]))
 def test_routing_of_any_number_of_tokens(case: Case, seed: int, tokens: int, together: int) -> None:
     layer = Layer(case, tokens, seed, 1.0)
+    terms = case.norm is not None
     for _ in range(2):
-        found = layer.run(several(case, None, together))
+        found = layer.run(several(case, None, together, terms), terms=terms)
+    if terms:
+        high, low = found.pop(-4).view(ml_dtypes.bfloat16).astype(np.float32)
+        np.testing.assert_array_equal(high, found[-4].astype(ml_dtypes.bfloat16).astype(np.float32))
+        np.testing.assert_array_equal(low, (found[-4] - high).astype(ml_dtypes.bfloat16).astype(np.float32))
     layer.check(found)
 
 
 def test_how_many_tokens_share_a_block() -> None:
     many, qwen, wide = (Case(d, RouterSpec(e, 8)) for d, e in ((2048, 64), (2048, 128), (7168, 256)))
-    assert [many.of(None, most).product.tokens for most in (8, 32, 48, 64, 192)] == [1, 1, 2, 2, 4]
+    assert [many.of(None, most).product.tokens for most in (8, 32, 48, 64, 192)] == [1, 1, 2, 2, 8]
     assert [qwen.of(None, most).product.tokens for most in (8, 16, 32, 64)] == [1, 1, 2, 4]
-    assert [wide.of(None, most).product.tokens for most in (8, 64)] == [1, 1]  # more rows than registers
+    assert [wide.of(None, most).product.tokens for most in (8, 16, 64)] == [1, 2, 4]  # their rows fill the memory of a block
 
 
 def _scaled(array: NDArray[Any], factor: float) -> NDArray[Any]:
