@@ -15,7 +15,7 @@ from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.attend import BLOCK_TOKENS, Attend
 from moec.targets.kernels.cuda.attend_tile import THREADS
-from moec.targets.kernels.cuda.attention_parts import LOWEST, PAGE, first_seen
+from moec.targets.kernels.cuda.attention_parts import LOWEST, PAGE, first_seen, joined
 from moec.targets.kernels.cuda.emit import WARP, Expr, Shared, at, kernel, local, store, strided, sync, when
 from moec.targets.kernels.cuda.intrinsics import SPLIT, call, grid_launch, grid_wait, mma, term
 from moec.targets.kernels.cuda.layout import ceil_div
@@ -25,6 +25,12 @@ from moec.targets.kernels.specs import AttentionSpec
 
 ROWS = 64  # of a thread block
 OWN = 16  # rows of a warp
+
+
+def together(spec: AttentionSpec) -> int:
+    """Blocks of tokens that a thread block may attend for."""
+    return max(1, ROWS // (BLOCK_TOKENS * (spec.heads // spec.kv_heads)))
+
 
 _TERMS = (
     SPLIT
@@ -63,7 +69,7 @@ class AttendProduct(Attend):
         self.many = many
         self.rows = self.cases[0]
         rows = BLOCK_TOKENS * self.group  # of a block of tokens
-        self.together = max(1, ROWS // rows)
+        self.together = together(spec)
         self.tiles = ceil_div(rows, ROWS)
         self.terms = 2 if dtype == "float32" else 1
         self.q_stride = self.k_stride = spec.d // 2 + 4  # words; the lanes of a fragment are in different banks
@@ -84,9 +90,8 @@ class AttendProduct(Attend):
         first = block
         if self.together > 1:
             base = T.Bind(block // self.together * self.together)
-            joined = T.Bind(self._joined(base, T.cast(blocks, "int32")))
-            first = T.Bind(T.Select(joined > 1, base, block))
-            count = T.Bind(joined)
+            count = joined(self.blocks, self.together, base, T.cast(blocks, "int32"))
+            first = T.Bind(T.Select(count > 1, base, block))
         grid_wait()
         with when(first == block):
             self.slot, self.first_token = T.Bind(self.blocks[first, 0]), T.Bind(self.blocks[first, 1])
@@ -99,18 +104,6 @@ class AttendProduct(Attend):
                 self.count = T.Bind(T.int32(self.group))
                 with when(T.And(T.And(count == 1, tokens == 1), self.tile < ceil_div(self.group, self.rows))):
                     self._attend(memory, self.rows)
-
-    def _joined(self, base: Expr, blocks: Expr) -> Expr:
-        """How many blocks of tokens from `base` on are attended for together: 1 unless all that could be go on with one sequence."""
-        found = T.Bind(T.min(T.int32(self.together), blocks - base))
-        same: Any = T.bool(True)
-        for i in range(1, self.together):
-            one, before = T.Bind(T.min(base + i, blocks - 1)), T.Bind(T.min(base + i, blocks - 1) - 1)
-            goes_on = T.And(
-                self.blocks[one, 0] == self.blocks[base, 0], self.blocks[one, 3] == self.blocks[before, 3] + self.blocks[before, 2]
-            )
-            same = T.And(same, T.Or(base + i >= blocks, goes_on))
-        return T.Select(same, found, T.int32(1))
 
     def _many(self, memory: Shared, first: Expr, count: Expr) -> None:
         spec = self.spec
