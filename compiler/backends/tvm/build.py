@@ -22,7 +22,7 @@ def lower(graph: Graph, storage: Mapping[str, Storage], platform: Platform, page
     shared = Functions(bb)
     for function in platform.functions(graph):
         kernels, types = platform.kernels(shared, function), cache_types(page_shapes, platform.cache_dtype)
-        FunctionLowering(graph, storage, platform, kernels, bb, (function.tokens, function.rows)).build(function.name, types)
+        FunctionLowering(graph, storage, platform, kernels, bb, function).build(types)
     platform.add_best(shared, int(graph.type_of(graph.outputs[0]).shape[-1]))
     return bb.finalize()
 

@@ -143,8 +143,8 @@ class CpuPlatform:
     def page_shapes(self, spec: AttentionSpec) -> Sequence[tuple[int, ...]]:
         return page_shapes(spec)
 
-    def fusions(self, graph: Graph, storage: Mapping[str, Any], tokens: int | None) -> Sequence[Fusion]:
-        del graph, storage, tokens
+    def fusions(self, graph: Graph, storage: Mapping[str, Any], function: Function) -> Sequence[Fusion]:
+        del graph, storage, function
         return ()
 
     def add_best(self, functions: Functions, vocabulary: int) -> None:

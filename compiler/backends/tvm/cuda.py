@@ -30,7 +30,7 @@ from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cpu.experts_layout import Factors
 from moec.targets.kernels.cuda import pipeline, plain
 from moec.targets.kernels.cuda.arrival import SEMAPHORES
-from moec.targets.kernels.cuda.attention import PAGE, STORED, attention, attention_step, page_shapes
+from moec.targets.kernels.cuda.attention import PAGE, STORED, attention, attention_step, page_shapes, takes_step
 from moec.targets.kernels.cuda.best import best_func
 from moec.targets.kernels.cuda.calls import Gpu
 from moec.targets.kernels.cuda.embedding import embedding_func
@@ -46,7 +46,6 @@ from moec.targets.kernels.cuda.routing_step import RoutingSpec, routing_step_fun
 from moec.targets.kernels.cuda.rows import layout_of
 from moec.targets.kernels.cuda.skip import skip_func
 from moec.targets.kernels.cuda.space import multiprocessors, shared_memory
-from moec.targets.kernels.cuda.step import step_func
 from moec.targets.kernels.cuda.step_spec import StepOptions, StepSpec
 from moec.targets.kernels.specs import AttentionSpec, NormSpec, RouterSpec, SkipSpec
 
@@ -65,8 +64,6 @@ class CudaKernels:
     def __init__(self, functions: Functions, platform: CudaPlatform, function: Function) -> None:
         self.bb, self.functions = functions.bb, functions
         self._platform, self._function = platform, function
-        self.cached = next(dtype for dtype, stored in STORED.items() if stored == platform.cache_dtype)
-        self.shared_memory = HOPPER_MEMORY if platform.products else LEAST_MEMORY
 
     def embedding(self, ids: Expr, weights: Mapping[str, Expr], layout: FragmentLayout) -> Expr:
         tokens, kind = _one(ids), str(ids.ty.dtype)
@@ -101,17 +98,17 @@ class CudaKernels:
         return self.functions.call("rope", (heads, d, tokens), lambda: rope_func(heads, d, tokens), [x, cos, sin], out)[0]
 
     def attention(self, spec: AttentionSpec, caches: Sequence[Expr], inputs: Sequence[Expr]) -> Expr:
-        return attention(self.bb, self.functions.get, caches, inputs, spec, self.shared_memory, self.cached)
+        return attention(self.bb, self.functions.get, caches, inputs, spec, self._platform.attention_memory, self._platform.cached)
 
     def attention_step(self, spec: StepSpec, caches: Sequence[Expr], inputs: Sequence[Expr]) -> Expr:
-        """Attention of one token with what the spec says of q and k -> [1, H*dv]. Caches (K, V) change.
+        """Attention of few tokens with what the spec says of q and k -> [T, H*dv]. Caches (K, V) change.
 
         Args:
             inputs: q, k, v, blocks, page_table, semaphores[, weights of the norms][, cos, sin][, sinks].
         """
-        options = StepOptions.of(spec, self.cached, self.shared_memory, self._platform.gpu.multiprocessors)
-        step = self.functions.get("attend_step", spec, lambda: step_func(spec, options, self.cached))
-        return attention_step(self.bb, step, caches, inputs, spec, options)
+        platform, most = self._platform, self._function.most or 1
+        options = StepOptions.of(spec, platform.cached, platform.attention_memory, platform.gpu.multiprocessors, most)
+        return attention_step(self.bb, self.functions.get, caches, inputs, spec, options, platform.cached)
 
     def router(self, spec: RouterSpec, inputs: Sequence[Expr]) -> list[Expr]:
         tokens, shape = _one(inputs[0]), [count_of(inputs[0]), spec.top_k]
@@ -188,6 +185,12 @@ class CudaPlatform:
         self.target = TvmTarget({**described, "host": {"kind": "llvm"}})
         self.gpu, self.products = Gpu(shared_memory(target), multiprocessors(target)), self.arch == PRODUCTS
         self.choices = Choices(target, self.products)
+        self.attention_memory = HOPPER_MEMORY if self.products else LEAST_MEMORY
+
+    @property
+    def cached(self) -> str:
+        """The type of the cache's numbers."""
+        return next(dtype for dtype, stored in STORED.items() if stored == self.cache_dtype)
 
     def functions(self, graph: Graph) -> Sequence[Function]:
         nodes = [node for node in graph.nodes if node.op == "experts"]
@@ -214,8 +217,12 @@ class CudaPlatform:
     def page_shapes(self, spec: AttentionSpec) -> Sequence[tuple[int, ...]]:
         return page_shapes(spec)
 
-    def fusions(self, graph: Graph, storage: Mapping[str, Any], tokens: int | None) -> Sequence[Fusion]:
-        return fusions.match(graph, storage, self.gpu, tokens) if tokens in (1, *FEW) else ()
+    def fusions(self, graph: Graph, storage: Mapping[str, Any], function: Function) -> Sequence[Fusion]:
+        tokens, most = function.tokens, function.most
+        if tokens in (1, *FEW):
+            return fusions.match(graph, storage, self.gpu, tokens)
+        steps = fusions.attention.match(graph, storage, self.gpu, None)
+        return [s for s in steps if takes_step(s.spec.attention, tokens, most, self.cached, self.attention_memory)]
 
     def add_best(self, functions: Functions, vocabulary: int) -> None:
         rows, bb = tirx.Var("R", "int64"), functions.bb

@@ -24,6 +24,7 @@ from moec.compiler.ir import Dim, Graph, Node, TensorType
 from moec.compiler.ops import OPS
 from moec.compiler.text import print_node
 from moec.runtime.counters import COUNTS
+from moec.runtime.tvm_functions import Function
 
 Expr = Any
 
@@ -57,20 +58,20 @@ class FunctionLowering:
 
     def __init__(
         self, graph: Graph, storage: Mapping[str, Storage], platform: Platform, kernels: Kernels, bb: relax.BlockBuilder,
-        counts: tuple[int | None, int | None],
+        function: Function,
     ) -> None:  # fmt: skip
         self.graph, self.storage, self.platform, self.kernels, self.bb = graph, storage, platform, kernels, bb
-        self.tokens, self.rows = counts
-        self.sizes = Sizes(*counts)
+        self.name, self.tokens, self.rows = function.name, function.tokens, function.rows
+        self.sizes = Sizes(self.tokens, self.rows)
         self._flat: dict[str, Expr] = {}
         self._full: dict[str, Expr] = {}
         self._weights: dict[tuple[str, str], Expr] = {}
         self._semaphores: Expr | None = None
         self._counted = 0
-        fusions = platform.fusions(graph, storage, self.tokens)
+        fusions = platform.fusions(graph, storage, function)
         self._fused: dict[str, Fusion] = {value.name: f for f in fusions for node in f.nodes for value in node.outputs}
 
-    def build(self, name: str, cache_types: Sequence[relax.TensorType]) -> None:
+    def build(self, cache_types: Sequence[relax.TensorType]) -> None:
         """Add the function to the module."""
         inputs = []
         for value in self.graph.inputs:
@@ -86,7 +87,7 @@ class FunctionLowering:
         self._tuple = relax.Var("weights", relax.ObjectType())
         arrays = [(param, component, array) for param, s in self.storage.items() for component, array in s.arrays().items()]
         self._arrays = {(p, c): (i, relax.TensorType(array.shape, array.dtype)) for i, (p, c, array) in enumerate(arrays)}
-        with self.bb.function(name, [*inputs, self.blocks, self.page_table, *self._caches, self._tuple]):
+        with self.bb.function(self.name, [*inputs, self.blocks, self.page_table, *self._caches, self._tuple]):
             with self.bb.dataflow():
                 for value, var in zip(self.graph.inputs, inputs, strict=True):
                     self._flat[value.name] = var

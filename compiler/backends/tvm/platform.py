@@ -195,8 +195,8 @@ class Platform(Protocol):
         """Shapes of a page of K and of V."""
         ...
 
-    def fusions(self, graph: Graph, storage: Mapping[str, Any], tokens: int | None) -> Sequence[Fusion]:
-        """Nodes that its kernels compute together, in a function of so many tokens (None: any number). No two share a node."""
+    def fusions(self, graph: Graph, storage: Mapping[str, Any], function: Function) -> Sequence[Fusion]:
+        """Nodes that its kernels compute together in a function. No two share a node."""
         ...
 
     def add_best(self, functions: Functions, vocabulary: int) -> None:

@@ -4,8 +4,9 @@ The cache of a layer is two arrays of pages of `PAGE` tokens, K [pages, HK, PAGE
 its bits). Tokens come as blocks, as in the CPU kernel: `blocks` holds (row of the page table, first token, number of tokens, first
 position) of each.
 
-One token takes one kernel, `step`, which does what comes before with q and k too. Others take one that appends and, where head sizes are
-multiples of what the tensor cores take, one for blocks of many tokens (`attend_product`) and one for those of a single one; else `attend`.
+Few tokens take one kernel, `step`, which does what comes before with q and k too; somewhat more, where some blocks may have several, take
+another one for these (`attend_product`). Many take one that appends and, where head sizes are multiples of what the tensor cores take, one
+for blocks of many tokens and one for those of a single one; else `attend`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,21 @@ from tvm import relax, tirx
 from moec.targets.kernels.cuda.attend import attend_func
 from moec.targets.kernels.cuda.attend_product import AttendProduct, attend_product_func
 from moec.targets.kernels.cuda.attention_parts import PAGE, STORED, append_func, page_shapes
+from moec.targets.kernels.cuda.step import outputs, step_func
 from moec.targets.kernels.cuda.step_spec import StepOptions, StepSpec
 from moec.targets.kernels.specs import AttentionSpec
 
 Get = Callable[[str, object, Callable[[], tirx.PrimFunc]], relax.GlobalVar]
 
-__all__ = ["PAGE", "STORED", "attention", "attention_step", "page_shapes"]
+__all__ = ["PAGE", "STORED", "attention", "attention_step", "page_shapes", "takes_step"]
+
+MOST_STEP = 256
+"""Tokens of a call of any number: for those of long prompts, `step` would normalise rows too often."""
+
+
+def takes_step(spec: AttentionSpec, tokens: int | None, most: int | None, dtype: str, memory: int) -> bool:
+    """Whether `attention_step` serves a function of so many tokens, or of any number up to `most`."""
+    return tokens is not None or (most is not None and most <= MOST_STEP and AttendProduct.fits(spec, dtype, memory))
 
 
 def attention(
@@ -50,15 +60,22 @@ def attention(
 
 
 def attention_step(
-    bb: relax.BlockBuilder, func: relax.GlobalVar, caches: Sequence[relax.Expr], inputs: Sequence[relax.Expr], spec: StepSpec,
-    options: StepOptions,
+    bb: relax.BlockBuilder, get: Get, caches: Sequence[relax.Expr], inputs: Sequence[relax.Expr], spec: StepSpec, options: StepOptions,
+    dtype: str = "float32",
 ) -> relax.Var:  # fmt: skip
-    """Emit attention of one token by its kernel: caches (k_pool, v_pool), its other inputs -> float32 [1, H*dv].
+    """Emit attention of few tokens, with norms and rope: caches (k_pool, v_pool), other inputs of `Step` -> float32 [T, H*dv].
 
     The caches change in place.
     """
+    shapes = outputs(spec, options, inputs[0].ty.shape[0])
+    outs = [relax.TensorType(shape, "float32") for shape in shapes]
+    step = get("attend_step", (spec, options, dtype), lambda: step_func(spec, options, dtype))
+    kinds = [*(cache.ty for cache in caches), *outs]
+    found = bb.emit(relax.op.call_tir_inplace(step, relax.Tuple([*caches, *inputs]), [0, 1, *[-1] * len(outs)], kinds))
+    k_pool, v_pool, _, _, out, *ready = (bb.emit(relax.TupleGetItem(found, i)) for i in range(len(kinds)))
+    if not ready:
+        return out
     a = spec.attention
-    shapes = [(options.splits, a.heads, a.dv), (options.splits, a.heads, 2), (1, a.heads * a.dv)]
-    kinds = [*(cache.ty for cache in caches), *(relax.TensorType(shape, "float32") for shape in shapes)]
-    found = bb.emit(relax.op.call_tir_inplace(func, relax.Tuple([*caches, *inputs]), [0, 1, -1, -1, -1], kinds))
-    return bb.emit(relax.TupleGetItem(found, 4))
+    many = get("attend_many", (a, dtype), lambda: attend_product_func(a, dtype, many=True))
+    args = [k_pool, v_pool, *ready, inputs[3], inputs[4], *(inputs[-1:] if a.sinks else []), out]
+    return bb.emit(relax.op.call_tir_inplace(many, relax.Tuple(args), [len(args) - 1], [outs[2]]))

@@ -30,7 +30,7 @@ TOGETHER = 8  # parts that are read at a time
 class Step(Several):
     """Emits (k_pool, v_pool, q, k, v, blocks, page_table, semaphores[, weights of the norms][, cos, sin][, sinks], outs...).
 
-    The outputs are `outputs`. Where blocks of tokens are left to another kernel, theirs of `out` are not written, and it finds q in `ready`.
+    The last ones are `outputs`. Blocks of tokens that are left to another kernel have no rows in `out`, but in `ready`.
     """
 
     def __init__(self, spec: StepSpec, options: StepOptions, dtype: str) -> None:
@@ -244,4 +244,5 @@ def outputs(spec: StepSpec, options: StepOptions, tokens: Expr) -> list[tuple[Ex
 def step_func(spec: StepSpec, options: StepOptions, dtype: str = "float32") -> tirx.PrimFunc:
     """The kernel."""
     step = Step(spec, options, dtype)
-    return kernel("attend_step", options.threads, step.arguments, step.grid, step.body, words=options.words(spec, dtype))
+    words, together = options.words(spec, dtype), options.together
+    return kernel("attend_step", options.threads, step.arguments, step.grid, step.body, words=words, blocks_per_multiprocessor=together)

@@ -84,7 +84,8 @@ class Rows:
             for i in range(ceil_div(padded(d) - d, WARP)):
                 with when(d + i * WARP + self.lane < padded(d)):
                     store(self.queries, T.float32(0), row * padded(d) + d + i * WARP + self.lane)
-        self._normalise(keys, spec.k_norm, self.weights_of_k, self._squares_of(1))  # by all: in a branch, its loads would wait for what is before
+        # by all: in a branch, its loads would wait for what is before
+        self._normalise(keys, spec.k_norm, self.weights_of_k, self._squares_of(1))
         self._turn(keys, turn)
         with when(T.And(first, self.warp == self.keeper)):
             for index, value in self._elements(keys):

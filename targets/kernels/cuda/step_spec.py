@@ -67,6 +67,7 @@ class StepOptions:
         splits: the most parts of the context.
         least: positions that a part has before there is another one.
         all_parts: the most parts of all tokens of a call together, where their number is known only then; 0: each token has `splits`.
+        together: thread blocks that share a multiprocessor, or 0.
     """
 
     warps: int
@@ -75,14 +76,15 @@ class StepOptions:
     splits: int
     least: int
     all_parts: int = 0
+    together: int = 0
 
     @classmethod
     def of(cls, spec: StepSpec, dtype: str, memory: int, multiprocessors: int, tokens: int = 1) -> StepOptions:
-        """Options for a GPU of so many multiprocessors, whose thread blocks get so many bytes of shared memory, and calls of `tokens` at most.
+        """Options for a GPU of so many multiprocessors, whose thread blocks get `memory` bytes, and for calls of at most `tokens`.
 
         A thread block has most of a multiprocessor's memory, so that more of them than multiprocessors would take turns: 2048 tokens
         of 16 heads take an H100 13.4 us in 8 parts and 17.2 us in 16. Where tokens make more of them than there are multiprocessors,
-        they are smaller, so that up to `MOST_TOGETHER` share one.
+        up to `MOST_TOGETHER` share one, each with so much less memory and fewer warps (16 have 128 registers a lane).
         """
         tokens, shared = spec.tokens or tokens, spec.rows > 1
         most = 16 if shared and spec.columns > 2 else MOST_SPLITS  # parts of many heads take long to add up
@@ -91,10 +93,13 @@ class StepOptions:
         options = cls(8, 8, 2, max(1, min(most, parts // fewest)), 32 if spec.rows > 4 else 64 if shared else 128)
         if spec.tokens is None:
             options = replace(options, all_parts=parts)
-        memory //= min(ceil_div(spec.columns * tokens, multiprocessors), MOST_TOGETHER)
+        together = min(ceil_div(spec.columns * tokens, multiprocessors), MOST_TOGETHER)
+        if together > 1:
+            options = replace(options, warps=min(8, 16 // together // 2 * 2), together=together)
         smaller = [options, replace(options, stages=1), replace(options, positions=4, stages=1), replace(options, warps=4, stages=1)]
         smaller += [replace(options, warps=4, positions=4, stages=1), replace(options, warps=2, positions=4, stages=1)]
-        return next((o for o in smaller if 4 * o.words(spec, dtype) <= memory), smaller[-1])
+        fits = (o for o in smaller if 4 * o.words(spec, dtype) * max(together, 1) <= memory)
+        return next(fits, replace(smaller[-1], together=0))
 
     @property
     def threads(self) -> int:

@@ -15,6 +15,7 @@ from moec.compiler.backends.tvm.fusion import Fusion, disjoint, read_outside
 from moec.compiler.backends.tvm.lower import FunctionLowering
 from moec.compiler.backends.tvm.semantic import SEMANTIC
 from moec.compiler.ir import Graph, Node
+from moec.runtime.tvm_functions import Function
 from tests.compiler.backends.tvm_model import Compiled
 from tests.graphs import moe, random_weights
 
@@ -35,11 +36,11 @@ class Together:
 def test_a_fusion_is_lowered_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     lowered: list[str] = []
 
-    def fusions(self: CpuPlatform, graph: Graph, storage: Mapping[str, Any], tokens: int | None) -> Sequence[Fusion]:
+    def fusions(self: CpuPlatform, graph: Graph, storage: Mapping[str, Any], function: Function) -> Sequence[Fusion]:
         router = next(node for node in graph.nodes if node.op == "router")
         logits = next(node for node in graph.nodes if node.name == router.inputs[0])
         experts = next(node for node in graph.nodes if node.op == "experts")
-        return [Together([logits, router], lowered), Together([experts], lowered)] if tokens == 1 else []
+        return [Together([logits, router], lowered), Together([experts], lowered)] if function.tokens == 1 else []
 
     graph = moe()
     monkeypatch.setattr(CpuPlatform, "fusions", fusions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -127,7 +128,7 @@ class Call:
         found, size = np.zeros(self.count, bool), together(self.spec.attention)
         for i, (_, first, tokens, _) in enumerate(self.blocks):
             group = self.blocks[i // size * size :][:size]
-            goes_on = [x[0] == y[0] and y[3] == x[3] + x[2] for x, y in zip(group, group[1:], strict=False)]
+            goes_on = [x[0] == y[0] and y[3] == x[3] + x[2] for x, y in pairwise(group)]
             found[first : first + tokens] = tokens > 1 or bool(goes_on and all(goes_on))
         return found
 
@@ -203,7 +204,8 @@ def test_any_number_of_tokens(name: str) -> None:
 def test_options_for_many_tokens_let_thread_blocks_share_a_multiprocessor() -> None:
     spec = StepSpec(AttentionSpec(16, 16, 128, 128, 0.09), tokens=None)
     options = StepOptions.of(spec, "float32", 160 << 10, MULTIPROCESSORS, 48)
-    assert 4 * 4 * options.words(spec, "float32") <= 160 << 10
+    assert options.together * 4 * options.words(spec, "float32") <= 160 << 10
+    assert (options.together, options.warps) == (4, 4)
     assert options.splits == 1  # 9 tokens of 16 heads are more than there are multiprocessors
     few = StepOptions.of(replace(spec, tokens=4), "float32", 160 << 10, MULTIPROCESSORS)
     assert few.splits == 2
