@@ -92,18 +92,18 @@ class AttendProduct(Attend):
             base = T.Bind(block // self.together * self.together)
             count = joined(self.blocks, self.together, base, T.cast(blocks, "int32"))
             first = T.Bind(T.Select(count > 1, base, block))
-        grid_wait()
-        with when(first == block):
-            self.slot, self.first_token = T.Bind(self.blocks[first, 0]), T.Bind(self.blocks[first, 1])
-            self.first_position = T.Bind(self.blocks[first, 3])
-            tokens = T.Bind(self.blocks[first, 2])
+        self.slot, self.first_token, tokens, self.first_position = (T.Bind(self.blocks[first, i]) for i in range(4))
+        several = T.Bind(T.Or(count > 1, tokens > 1))
+        mine = several if self.many else T.And(T.Not(several), self.tile < ceil_div(self.group, self.rows))
+        mine = T.Bind(T.And(first == block, mine))
+        with when(T.Or(mine, T.And(x == 0, block == 0))):  # one has to, so that this kernel does not end before the one before it
+            grid_wait()
+        with when(mine):
             if self.many:
-                with when(T.Or(count > 1, tokens > 1)):
-                    self._many(memory, first, count)
+                self._many(memory, first, count)
             else:
                 self.count = T.Bind(T.int32(self.group))
-                with when(T.And(T.And(count == 1, tokens == 1), self.tile < ceil_div(self.group, self.rows))):
-                    self._attend(memory, self.rows)
+                self._attend(memory, self.rows)
 
     def _many(self, memory: Shared, first: Expr, count: Expr) -> None:
         spec = self.spec
