@@ -121,12 +121,12 @@ class Step(Several):
         self.start = T.Bind(first_seen(self.spec.attention, self.first_position))
         first = T.Bind(self.start // o.positions)
         chunks = T.Bind((self.cached + o.positions - 1) // o.positions - first)
-        splits: Expr = o.splits
-        if o.all_parts and splits > 1:
-            splits = T.Bind(T.max(T.min(o.all_parts // T.cast(tokens, "int32"), splits), 1))
         if self.left is not None:
             chunks = T.Bind(T.Select(self.left, 0, chunks))
-        each = T.Bind(T.max((chunks + splits - 1) // splits, ceil_div(o.least, o.positions)))
+        if o.all_parts and o.splits > 1:
+            each = self._each(chunks, tokens)
+        else:
+            each = T.Bind(T.max((chunks + o.splits - 1) // o.splits, ceil_div(o.least, o.positions)))
         begin = T.Bind(first + self.split * each)
         return begin, T.Bind(T.min(begin + each, first + chunks)), T.Bind(T.max((chunks + each - 1) // each, 1))
 

@@ -39,6 +39,10 @@ __device__ __forceinline__ void moec_locate(int* out, const void* blocks, int co
   const int4 begin = b[first];
   out[0] = own; out[1] = mine.x; out[2] = mine.z; out[3] = mine.w + token - mine.y; out[4] = begin.y; out[5] = begin.w;
 }
+__device__ __forceinline__ int moec_each(int chunks, int all, int tokens, int most, int least) {
+  const int parts = max(1, min(all / tokens, most));
+  return max((max(chunks, 0) + parts - 1) / parts, least);
+}
 #endif
 """
 
@@ -61,6 +65,12 @@ class Several(Loop):
             most = together(self.spec.attention)
             shared = joined(self.blocks, most, T.Bind(block // most * most), count) if most > 1 else T.int32(1)
             self.left = T.Bind(T.Or(shared > 1, tokens > 1))
+
+    def _each(self, chunks: Expr, tokens: Expr) -> Expr:
+        """Chunks of a part of the context, of which tokens that are not known before have the fewer the more of them there are."""
+        o, count = self.options, T.cast(tokens, "int32")
+        least = ceil_div(o.least, o.positions)
+        return T.Bind(call("moec_each", _LOCATE, chunks, o.all_parts, count, o.splits, least, result="int32"))
 
     def _earlier(self) -> None:
         """Attend to the tokens of the call that come before in the same sequence; the warps of the first part take turns."""
