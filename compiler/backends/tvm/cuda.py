@@ -98,15 +98,15 @@ class CudaKernels:
         return self.functions.call("rope", (heads, d, tokens), lambda: rope_func(heads, d, tokens), [x, cos, sin], out)[0]
 
     def attention(self, spec: AttentionSpec, caches: Sequence[Expr], inputs: Sequence[Expr]) -> Expr:
-        return attention(self.bb, self.functions.get, caches, inputs, spec, self._platform.attention_memory, self._platform.cached)
+        return attention(self.bb, self.functions.get, caches, inputs, spec, self._platform.cached)
 
     def attention_step(self, spec: StepSpec, caches: Sequence[Expr], inputs: Sequence[Expr]) -> Expr:
-        """Attention of few tokens with what the spec says of q and k -> [T, H*dv]. Caches (K, V) change.
+        """Attention with what the spec says of q and k, where `takes_step` -> [T, H*dv]. Caches (K, V) change.
 
         Args:
             inputs: q, k, v, blocks, page_table, semaphores[, weights of the norms][, cos, sin][, sinks].
         """
-        platform, most = self._platform, self._function.most or 1
+        platform, most = self._platform, self._function.most or CHUNK
         options = StepOptions.of(spec, platform.cached, platform.attention_memory, platform.gpu.multiprocessors, most)
         return attention_step(self.bb, self.functions.get, caches, inputs, spec, options, platform.cached)
 
@@ -218,11 +218,10 @@ class CudaPlatform:
         return page_shapes(spec)
 
     def fusions(self, graph: Graph, storage: Mapping[str, Any], function: Function) -> Sequence[Fusion]:
-        tokens, most = function.tokens, function.most
-        if tokens in (1, *FEW):
-            return fusions.match(graph, storage, self.gpu, tokens)
+        if function.tokens in (1, *FEW):
+            return fusions.match(graph, storage, self.gpu, function.tokens)
         steps = fusions.attention.match(graph, storage, self.gpu, None)
-        return [s for s in steps if takes_step(s.spec.attention, tokens, most, self.cached, self.attention_memory)]
+        return [step for step in steps if takes_step(step.spec.attention, None, self.cached, self.attention_memory)]
 
     def add_best(self, functions: Functions, vocabulary: int) -> None:
         rows, bb = tirx.Var("R", "int64"), functions.bb

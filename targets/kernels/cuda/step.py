@@ -6,8 +6,6 @@ end at once. The one that arrives last adds the parts up. Of several tokens each
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from tvm import tirx
@@ -20,14 +18,14 @@ from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import ceil_div
 from moec.targets.kernels.cuda.loads import load4
 from moec.targets.kernels.cuda.step_loop import lanes_sum
-from moec.targets.kernels.cuda.step_several import Several
+from moec.targets.kernels.cuda.step_ready import Ready
 from moec.targets.kernels.cuda.step_spec import SHARE, StepOptions, StepSpec, padded
 from moec.targets.kernels.specs import NormSpec
 
 TOGETHER = 8  # parts that are read at a time
 
 
-class Step(Several):
+class Step(Ready):
     """Emits (k_pool, v_pool, q, k, v, blocks, page_table, semaphores[, weights of the norms][, cos, sin][, sinks], outs...).
 
     The last ones are `outputs`. Blocks of tokens that are left to another kernel have no rows in `out`, but in `ready`.
@@ -67,7 +65,7 @@ class Step(Several):
 
     def body(self, counts: Any, shared: Shared, x: Expr, split: Expr, *rest: Expr) -> None:
         *token, thread = rest
-        spec, o, several = self.spec, self.options, bool(token)
+        spec, several = self.spec, bool(token)
         grid_launch()
         self.thread, self.warp, self.lane = thread, T.Bind(thread // WARP), T.Bind(thread % WARP)
         self.tile, self.kv_head, self.split = T.Bind(x % spec.tiles), T.Bind(x // spec.tiles), split
@@ -78,10 +76,23 @@ class Step(Several):
             self.slot, self.first_position = T.Bind(self.blocks[0, 0]), T.Bind(self.blocks[0, 3])
             self.cached = self.first_position
         self.lead = (self.token,) if several else ()
+        if self.left is None:
+            self._attend(counts[0], shared, x)
+            return
+        with T.If(self.left):
+            with T.Then(), when(T.And(x == 0, split == 0)):  # the others end without waiting
+                grid_wait()
+                self._make_ready(shared)
+            with T.Else():
+                self._attend(counts[0], shared, x)
+
+    def _attend(self, tokens: Expr, shared: Shared, x: Expr) -> None:
+        """Attend for the token."""
+        spec, o, several = self.spec, self.options, self.spec.tokens != 1
         self._stages()
         self._layout()
-        begin, end, self.active = self._cut(counts[0])
-        with when(split < self.active):
+        begin, end, self.active = self._cut(tokens)
+        with when(self.split < self.active):
             self.memory = shared.take((o.warps * self.region,), "float32")
             self.maxima, self.sums = (shared.take((o.warps * spec.rows,), "float32") for _ in range(2))
             self.weights = shared.take((o.warps * spec.rows * o.positions,), "float32")
@@ -95,25 +106,12 @@ class Step(Several):
             grid_wait()
             self.values = self._new_values(self.token)
             self._prepare()
-            with self._unless_left():
-                self._begin()
-                if several:
-                    self._earlier()
-                self._run()
-                self._leave()
-                self._merge(self.token * spec.columns + x if several else x)
-
-    @contextmanager
-    def _unless_left(self) -> Iterator[None]:
-        """Run the body where this kernel attends for the token; otherwise, append its value."""
-        if self.left is None:
-            yield
-            return
-        with T.If(self.left):
-            with T.Then():
-                self._append_value()
-            with T.Else():
-                yield
+            self._begin()
+            if several:
+                self._earlier()
+            self._run()
+            self._leave()
+            self._merge(self.token * spec.columns + x if several else x)
 
     def _cut(self, tokens: Expr) -> tuple[Expr, Expr, Expr]:
         """The chunks of positions of this part of the context, and the number of parts."""
@@ -121,8 +119,6 @@ class Step(Several):
         self.start = T.Bind(first_seen(self.spec.attention, self.first_position))
         first = T.Bind(self.start // o.positions)
         chunks = T.Bind((self.cached + o.positions - 1) // o.positions - first)
-        if self.left is not None:
-            chunks = T.Bind(T.Select(self.left, 0, chunks))
         if o.all_parts and o.splits > 1:
             each = self._each(chunks, tokens)
         else:
@@ -236,7 +232,7 @@ class Step(Several):
 
 def outputs(spec: StepSpec, options: StepOptions, tokens: Expr) -> list[tuple[Expr, ...]]:
     """Shapes of the outputs, which are float32: parts and their statistics, the result [T, H*dv], and perhaps q [T, H*d]."""
-    a, lead = spec.attention, () if spec.tokens == 1 else (tokens if options.splits > 1 else 1,)
+    a, lead = spec.attention, () if spec.tokens == 1 else (1 if options.splits == 1 else spec.tokens or max(options.all_parts // 2, 1),)
     shapes = [(*lead, options.splits, a.heads, size) for size in (a.dv, 2)]
     return [*shapes, (tokens, a.heads * a.dv), *([(tokens, a.heads * a.d)] if spec.tokens is None else [])]
 

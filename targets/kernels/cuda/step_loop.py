@@ -193,11 +193,7 @@ class Loop(Fetch):
                     for j in range(spec.rows):
                         store(self.result, from_cache(stored, self.dtype), (j * self.turns_of_columns + n) * self.width + i)
                     with when(self.tile == 0):
-                        self._keep_value(stored, column + i)
-
-    def _keep_value(self, stored: Expr, column: Expr) -> None:
-        """Write a number of the new token's value into the cache."""
-        store(self.v_pool, stored, self.new_page, self.kv_head, self.first_position % PAGE, column)
+                        store(self.v_pool, stored, self.new_page, self.kv_head, self.first_position % PAGE, column + i)
 
     def _mine_of(self, n: int) -> tuple[Expr, Expr]:
         """The first of some columns, and whether a lane is the one that begins with them."""

@@ -42,8 +42,6 @@ class Rows:
     slot: Expr
     queries: Buffer
     new_key: Buffer
-    left: Expr | None
-    ready: Buffer | None
 
     def _head(self, row: Expr) -> Expr:
         """The head that is a row of the thread block; those beyond the last repeat it."""
@@ -64,21 +62,13 @@ class Rows:
         """Fill `queries` and, in the first part of the context, `new_key`, which the cache gets too."""
         spec, d = self.spec, self.spec.attention.d
         first = T.Bind(self.split == 0)
-        rows = [(i, n.size) for i, n in enumerate((spec.q_norm, spec.k_norm)) if n is not None and n.size != d]
         turn = self._angles(self.token)  # all is asked for before the first use
         keys = self._pairs(self.k, self.kv_head * d, (self.token,))
         queries = [self._pairs(self.q, T.Bind(self._head(row)) * d, (self.token,)) for row in self.own]
-        pieces = [self._pieces((self.q, self.k)[i], size) for i, size in rows]
-        squares = [warp_sum(sum((x[n] * x[n] for n in range(count)), T.float32(0))) for x, count in pieces]
-        for (i, _), square in zip(rows, squares, strict=True):
-            with when(self.lane == 0):
-                store(self.squares, square, i * self.options.warps + self.warp)
-        if rows:
-            sync()
+        self._share_squares([self._pieces((self.q, self.k)[i], size) for i, size in self._whole_rows()])
         for row, values, weights in zip(self.own, queries, self.weights_of_q, strict=True):
             self._normalise(values, spec.q_norm, weights, self._squares_of(0))
             self._turn(values, turn)
-            self._hand_over(row, values)
             for index, value in self._elements(values):
                 store(self.queries, value * T.float32(spec.attention.scale), row * padded(d) + index)
             for i in range(ceil_div(padded(d) - d, WARP)):
@@ -94,14 +84,6 @@ class Rows:
                 with when(self.tile == 0):
                     store(self.k_pool, stored, self.new_page, self.kv_head, self.first_position % PAGE, index)
         sync()
-
-    def _hand_over(self, row: Expr, values: Buffer) -> None:
-        """Write a head of q for the kernel that attends for the token, if another one does."""
-        if self.left is not None and self.ready is not None:
-            begin = T.Bind(self._head(row) * self.spec.attention.d)
-            with when(T.And(self.left, self.split == 0)):
-                for index, value in self._elements(values):
-                    store(self.ready, value, self.token, begin + index)
 
     @property
     def _half(self) -> int:
@@ -160,6 +142,20 @@ class Rows:
             with when(piece < size // width):
                 load_words(at(values, n), at(source, self.token, piece * width), width, early=True)
         return values, count
+
+    def _whole_rows(self) -> list[tuple[int, int]]:
+        """Which of q (0) and k (1) have norms of their whole row, and how long that is."""
+        norms = enumerate((self.spec.q_norm, self.spec.k_norm))
+        return [(i, norm.size) for i, norm in norms if norm is not None and norm.size != self.spec.attention.d]
+
+    def _share_squares(self, pieces: list[tuple[Buffer, int]]) -> None:
+        """Let all warps know the sums of squares of each one's pieces of whole rows."""
+        squares = [warp_sum(sum((x[n] * x[n] for n in range(count)), T.float32(0))) for x, count in pieces]
+        for (i, _), square in zip(self._whole_rows(), squares, strict=True):
+            with when(self.lane == 0):
+                store(self.squares, square, i * self.options.warps + self.warp)
+        if pieces:
+            sync()
 
     def _squares_of(self, which: int) -> Callable[[], Expr]:
         """The sum of squares of the whole row of q (0) or k (1), which the warps have found together."""

@@ -52,6 +52,7 @@ class Several(Loop):
 
     blocks: Buffer
     first_token: Expr
+    left: Expr | None
     earlier_keys: Buffer
 
     def _locate(self, token: Expr, blocks: Expr) -> None:
@@ -128,12 +129,3 @@ class Several(Loop):
                     load_words(at(values, n * width), at(self.k, token, piece * width), width, early=True)
             store(total, sum((values[i] * values[i] for i in range(UNDER_WAY * width)), total[0]), 0)
         return warp_sum(total[0])
-
-    def _append_value(self) -> None:
-        """Write the token's value into the cache, where another kernel attends for it."""
-        with when(T.And(T.And(self.split == 0, self.tile == 0), self.warp == 0)):
-            for n in range(self.turns_of_columns):
-                column, mine = self._mine_of(n)
-                with when(mine):
-                    for i in range(self.width):
-                        self._keep_value(T.Bind(to_cache(self.values[n * self.width + i], self.dtype)), column + i)

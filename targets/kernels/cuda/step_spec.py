@@ -110,6 +110,7 @@ class StepOptions:
         sizes = [self.warps * self.region(spec, dtype), *([self.warps * spec.rows] * 2)]  # results, and their statistics
         sizes += [self.warps * spec.rows * self.positions, self.warps * spec.rows, 2 * self.warps]  # weights, corrections, sums of squares
         sizes += [self.warps * padded(spec.attention.d)] if spec.tokens != 1 else []  # keys of tokens before
+        sizes += [2 * self.warps] if spec.tokens is None else []  # sums of squares of tokens that are left
         return sum(ceil_div(size, 4) * 4 for size in (*sizes, spec.rows * padded(spec.attention.d), padded(spec.attention.d)))
 
     def region(self, spec: StepSpec, dtype: str) -> int:
