@@ -11,11 +11,9 @@ from typing import Any
 
 import tvm
 from tvm import relax, tirx
-from tvm.ir import IRModule
-from tvm.s_tir import dlight
 from tvm.target import Target as TvmTarget
 
-from moec.compiler.backends.tvm import fusions
+from moec.compiler.backends.tvm import cuda_module, fusions
 from moec.compiler.backends.tvm.cpu import link, runtime_library
 from moec.compiler.backends.tvm.cuda_choices import CHUNK, FEW, Choices, layer_of
 from moec.compiler.backends.tvm.fusion import Fusion
@@ -31,7 +29,7 @@ from moec.targets.kernels.cpu.experts_layout import Factors
 from moec.targets.kernels.cuda import pipeline, plain
 from moec.targets.kernels.cuda.ahead import ahead_func
 from moec.targets.kernels.cuda.arrival import SEMAPHORES
-from moec.targets.kernels.cuda.attention import PAGE, STORED, attention, attention_step, page_shapes
+from moec.targets.kernels.cuda.attention import PAGE, STORED, attention, attention_step, page_shapes, takes_step
 from moec.targets.kernels.cuda.best import best_func
 from moec.targets.kernels.cuda.calls import Gpu
 from moec.targets.kernels.cuda.embedding import embedding_func
@@ -49,7 +47,6 @@ from moec.targets.kernels.cuda.routing_tokens import routing
 from moec.targets.kernels.cuda.rows import layout_of
 from moec.targets.kernels.cuda.skip import skip_func
 from moec.targets.kernels.cuda.space import multiprocessors, shared_memory
-from moec.targets.kernels.cuda.step import step_func
 from moec.targets.kernels.cuda.step_spec import StepOptions, StepSpec
 from moec.targets.kernels.cuda.tuned import Choice
 from moec.targets.kernels.specs import AttentionSpec, NormSpec, RouterSpec, SkipSpec
@@ -69,8 +66,6 @@ class CudaKernels:
     def __init__(self, functions: Functions, platform: CudaPlatform, function: Function) -> None:
         self.bb, self.functions = functions.bb, functions
         self._platform, self._function = platform, function
-        self.cached = next(dtype for dtype, stored in STORED.items() if stored == platform.cache_dtype)
-        self.shared_memory = HOPPER_MEMORY if platform.products else LEAST_MEMORY
 
     def embedding(self, ids: Expr, weights: Mapping[str, Expr], layout: FragmentLayout) -> Expr:
         tokens, kind = _one(ids), str(ids.ty.dtype)
@@ -106,17 +101,17 @@ class CudaKernels:
         return self.functions.call("rope", (heads, d, tokens), lambda: rope_func(heads, d, tokens), [x, cos, sin], out)[0]
 
     def attention(self, spec: AttentionSpec, caches: Sequence[Expr], inputs: Sequence[Expr]) -> Expr:
-        return attention(self.bb, self.functions.get, caches, inputs, spec, self.shared_memory, self.cached)
+        return attention(self.bb, self.functions.get, caches, inputs, spec, self._platform.cached)
 
     def attention_step(self, spec: StepSpec, caches: Sequence[Expr], inputs: Sequence[Expr]) -> Expr:
-        """Attention of one token with what the spec says of q and k -> [1, H*dv]. Caches (K, V) change.
+        """Attention with what the spec says of q and k, where `takes_step` -> [T, H*dv]. Caches (K, V) change.
 
         Args:
             inputs: q, k, v, blocks, page_table, semaphores[, weights of the norms][, cos, sin][, sinks].
         """
-        options = StepOptions.of(spec, self.cached, self.shared_memory, self._platform.gpu.multiprocessors)
-        step = self.functions.get("attend_step", spec, lambda: step_func(spec, options, self.cached))
-        return attention_step(self.bb, step, caches, inputs, spec, options)
+        platform, most = self._platform, self._function.most or CHUNK
+        options = StepOptions.of(spec, platform.cached, platform.attention_memory, platform.gpu.multiprocessors, most)
+        return attention_step(self.bb, self.functions.get, caches, inputs, spec, options, platform.cached)
 
     def router(self, spec: RouterSpec, inputs: Sequence[Expr]) -> list[Expr]:
         tokens, shape = _one(inputs[0]), [count_of(inputs[0]), spec.top_k]
@@ -199,6 +194,12 @@ class CudaPlatform:
         self.target = TvmTarget({**described, "host": {"kind": "llvm"}})
         self.gpu, self.products = Gpu(shared_memory(target), multiprocessors(target)), self.arch == PRODUCTS
         self.choices = Choices(target, self.products)
+        self.attention_memory = HOPPER_MEMORY if self.products else LEAST_MEMORY
+
+    @property
+    def cached(self) -> str:
+        """The type of the cache's numbers."""
+        return next(dtype for dtype, stored in STORED.items() if stored == self.cache_dtype)
 
     def functions(self, graph: Graph) -> Sequence[Function]:
         nodes = [node for node in graph.nodes if node.op == "experts"]
@@ -229,7 +230,9 @@ class CudaPlatform:
         tokens, most = function.tokens, function.most
         if tokens in (1, *FEW):
             return fusions.match(graph, storage, self.gpu, tokens)
-        return () if most is None else fusions.match_up_to(graph, storage, self.gpu, most)
+        steps = fusions.attention.match(graph, storage, self.gpu, None)
+        fitting = [step for step in steps if takes_step(step.spec.attention, None, self.cached, self.attention_memory)]
+        return fitting if most is None else [*fitting, *fusions.match_up_to(graph, storage, self.gpu, most)]
 
     def add_best(self, functions: Functions, vocabulary: int) -> None:
         rows, bb = tirx.Var("R", "int64"), functions.bb
@@ -257,49 +260,13 @@ class CudaPlatform:
             bb.emit_func_output(result)
 
     def schedules(self) -> list[tvm.transform.Pass]:
-        gpu = dlight.gpu
-        rules = [gpu.Matmul(), gpu.GEMV(), gpu.Reduction(), gpu.GeneralReduction(), gpu.Fallback()]
-        return [_mark_kernels, dlight.ApplyDefaultSchedule(*rules), _compact]
+        return cuda_module.schedules()
 
     def export(self, executable: Any, path: Path) -> dict[str, Any]:
         link(executable, path, self.target)
-        (source,) = _sources(executable.mod)
+        (source,) = cuda_module.sources(executable.mod)
         (path.parent / CUBIN).write_bytes(machine_code(source, self.arch, need_cuda_compiler()))
         for name in (RUNTIME, CUDA_RUNTIME):
             shutil.copy(runtime_library(name), path.parent / name)
         code = {"arch": self.arch, "cubin": CUBIN, "source_sha256": hashlib.sha256(source.encode()).hexdigest()}
         return {"cuda": code, "choices": self.choices.made(), "notes": self.choices.lines()}
-
-
-@tvm.transform.module_pass(opt_level=0, name="MarkKernels")  # type: ignore[untyped-decorator]
-def _mark_kernels(module: IRModule, _: tvm.transform.PassContext) -> IRModule:
-    """Say of kernels, which are bound to threads already, that they need no schedule."""
-    for name, function in module.functions_items():
-        if _is_kernel(function):
-            module[name] = function.with_attr("tirx.is_scheduled", True)
-    return module
-
-
-@tvm.transform.module_pass(opt_level=0, name="Compact")  # type: ignore[untyped-decorator]
-def _compact(module: IRModule, _: tvm.transform.PassContext) -> IRModule:
-    """Make the arrays of scheduled operators as small as their use; those of kernels are."""
-    others = {name: f for name, f in module.functions_items() if isinstance(f, tirx.PrimFunc) and not _is_kernel(f)}
-    s_tir = tvm.s_tir.transform
-    passes = [
-        s_tir.CanonicalizeLoop(), s_tir.LowerCrossThreadReduction(), s_tir.LowerInitBlock(), s_tir.PlanAndUpdateBufferAllocationLocation(),
-        s_tir.ConvertBlocksToOpaque(), s_tir.LiftThreadBinding(), s_tir.CompactBufferAllocation(),
-    ]  # fmt: skip
-    compact = tvm.transform.Sequential(passes)(IRModule(others))
-    for name, function in compact.functions_items():
-        module[name] = function
-    return module
-
-
-def _is_kernel(function: Any) -> bool:
-    return isinstance(function, tirx.PrimFunc) and "tirx.kernel_launch_params" in function.attrs
-
-
-def _sources(module: Any) -> list[str]:
-    """The CUDA sources in a module and what it imports."""
-    own = [str(module.inspect_source())] if module.kind == "cuda" else []
-    return [*own, *(source for imported in module.imports for source in _sources(imported))]

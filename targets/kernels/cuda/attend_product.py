@@ -3,7 +3,7 @@
 The softmax is computed online (https://arxiv.org/abs/2307.08691), a page of positions at a time, with logits and weights in the registers
 in which `mma.m16n8k16` leaves them: its D has a row's neighbours where its A wants them. Numbers of float32 are two terms of bfloat16, and
 products leave out that of the two small ones. Blocks of tokens of one sequence that follow each other share a thread block, so that keys
-and values are read once for all of them. Those of a single token are left to another kernel, which needs less of a multiprocessor.
+and values are read once for all of them. For those of a single token `step` attends, which needs less of a multiprocessor.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.attend import BLOCK_TOKENS, Attend
 from moec.targets.kernels.cuda.attend_tile import THREADS
-from moec.targets.kernels.cuda.attention_parts import LOWEST, PAGE, first_seen
+from moec.targets.kernels.cuda.attention_parts import LOWEST, PAGE, first_seen, joined
 from moec.targets.kernels.cuda.emit import WARP, Expr, Shared, at, kernel, local, store, strided, sync, when
 from moec.targets.kernels.cuda.intrinsics import SPLIT, call, grid_launch, grid_wait, mma, term
 from moec.targets.kernels.cuda.layout import ceil_div
@@ -25,6 +25,12 @@ from moec.targets.kernels.specs import AttentionSpec
 
 ROWS = 64  # of a thread block
 OWN = 16  # rows of a warp
+
+
+def together(spec: AttentionSpec) -> int:
+    """Blocks of tokens that a thread block may attend for."""
+    return max(1, ROWS // (BLOCK_TOKENS * (spec.heads // spec.kv_heads)))
+
 
 _TERMS = (
     SPLIT
@@ -52,29 +58,23 @@ __device__ __forceinline__ float moec_quad_sum(float x) {
 
 
 class AttendProduct(Attend):
-    """Emits what `Attend` does, for head sizes that are multiples of 16 (q and k) and of 8 (v).
+    """Emits what `Attend` does, for blocks that have, or join, several tokens; head sizes are multiples of 16 (q and k) and of 8 (v)."""
 
-    Args:
-        many: attend for the blocks of tokens that have, or join, several; otherwise for the others, without tensor cores.
-    """
-
-    def __init__(self, spec: AttentionSpec, dtype: str, many: bool) -> None:
+    def __init__(self, spec: AttentionSpec, dtype: str) -> None:
         super().__init__(spec, dtype)
-        self.many = many
-        self.rows = self.cases[0]
         rows = BLOCK_TOKENS * self.group  # of a block of tokens
-        self.together = max(1, ROWS // rows)
+        self.together = together(spec)
         self.tiles = ceil_div(rows, ROWS)
         self.terms = 2 if dtype == "float32" else 1
         self.q_stride = self.k_stride = spec.d // 2 + 4  # words; the lanes of a fragment are in different banks
         self.v_stride = spec.dv + (8 if spec.dv % 16 == 0 else 0)
         self.sizes = [2 * ROWS * self.q_stride, self.terms * PAGE * self.k_stride, self.terms * PAGE // 2 * self.v_stride]
-        self.words = sum(self.sizes) if many else self.words_of(self.rows)
+        self.words = sum(self.sizes)
 
     @staticmethod
     def fits(spec: AttentionSpec, dtype: str, memory: int) -> bool:
         """Whether it has the shape, and a thread block so many bytes of memory."""
-        return spec.d % 16 == 0 and spec.dv % 8 == 0 and 4 * AttendProduct(spec, dtype, many=True).words <= memory
+        return spec.d % 16 == 0 and spec.dv % 8 == 0 and 4 * AttendProduct(spec, dtype).words <= memory
 
     def body(self, blocks: Any, memory: Shared, x: Expr, block: Expr, thread: Expr) -> None:
         grid_launch()
@@ -84,35 +84,16 @@ class AttendProduct(Attend):
         first = block
         if self.together > 1:
             base = T.Bind(block // self.together * self.together)
-            joined = T.Bind(self._joined(base, T.cast(blocks, "int32")))
-            first = T.Bind(T.Select(joined > 1, base, block))
-            count = T.Bind(joined)
-        grid_wait()
-        with when(first == block):
-            self.slot, self.first_token = T.Bind(self.blocks[first, 0]), T.Bind(self.blocks[first, 1])
-            self.first_position = T.Bind(self.blocks[first, 3])
-            tokens = T.Bind(self.blocks[first, 2])
-            if self.many:
-                with when(T.Or(count > 1, tokens > 1)):
-                    self._many(memory, first, count)
-            else:
-                self.count = T.Bind(T.int32(self.group))
-                with when(T.And(T.And(count == 1, tokens == 1), self.tile < ceil_div(self.group, self.rows))):
-                    self._attend(memory, self.rows)
+            count = joined(self.blocks, self.together, base, T.cast(blocks, "int32"))
+            first = T.Bind(T.Select(count > 1, base, block))
+        self.slot, self.first_token, tokens, self.first_position = (T.Bind(self.blocks[first, i]) for i in range(4))
+        mine = T.Bind(T.And(first == block, T.Or(count > 1, tokens > 1)))
+        with when(T.Or(mine, T.And(x == 0, block == 0))):  # one has to, so that this kernel does not end before the one before it
+            grid_wait()
+        with when(mine):
+            self._together(memory, first, count)
 
-    def _joined(self, base: Expr, blocks: Expr) -> Expr:
-        """How many blocks of tokens from `base` on are attended for together: 1 unless all that could be go on with one sequence."""
-        found = T.Bind(T.min(T.int32(self.together), blocks - base))
-        same: Any = T.bool(True)
-        for i in range(1, self.together):
-            one, before = T.Bind(T.min(base + i, blocks - 1)), T.Bind(T.min(base + i, blocks - 1) - 1)
-            goes_on = T.And(
-                self.blocks[one, 0] == self.blocks[base, 0], self.blocks[one, 3] == self.blocks[before, 3] + self.blocks[before, 2]
-            )
-            same = T.And(same, T.Or(base + i >= blocks, goes_on))
-        return T.Select(same, found, T.int32(1))
-
-    def _many(self, memory: Shared, first: Expr, count: Expr) -> None:
+    def _together(self, memory: Shared, first: Expr, count: Expr) -> None:
         spec = self.spec
         self.queries, self.keys, self.values = (memory.take((size,), "uint32") for size in self.sizes)
         self.g, self.t = T.Bind(self.lane // 4), T.Bind(self.lane % 4)
@@ -268,7 +249,7 @@ class AttendProduct(Attend):
                 store(self.result, self.result[4 * n + 2 * half + i] * factor, 4 * n + 2 * half + i)
 
 
-def attend_product_func(spec: AttentionSpec, dtype: str = "float32", *, many: bool) -> tirx.PrimFunc:
-    """One of the two kernels for any number of tokens, where `AttendProduct.fits`."""
-    attend = AttendProduct(spec, dtype, many)
+def attend_product_func(spec: AttentionSpec, dtype: str = "float32") -> tirx.PrimFunc:
+    """The kernel for any number of tokens, where `AttendProduct.fits`; rows of blocks of a single token are left as they are."""
+    attend = AttendProduct(spec, dtype)
     return kernel("attend", THREADS, attend.arguments, attend.grid, attend.body, words=attend.words)

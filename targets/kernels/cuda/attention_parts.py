@@ -45,6 +45,20 @@ def first_seen(spec: AttentionSpec, position: Expr) -> Expr:
     return start
 
 
+def joined(blocks: Buffer, together: int, base: Expr, count: Expr) -> Expr:
+    """How many of the blocks of tokens from `base` on, of `count` in all, are attended for together.
+
+    It is 1 unless all of `together`, or what there is of them, go on with one sequence.
+    """
+    found = T.Bind(T.min(T.int32(together), count - base))
+    same: Any = T.bool(True)
+    for i in range(1, together):
+        one, before = T.Bind(T.min(base + i, count - 1)), T.Bind(T.min(base + i, count - 1) - 1)
+        goes_on = T.And(blocks[one, 0] == blocks[base, 0], blocks[one, 3] == blocks[before, 3] + blocks[before, 2])
+        same = T.And(same, T.Or(base + i >= count, goes_on))
+    return T.Bind(T.Select(same, found, T.int32(1)))
+
+
 def softcapped(logit: Expr, cap: float) -> Expr:
     """A logit within -cap to cap; 0: as it is."""
     return call("moec_tanh", _TANH, logit * T.float32(1 / cap), result="float32") * T.float32(cap) if cap else logit

@@ -1,7 +1,7 @@
 """Keys and values of a warp's positions on the way into shared memory, some of them before the kernel before this one has ended.
 
-The cache has no number of this step: the new token's are appended by this kernel, and come from its arguments. So what is there can be
-read at once, as can the page table.
+Of the cache a token reads what earlier calls have written: keys and values of its own call are appended by this kernel, and come from
+its arguments. So what is there can be read at once, as can the page table.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Fetch(Rows):
                 index = T.Bind(n * WARP + self.lane)
                 row, piece = T.Bind(index // pieces), T.Bind(index % pieces)
                 position = T.Bind(chunk * c + row)
-                counts = T.Bind(T.And(position >= self.start, position < self.first_position))
+                counts = T.Bind(T.And(position >= self.start, position < self.cached))
                 element = piece * (size // pieces)
                 target = base + begin + row * words + piece * (4 if raw else 1)
                 with when(index < c * pieces):

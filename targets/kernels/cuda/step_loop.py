@@ -95,14 +95,14 @@ class Loop(Fetch):
         piece = n * WARP + self.lane
         return piece * self.width, None if pieces % WARP == 0 else piece < pieces
 
-    def _new_values(self) -> Buffer:
-        """What a lane's columns have in the new token's value."""
+    def _new_values(self, token: Expr) -> Buffer:
+        """What a lane's columns have in a new token's value."""
         dv, width = self.spec.attention.dv, self.width
         values = local(self.turns_of_columns * width, "float32")
         for n in range(self.turns_of_columns):
             column, inside = self._column(n)
             begin = T.Bind(self.kv_head * dv + (column if inside is None else T.min(column, dv - width)))
-            load_words(at(values, n * width), at(self.v, 0, begin), width, early=True)
+            load_words(at(values, n * width), at(self.v, token, begin), width, early=True)
         return values
 
     def _begin(self) -> None:
@@ -172,18 +172,21 @@ class Loop(Fetch):
                 found[-1].append(T.Bind(softcapped(T.Bind(totals[t * own + 8 * s]), spec.attention.softcap)))
         return found
 
+    def _new_logits(self, rows: Buffer, base: Expr) -> list[Expr]:
+        """The logits of a key in shared memory, of the rows that a lane has."""
+        keys = local(self.each, "float32")
+        self._keys(keys, 0, rows, base, "float32")
+        return self._logits(keys, 1)[0]
+
     def _new(self) -> None:
         """Begin with the new token: its weight is 1 against its own logit."""
         spec = self.spec
-        keys = local(self.each, "float32")
-        self._keys(keys, 0, self.new_key, 0, "float32")
-        (logits,) = self._logits(keys, 1)
+        logits = self._new_logits(self.new_key, 0)
         for s, logit in enumerate(logits):
             store(self.maximum, logit, s)
             store(self.sum, T.Select(self.lane < SHARE, T.float32(1), T.float32(0)), s)
         for n in range(self.turns_of_columns):
-            column, inside = self._column(n)
-            mine = T.bool(True) if inside is None and self.groups == 1 else self.group == 0 if inside is None else inside
+            column, mine = self._mine_of(n)
             with when(mine):
                 for i in range(self.width):
                     stored = T.Bind(to_cache(self.values[n * self.width + i], self.dtype))
@@ -191,6 +194,11 @@ class Loop(Fetch):
                         store(self.result, from_cache(stored, self.dtype), (j * self.turns_of_columns + n) * self.width + i)
                     with when(self.tile == 0):
                         store(self.v_pool, stored, self.new_page, self.kv_head, self.first_position % PAGE, column + i)
+
+    def _mine_of(self, n: int) -> tuple[Expr, Expr]:
+        """The first of some columns, and whether a lane is the one that begins with them."""
+        column, inside = self._column(n)
+        return column, T.bool(True) if inside is None and self.groups == 1 else self.group == 0 if inside is None else inside
 
     def _run(self) -> None:
         """Go through the warp's positions."""
@@ -223,7 +231,7 @@ class Loop(Fetch):
         """Turn logits into weights against the running maximum, and note what older weights lose by it."""
         c = self.options.positions
         here = [T.Bind(t * (WARP // SHARE) + self.lane // SHARE) for t in range(self.turns)]
-        seen = [T.Bind(T.And(chunk * c + p >= self.start, chunk * c + p < self.first_position)) for p in here]
+        seen = [T.Bind(T.And(chunk * c + p >= self.start, chunk * c + p < self.cached)) for p in here]
         for s in range(len(self.sets)):
             values = [T.Bind(T.Select(seen[t], logits[t][s], T.float32(HIDDEN))) for t in range(self.turns)]
             peak: Any = values[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm.tirx.script import builder as T
@@ -28,6 +29,8 @@ class Rows:
     tile: Expr
     kv_head: Expr
     first_position: Expr
+    token: Expr
+    cached: Expr
     q: Buffer
     k: Buffer
     q_weight: Buffer | None
@@ -59,26 +62,20 @@ class Rows:
         """Fill `queries` and, in the first part of the context, `new_key`, which the cache gets too."""
         spec, d = self.spec, self.spec.attention.d
         first = T.Bind(self.split == 0)
-        rows = [(i, n.size) for i, n in enumerate((spec.q_norm, spec.k_norm)) if n is not None and n.size != d]
-        turn = self._angles()  # all is asked for before the first use
-        keys = self._pairs(self.k, self.kv_head * d, (0,))
-        queries = [self._pairs(self.q, T.Bind(self._head(row)) * d, (0,)) for row in self.own]
-        pieces = [self._pieces((self.q, self.k)[i], size) for i, size in rows]
-        squares = [warp_sum(sum((x[n] * x[n] for n in range(count)), T.float32(0))) for x, count in pieces]
-        for (i, _), square in zip(rows, squares, strict=True):
-            with when(self.lane == 0):
-                store(self.squares, square, i * self.options.warps + self.warp)
-        if rows:
-            sync()
+        turn = self._angles(self.token)  # all is asked for before the first use
+        keys = self._pairs(self.k, self.kv_head * d, (self.token,))
+        queries = [self._pairs(self.q, T.Bind(self._head(row)) * d, (self.token,)) for row in self.own]
+        self._share_squares([self._pieces((self.q, self.k)[i], size) for i, size in self._whole_rows()])
         for row, values, weights in zip(self.own, queries, self.weights_of_q, strict=True):
-            self._normalise(values, spec.q_norm, weights, 0)
+            self._normalise(values, spec.q_norm, weights, self._squares_of(0))
             self._turn(values, turn)
             for index, value in self._elements(values):
                 store(self.queries, value * T.float32(spec.attention.scale), row * padded(d) + index)
             for i in range(ceil_div(padded(d) - d, WARP)):
                 with when(d + i * WARP + self.lane < padded(d)):
                     store(self.queries, T.float32(0), row * padded(d) + d + i * WARP + self.lane)
-        self._normalise(keys, spec.k_norm, self.weights_of_k, 1)  # by all: in a branch, its loads would wait for what is before
+        # by all: in a branch, its loads would wait for what is before
+        self._normalise(keys, spec.k_norm, self.weights_of_k, self._squares_of(1))
         self._turn(keys, turn)
         with when(T.And(first, self.warp == self.keeper)):
             for index, value in self._elements(keys):
@@ -128,10 +125,10 @@ class Rows:
             return None
         return self._pairs(weight, head * self.spec.attention.d if norm.size != self.spec.attention.d else 0, ())
 
-    def _angles(self) -> tuple[Buffer, Buffer] | None:
+    def _angles(self, token: Expr) -> tuple[Buffer, Buffer] | None:
         if self.cos is None or self.sin is None:
             return None
-        return self._pairs(self.cos, 0, (0,)), self._pairs(self.sin, 0, (0,))
+        return self._pairs(self.cos, 0, (token,)), self._pairs(self.sin, 0, (token,))
 
     def _pieces(self, source: Buffer, size: int) -> tuple[Buffer, int]:
         """What a thread takes of a whole row, and how many numbers that is."""
@@ -143,18 +140,36 @@ class Rows:
             for i in range(width if size % (width * threads) else 0):
                 store(values, T.float32(0), n + i)
             with when(piece < size // width):
-                load_words(at(values, n), at(source, 0, piece * width), width, early=True)
+                load_words(at(values, n), at(source, self.token, piece * width), width, early=True)
         return values, count
 
-    def _normalise(self, values: Buffer, norm: NormSpec | None, weights: Buffer | None, which: int) -> None:
+    def _whole_rows(self) -> list[tuple[int, int]]:
+        """Which of q (0) and k (1) have norms of their whole row, and how long that is."""
+        norms = enumerate((self.spec.q_norm, self.spec.k_norm))
+        return [(i, norm.size) for i, norm in norms if norm is not None and norm.size != self.spec.attention.d]
+
+    def _share_squares(self, pieces: list[tuple[Buffer, int]]) -> None:
+        """Let all warps know the sums of squares of each one's pieces of whole rows."""
+        squares = [warp_sum(sum((x[n] * x[n] for n in range(count)), T.float32(0))) for x, count in pieces]
+        for (i, _), square in zip(self._whole_rows(), squares, strict=True):
+            with when(self.lane == 0):
+                store(self.squares, square, i * self.options.warps + self.warp)
+        if pieces:
+            sync()
+
+    def _squares_of(self, which: int) -> Callable[[], Expr]:
+        """The sum of squares of the whole row of q (0) or k (1), which the warps have found together."""
+        warps = self.options.warps
+        return lambda: sum((self.squares[which * warps + i] for i in range(warps)), T.float32(0))
+
+    def _normalise(self, values: Buffer, norm: NormSpec | None, weights: Buffer | None, whole: Callable[[], Expr]) -> None:
         if norm is None:
             return
         count = 2 * ceil_div(self._half, WARP)
         if norm.size == self.spec.attention.d:
             square = warp_sum(sum((values[i] * values[i] for i in range(count)), T.float32(0)))
         else:
-            warps = self.options.warps
-            square = T.Bind(sum((self.squares[which * warps + i] for i in range(warps)), T.float32(0)))
+            square = T.Bind(whole())
         inverse = T.Bind(T.rsqrt(square * T.float32(1 / norm.size) + T.float32(norm.eps)))
         for i in range(count):
             value = values[i] * inverse

@@ -1,4 +1,4 @@
-"""What the kernel of one token's attention is told: the op, what is done to q and k before, and how the work is cut."""
+"""What the kernel of attention of single tokens is told: the op, what is done to q and k before, and how the work is cut."""
 
 from __future__ import annotations
 
@@ -14,22 +14,26 @@ SHARE = 8
 
 MOST_ROWS = 16
 MOST_SPLITS = 32
+MOST_TOGETHER = 4  # thread blocks of a multiprocessor
+FEWEST = 9  # tokens of a call of any number: fewer have functions of their own
 
 
 @dataclass(frozen=True)
 class StepSpec:
-    """Attention of one token.
+    """Attention of one token, or of several that attend each for itself.
 
     Args:
         attention: the op.
         q_norm, k_norm: what normalises q and k, each head (size d) or the whole row (size H*d); None where nothing does.
         rope: whether q and k are turned by the token's angles, afterwards.
+        tokens: of a call; None: any number, of whose blocks those of several tokens are left to `attend_product`.
     """
 
     attention: AttentionSpec
     q_norm: NormSpec | None = None
     k_norm: NormSpec | None = None
     rope: bool = False
+    tokens: int | None = 1
 
     @property
     def group(self) -> int:
@@ -62,6 +66,8 @@ class StepOptions:
         stages: so many times these positions are on their way into shared memory.
         splits: the most parts of the context.
         least: positions that a part has before there is another one.
+        all_parts: the most parts of all tokens of a call together, where their number is known only then; 0: each token has `splits`.
+        together: thread blocks that share a multiprocessor, or 0.
     """
 
     warps: int
@@ -69,21 +75,31 @@ class StepOptions:
     stages: int
     splits: int
     least: int
+    all_parts: int = 0
+    together: int = 0
 
     @classmethod
-    def of(cls, spec: StepSpec, dtype: str, memory: int, multiprocessors: int) -> StepOptions:
-        """Options for a GPU of so many multiprocessors, whose thread blocks get so many bytes of shared memory.
+    def of(cls, spec: StepSpec, dtype: str, memory: int, multiprocessors: int, tokens: int = 1) -> StepOptions:
+        """Options for a GPU of so many multiprocessors, whose thread blocks get `memory` bytes, and for calls of at most `tokens`.
 
         A thread block has most of a multiprocessor's memory, so that more of them than multiprocessors would take turns: 2048 tokens
-        of 16 heads take an H100 13.4 us in 8 parts and 17.2 us in 16.
+        of 16 heads take an H100 13.4 us in 8 parts and 17.2 us in 16. Where tokens make more of them than there are multiprocessors,
+        up to `MOST_TOGETHER` share one, each with so much less memory and fewer warps (16 have 128 registers a lane).
         """
-        shared = spec.rows > 1
+        tokens, shared = spec.tokens or tokens, spec.rows > 1
         most = 16 if shared and spec.columns > 2 else MOST_SPLITS  # parts of many heads take long to add up
-        splits = max(1, min(most, multiprocessors // spec.columns if spec.columns < SEMAPHORES else 1))
-        options = cls(8, 8, 2, splits, 32 if spec.rows > 4 else 64 if shared else 128)
+        parts = multiprocessors // spec.columns if spec.columns < SEMAPHORES else 1
+        fewest = tokens if spec.tokens is not None else min(tokens, FEWEST)  # tokens of a call that takes these options
+        options = cls(8, 8, 2, max(1, min(most, parts // fewest)), 32 if spec.rows > 4 else 64 if shared else 128)
+        if spec.tokens is None:
+            options = replace(options, all_parts=parts)
+        together = min(ceil_div(spec.columns * tokens, multiprocessors), MOST_TOGETHER)
+        if together > 1:
+            options = replace(options, warps=min(8, 16 // together // 2 * 2), together=together)
         smaller = [options, replace(options, stages=1), replace(options, positions=4, stages=1), replace(options, warps=4, stages=1)]
         smaller += [replace(options, warps=4, positions=4, stages=1), replace(options, warps=2, positions=4, stages=1)]
-        return next((o for o in smaller if 4 * o.words(spec, dtype) <= memory), smaller[-1])
+        fits = (o for o in smaller if 4 * o.words(spec, dtype) * max(together, 1) <= memory)
+        return next(fits, replace(smaller[-1], together=0))
 
     @property
     def threads(self) -> int:
@@ -93,6 +109,8 @@ class StepOptions:
         """Words of a thread block's shared memory."""
         sizes = [self.warps * self.region(spec, dtype), *([self.warps * spec.rows] * 2)]  # results, and their statistics
         sizes += [self.warps * spec.rows * self.positions, self.warps * spec.rows, 2 * self.warps]  # weights, corrections, sums of squares
+        sizes += [self.warps * padded(spec.attention.d)] if spec.tokens != 1 else []  # keys of tokens before
+        sizes += [2 * self.warps] if spec.tokens is None else []  # sums of squares of tokens that are left
         return sum(ceil_div(size, 4) * 4 for size in (*sizes, spec.rows * padded(spec.attention.d), padded(spec.attention.d)))
 
     def region(self, spec: StepSpec, dtype: str) -> int:

@@ -1,4 +1,4 @@
-"""Attention of one token with norms and rope in front of it: what is found in a graph, and that a model computes the same."""
+"""Attention of few tokens with norms and rope in front of it: what is found in a graph, and that a model computes the same."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from moec.compiler.backends.tvm.fusions.attention import AttentionStep, match
 from moec.compiler.ir import Graph
 from moec.compiler.text import parse_graph
 from moec.runtime.tvm_device import Gpu
+from moec.runtime.tvm_functions import Function
 from moec.targets import get_target
 from tests.compiler.backends.test_tvm import with_format
 from tests.compiler.backends.test_tvm_cuda import emulated, whole
@@ -143,3 +144,53 @@ def test_a_model_on_the_emulated_gpu(dtype: str, atol: float, emulated: Gpu, tmp
     model.executor.forward([(sequence, ids[1:60])])
     found += [model.executor.forward([(sequence, ids[i : i + 1])])[0] for i in range(60, 70)]
     np.testing.assert_allclose(found, expected[[0, *range(60, 70)]], atol=atol)
+
+
+def wide() -> Graph:
+    """The same with half as many heads of twice the size, which the kernel for blocks of several tokens takes."""
+    text = LAYERS
+    for old, new in (("2, 8]", "1, 16]"), ("4, 8]", "2, 16]"), ("[B, T, 8]", "[B, T, 16]"), ("[B, T, 4]", "[B, T, 8]")):
+        text = text.replace(old, new)
+    return parse_graph(text.replace("@frequencies: f32[4]", "@frequencies: f32[8]").replace("@qn2: f32[8]", "@qn2: f32[16]"))
+
+
+def test_which_functions_have_it() -> None:
+    platform = CudaPlatform(get_target("h100-sxm"))
+    several = [Function("decode4", 4, 4, 4), Function("forward48", most=48), Function("forward")]
+    counts = [len([f for f in platform.fusions(wide(), {}, function) if isinstance(f, AttentionStep)]) for function in several]
+    assert counts == [2, 2, 2]
+    assert [len(platform.fusions(changed(), {}, function)) for function in several] == [2, 0, 0]  # heads of 8 are too small for products
+
+
+@needs_emulator
+@pytest.mark.parametrize("dtype", ["float32", "uint16"])
+def test_batches_on_the_emulated_gpu(dtype: str, whole: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CudaPlatform, "cache_dtype", dtype)
+    graph, atol = with_format(wide(), "bf16"), 1e-4 if dtype == "float32" else 3e-2
+    model = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", whole, (2, 4, 8, 40))
+    assert {"decode2", "decode4", "decode8", "forward64"} == set(model.section["functions"])
+    rng = np.random.default_rng(1)
+    streams = [rng.integers(0, model.executor.vocab_size, 90) for _ in range(6)]
+    expected, done = [model.expected(ids) for ids in streams], [0] * len(streams)
+    handles = [model.executor.add() for _ in streams]
+    calls = [
+        [3, 0, 0, 0, 0, 0],  # a prompt, filled up to 4
+        [0, 20, 17, 1, 0, 0],  # prompts of several blocks, and one token
+        [1, 1, 0, 0, 0, 0],
+        [2, 1, 4, 1, 0, 0],
+        [1, 1, 1, 0, 0, 0],  # a batch that is filled up
+        [1, 1, 1, 1, 0, 5],  # fills repeat the last of several tokens: 9 in all take another function
+        [0, 1, 1, 0, 2, 2],  # and 6 are filled up to 8
+        [30, 1, 0, 1, 1, 1],
+        [1, 1, 1, 1, 1, 1],
+        [0, 0, 0, 0, 0, 2],
+        [33, 17, 0, 1, 1, 0],
+    ]
+    for counts in calls:
+        steps, rows = [], []
+        for i, count in enumerate(counts):
+            if count:
+                steps.append((handles[i], streams[i][done[i] : done[i] + count]))
+                done[i] += count
+                rows.append(expected[i][done[i] - 1])
+        np.testing.assert_allclose(model.executor.forward(steps), np.stack(rows), atol=atol, err_msg=f"{counts}")

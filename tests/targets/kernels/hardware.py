@@ -28,6 +28,9 @@ from tests.targets.kernels.emulator import needs_emulator
 from tests.targets.kernels.run import ISA, Kernel
 from tests.targets.kernels.run_cuda import CudaFunction, CudaKernel
 
+MEMORY = 96 << 10
+"""Bytes of shared memory that attention takes at most."""
+
 KINDS = ["cpu", pytest.param("cuda", marks=needs_emulator)]
 
 
@@ -61,7 +64,7 @@ class CudaStep:
     """Attention of one token, called as the CPU's kernel is."""
 
     def __init__(self, spec: StepSpec) -> None:
-        self._options, self._spec = StepOptions.of(spec, "float32", 96 << 10, MULTIPROCESSORS), spec.attention
+        self._options, self._spec = StepOptions.of(spec, "float32", MEMORY, MULTIPROCESSORS), spec.attention
         self._kernel = CudaKernel(step_func(spec, self._options))
 
     def __call__(self, *inputs: Any, outputs: Any) -> list[Any]:
@@ -90,7 +93,13 @@ class _Cuda:
         types += [relax.TensorType([count, width], "float32") for width in widths]
         types += [relax.TensorType([blocks, 4], "int32"), relax.TensorType([slots, most], "int32")]
         types += [relax.TensorType([spec.heads], "float32")] if spec.sinks else []
-        return CudaFunction(types, lambda bb, *args: cuda_attention.attention(bb, _getter(bb), args[:2], args[2:], spec, 96 << 10))
+        if not cuda_attention.takes_step(spec, None, "float32", MEMORY):
+            return CudaFunction(types, lambda bb, *args: cuda_attention.attention(bb, _getter(bb), args[:2], args[2:], spec))
+        step = StepSpec(spec, tokens=None)
+        options = StepOptions.of(step, "float32", MEMORY, MULTIPROCESSORS, 64)
+        types.insert(7, relax.TensorType([SEMAPHORES], "int32"))
+        run = CudaFunction(types, lambda bb, *args: cuda_attention.attention_step(bb, _getter(bb), args[:2], args[2:], step, options))
+        return lambda *inputs, outputs: run(*inputs[:7], np.zeros(SEMAPHORES, np.int32), *inputs[7:], outputs=outputs)
 
 
 _HARDWARE: dict[str, Hardware] = {"cpu": _Cpu(), "cuda": _Cuda()}

@@ -1,4 +1,4 @@
-"""Attention of one token, with the normalisation and rope of its q and k in front of it.
+"""Attention of few tokens, with the normalisation and rope of their q and k in front of it.
 
     %qn = rms_norm(%q, @w)              over the whole row or, after the view, over each head; or none
     %q4 = aten.view.default(%qn)
@@ -67,22 +67,20 @@ class AttentionStep:
         low.set_flat(self.node.name, kernels.attention_step(self.spec, low.caches(self.node), inputs))
 
 
-def match(graph: Graph, storage: Mapping[str, Any], gpu: Gpu, tokens: int) -> list[AttentionStep]:
-    """Every attention node of a graph, for one token."""
+def match(graph: Graph, storage: Mapping[str, Any], gpu: Gpu, tokens: int | None) -> list[AttentionStep]:
+    """Every attention node of a graph, for so many tokens (None: any number)."""
     del storage, gpu  # options follow where the kernel is emitted
-    if tokens != 1:
-        return []
-    return [_step(graph, node) for node in graph.nodes if node.op == "attention"]
+    return [_step(graph, node, tokens) for node in graph.nodes if node.op == "attention"]
 
 
-def _step(graph: Graph, node: Node) -> AttentionStep:
+def _step(graph: Graph, node: Node, tokens: int | None) -> AttentionStep:
     attention = attention_spec(graph, node)
     q, k = (_chain(graph, node, i, heads * attention.d) for i, heads in enumerate((attention.heads, attention.kv_heads)))
     angles = [chain.rope.inputs[1:] if chain.rope is not None else None for chain in (q, k)]
     if angles[0] != angles[1]:  # q or k alone, or turned by different angles
         q, k = Chain(node.inputs[0]), Chain(node.inputs[1])
     norms = [_norm(graph, chain, heads * attention.d) for chain, heads in ((q, attention.heads), (k, attention.kv_heads))]
-    return AttentionStep(node, StepSpec(attention, norms[0], norms[1], q.rope is not None), q, k)
+    return AttentionStep(node, StepSpec(attention, norms[0], norms[1], q.rope is not None, tokens), q, k)
 
 
 def _norm(graph: Graph, chain: Chain, width: int) -> NormSpec | None:
