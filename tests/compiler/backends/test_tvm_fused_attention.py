@@ -9,6 +9,7 @@ import pytest
 
 from moec.compiler.backends.tvm.cuda import CudaPlatform
 from moec.compiler.backends.tvm.fusions.attention import AttentionStep, match
+from moec.compiler.backends.tvm.storage import plan_storage
 from moec.compiler.ir import Graph
 from moec.compiler.text import parse_graph
 from moec.runtime.tvm_device import Gpu
@@ -156,10 +157,14 @@ def wide() -> Graph:
 
 def test_which_functions_have_it() -> None:
     platform = CudaPlatform(get_target("h100-sxm"))
-    several = [Function("decode4", 4, 4, 4), Function("forward48", most=48), Function("forward")]
-    counts = [len([f for f in platform.fusions(wide(), {}, function) if isinstance(f, AttentionStep)]) for function in several]
-    assert counts == [2, 2, 2]
-    assert [len(platform.fusions(changed(), {}, function)) for function in several] == [2, 0, 0]  # heads of 8 are too small for products
+
+    def counts(graph: Graph) -> list[int]:
+        stored = plan_storage(graph, platform)
+        several = [Function("decode4", 4, 4, 4), Function("forward48", most=48), Function("forward")]
+        return [sum(isinstance(f, AttentionStep) for f in platform.fusions(graph, stored, function)) for function in several]
+
+    assert counts(with_format(wide(), "bf16")) == [2, 2, 2]
+    assert counts(with_format(changed(), "bf16")) == [2, 0, 0]  # heads of 8 are too small for products
 
 
 @needs_emulator
