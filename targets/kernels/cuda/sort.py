@@ -38,7 +38,7 @@ def sort_func(
     """PrimFunc (ids [T, k], [counts], order int32 [S], places int32 [S], tiles int32 [most + 1, 4]): a stable sort of the slots by expert.
 
     order[i] is the slot at position i, places[s] the position of slot s or -1 if its id is outside of 0 to E - 1. A tile is (expert,
-    first position, positions, 0), at most `size` positions; the last row has how many there are.
+    first position, positions, 0), at most `size` positions; the last row has how many there are, and two zeros for who counts them.
     """
     warps = THREADS // 32
 
@@ -104,6 +104,8 @@ def sort_func(
         first, mine = T.Bind(totals[0]), T.Bind(histogram[expert])
         with when(T.And(thread == 0, expert == 0)):
             store(tiles, totals[2], most, 0)
+            for column in (1, 2):
+                store(tiles, const(0, "int32"), most, column)
             if counts is not None:
                 count(counts, TOKENS, slots // top_k)
         if counts is not None:
