@@ -43,6 +43,8 @@ def expected_tiles(experts: int, top_k: int, tokens: int, size: int) -> float:
 def cost(experts: int, top_k: int, tokens: int, options: Mapping[str, int]) -> float:
     """The cost of options of `gathered.Shape`, in products of one column with a tile's rows."""
     exact, size = bool(options["exact"]), options["tokens"]
+    tiles = expected_tiles(experts, top_k, tokens, size)
+    halves = options["tiles"] > 1 and size % 16 == 0  # as `Shape.columns`: of the last tile of an expert, half may do
+    columns = expected_tiles(experts, top_k, tokens, size // 2) * (size // 2) if halves else tiles * size
     weights = WEIGHTS * (EXACT_WEIGHTS if exact else 1.0)
-    columns = size * options["terms"] * (EXACT_COLUMNS if exact else 1.0)
-    return expected_tiles(experts, top_k, tokens, size) * (weights + columns)
+    return tiles * weights + columns * options["terms"] * (EXACT_COLUMNS if exact else 1.0)
