@@ -18,8 +18,8 @@ load       seconds from opening the model to the first token, the files in the p
            a mapped file first with --load, as those of an artifact do
 
 --transformers runs the checkpoint with transformers in bfloat16 beside them: eager, with its default cache. --kernels adds what a decode
-step launches, from torch's profiler: how often, and the microseconds of all of them, and of the gaps in which nothing runs (with the
-profiler at work, whose launches take longer). These are of a call a step.
+step and a prompt launch, from torch's profiler: how often, and the microseconds of all of them, and of the gaps in which nothing runs
+(with the profiler at work, whose launches take longer). These are of a call a step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -110,8 +110,39 @@ def opened(path: Path, max_sequences: int, load: bool) -> Iterator[tuple[Executo
         yield executor, read, spent
 
 
-def kernels(executor: Executor, batch: int, context: int, steps: int = 8) -> list[tuple[str, float, float]]:
-    """(kernel, launches, microseconds) of a decode step, those that take longest first.
+Kernels = list[tuple[str, float, float]]
+"""(kernel, launches, microseconds) of a call, those that take longest first."""
+
+
+def kernels(executor: Executor, batch: int, context: int, steps: int = 8) -> Kernels:
+    """What a decode step launches."""
+    draw, handles = np.random.default_rng(0), [executor.add() for _ in range(batch)]
+    for handle in handles:
+        executor.forward([(handle, draw.integers(0, executor.vocab_size, context))])
+    step = [(handle, draw.integers(0, executor.vocab_size, 1)) for handle in handles]
+    for _ in range(4):  # from the third on it is one recorded graph
+        executor.best(step)
+    found = profiled(lambda: executor.best(step), steps)
+    for handle in handles:
+        executor.remove(handle)
+    return found
+
+
+def prompt_kernels(executor: Executor, prompt: int) -> Kernels:
+    """What a prompt launches."""
+    ids = np.random.default_rng(1).integers(0, executor.vocab_size, prompt)
+
+    def call() -> None:
+        handle = executor.add()
+        executor.forward([(handle, ids)])
+        executor.remove(handle)
+
+    call()
+    return profiled(call, 2)
+
+
+def profiled(call: Callable[[], object], times: int) -> Kernels:
+    """What a call launches, by torch's profiler.
 
     A kernel is there before the one in front of it has ended, and waits. So its time is from the end of that one to its own end.
     """
@@ -119,28 +150,20 @@ def kernels(executor: Executor, batch: int, context: int, steps: int = 8) -> lis
     from torch.profiler import ProfilerActivity, profile
 
     torch.zeros(1, device="cuda")
-    handles, times = [executor.add() for _ in range(batch)], dict[str, list[float]]()
-    draw = np.random.default_rng(0)
-    for handle in handles:
-        executor.forward([(handle, draw.integers(0, executor.vocab_size, context))])
-    step = [(handle, draw.integers(0, executor.vocab_size, 1)) for handle in handles]
-    for _ in range(4):  # from the third on it is one recorded graph
-        executor.best(step)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        for _ in range(steps):
-            executor.best(step)
-    for handle in handles:
-        executor.remove(handle)
-    events = [event for event in profiled.events() or () if "CUDA" in str(event.device_type)]
+    spent = dict[str, list[float]]()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(times):
+            call()
+    events = [event for event in profiler.events() or () if "CUDA" in str(event.device_type)]
     ended = 0.0
     for event in sorted(events, key=lambda event: event.time_range.end):
         start = event.time_range.start
         if 0 < ended < start:
-            times.setdefault(f"(nothing, {'between steps' if 'HtoD' in event.name else 'within a step'})", []).append(start - ended)
-        times.setdefault(event.name, []).append(event.time_range.end - max(ended, start))
+            spent.setdefault(f"(nothing, {'between calls' if 'HtoD' in event.name else 'within a call'})", []).append(start - ended)
+        spent.setdefault(event.name, []).append(event.time_range.end - max(ended, start))
         ended = event.time_range.end
-    order = sorted(times.items(), key=lambda item: -sum(item[1]))
-    return [(name, len(found) / steps, sum(found) / steps) for name, found in order]
+    order = sorted(spent.items(), key=lambda item: -sum(item[1]))
+    return [(name, len(found) / times, sum(found) / times) for name, found in order]
 
 
 def measure(path: Path, batches: list[int], args: argparse.Namespace) -> Iterator[Row]:
@@ -156,6 +179,8 @@ def measure(path: Path, batches: list[int], args: argparse.Namespace) -> Iterato
             row |= {"bandwidth_gb_s": memory / 1e9, "roofline": speed * read / memory if batch == 1 else None}
             row |= {"portion": portion, "prompt": prompt, "first_token_ms": first, "load_s": loaded}
             yield {**row, "kernels": kernels(executor, batch, context)} if args.kernels else row
+        if args.kernels:
+            yield {"model": path.name, "prompt_tokens": prompt, "kernels": prompt_kernels(executor, prompt)}
 
 
 def transformers_rows(checkpoint: Path, batches: list[int], args: argparse.Namespace) -> Iterator[Row]:
@@ -205,10 +230,11 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(rows))
         return
     print("| model | batch | tokens/s | MB/token | roofline | first token, ms (prompt) | load, s |\n|---|---|---|---|---|---|---|")
-    print("\n".join(map(text, rows)))
+    print("\n".join(text(row) for row in rows if "batch" in row))
     for row in rows:
+        what = f"batch {row['batch']}" if "batch" in row else f"prompt of {row['prompt_tokens']}"
         for name, count, mean in row.get("kernels", ()):
-            print(f"{row['model']}, batch {row['batch']}: {count:6.1f} launches {mean:8.1f} us  {name}")
+            print(f"{row['model']}, {what}: {count:6.1f} launches {mean:8.1f} us  {name}")
 
 
 def main() -> None:
