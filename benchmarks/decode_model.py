@@ -33,7 +33,10 @@ ALIGNED = 64
 Arrays = dict[tuple[str, str], NDArray[np.generic]]
 
 
-def build(folder: Path, config: Mapping[str, Any], recipe: str, experts: Sequence[str], target: str, context: int) -> None:
+def build(
+    folder: Path, config: Mapping[str, Any], recipe: str, experts: Sequence[str], target: str, context: int,
+    kv_cache_dtype: str | None = None,
+) -> None:  # fmt: skip
     """Compile a configuration into a folder: the library, its machine code and what the runtime has to know.
 
     Args:
@@ -41,8 +44,9 @@ def build(folder: Path, config: Mapping[str, Any], recipe: str, experts: Sequenc
         recipe: that needs no weights, such as `int4`.
         experts: formats that the experts of a layer have in turn, instead of the recipe's.
         context: tokens that a sequence may have.
+        kv_cache_dtype: as of `compile_model`.
     """
-    from moec.compiler.backends import takes_mixed_experts
+    from moec.compiler.backends import cache_dtype, takes_mixed_experts
     from moec.compiler.backends.tvm.backend import TvmBackend
     from moec.compiler.context import Context
     from moec.compiler.frontend import huggingface
@@ -54,6 +58,7 @@ def build(folder: Path, config: Mapping[str, Any], recipe: str, experts: Sequenc
     from moec.targets import get_target
 
     chosen, hardware = load_recipe(recipe), get_target(target)
+    cached = cache_dtype("tvm", hardware, kv_cache_dtype)
     with tempfile.TemporaryDirectory() as name:
         Path(name, "config.json").write_text(json.dumps(dict(config)))
         source = Model(*huggingface.load(name))
@@ -61,7 +66,7 @@ def build(folder: Path, config: Mapping[str, Any], recipe: str, experts: Sequenc
         if experts:
             model = _with_experts(model, experts)
         model = uniform_experts(model, factored_only=takes_mixed_experts("tvm", hardware))
-        backend, read = TvmBackend(model.graph, hardware), make_plan(model.graph, chosen, hardware, None).bytes_per_token
+        backend, plan = TvmBackend(model.graph, hardware, cached), make_plan(model.graph, chosen, hardware, None, cached)
         folder.mkdir(parents=True, exist_ok=True)
         section = backend.build(folder, {})
         own = [name for name in backend.graph.params if name.rpartition(".")[2] == "inv_freq"]  # the frontend's, not the checkpoint's
@@ -72,7 +77,7 @@ def build(folder: Path, config: Mapping[str, Any], recipe: str, experts: Sequenc
         if TABLE in stored:
             constants.append((param.name, TABLE, _table(stored)))
         arrays += [(param.name, name, list(a.shape), a.dtype, _scale(param, a)) for name, a in stored.items()]
-    found = {"section": section, "arrays": arrays, "constants": constants, "bytes_per_token": read}
+    found = {"section": section, "arrays": arrays, "constants": constants, "bytes_per_token": plan.bytes_per_token}
     found |= {"vocab_size": int(config["vocab_size"]), "context_length": context, "recipe": recipe, "experts": list(experts)}
     (folder / FILE).write_text(json.dumps(found))
 

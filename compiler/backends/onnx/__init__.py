@@ -115,6 +115,7 @@ class OnnxBackend:
             "activation_quantised": self.activation_quantised(),
             "terms": self.terms,
             "inputs": [i.name for i in model.graph.input],
+            "cache_dtype": "float32",
             "cache": [[c.heads, c.key_size, c.value_size] for c in lowering.caches],
         }
 
@@ -130,6 +131,15 @@ def activation_quantised(graph: Graph, target: Target, activations: Activations 
     return OnnxBackend(graph, target, activations=activations).activation_quantised()
 
 
-def make(graph: Graph, target: Target, portable: bool, activations: Activations = "float", terms: bool | None = None) -> OnnxBackend:
+def cache_dtypes(target: Target) -> tuple[str, ...]:
+    """Types of cached keys and values: the attention operators for processors take float32."""
+    del target
+    return ("float32",)
+
+
+def make(
+    graph: Graph, target: Target, portable: bool, cache_dtype: str = "float32",  # noqa: ARG001  # the only one
+    activations: Activations = "float", terms: bool | None = None,
+) -> OnnxBackend:  # fmt: skip
     """The backend for a graph."""
     return OnnxBackend(graph, target, portable, activations, terms)
