@@ -22,6 +22,9 @@ _ALIGNMENT = 64
 
 _ONE_ROW = np.zeros(1, np.int32)
 
+PART = 512
+"""Tokens of a part on a processor: attention holds the logits of all keys for each token that it is fed."""
+
 
 def _aligned(shape: tuple[int, ...]) -> NDArray[np.float32]:
     """An array that is not touched before it is used, at a multiple of 64 bytes."""
@@ -36,6 +39,8 @@ class Cache(Protocol):
 
     batches: bool
     """Whether several sequences can run at once."""
+    part: int
+    """A longer prompt is fed in parts of so many tokens."""
 
     def reserve(self, slot: int, length: int) -> None:
         """Make room for a sequence of that length, keeping what is there."""
@@ -67,6 +72,7 @@ class SharedCache:
     """For GroupQueryAttention: one buffer a layer, past and present at once."""
 
     batches = True
+    part = PART
 
     def __init__(self, session: InferenceSession, layers: Layers, vocab_size: int, context: int, slots: int) -> None:
         self.session, self.layers, self.vocab_size, self.context, self.most_slots = session, layers, vocab_size, context, slots
@@ -155,6 +161,7 @@ class CopiedCache:
     """For standard operators: past goes in, present comes out."""
 
     batches = False
+    part = PART
 
     def __init__(self, session: InferenceSession, layers: Layers) -> None:
         self.session = session

@@ -24,6 +24,12 @@ PACKAGE = "onnxruntime-gpu[cuda,cudnn]"
 _OPTIONS = {CPU: dict[str, str](), CUDA: {"use_tf32": "0"}}
 """Options of a provider. Products that stay float32 do so because they must be exact: TF32 would round what they read to 11 bits."""
 
+_KINDS = {"float16": 10, "bfloat16": 16}
+"""ONNX's numbers of the types of caches."""
+
+PART = 2048
+"""Tokens of a prompt that run at once: attention holds no logits there, and all that experts read is read as often."""
+
 _SMALLER = 2
 """16-bit numbers in what caches are allocated as, float32: numpy has no bfloat16, and ONNX Runtime no operators to copy either."""
 
@@ -82,6 +88,8 @@ class DeviceCache(SharedCache):
         device: `cuda`, or `cpu` for models that a processor runs as well.
         kind: ONNX's type of the numbers.
     """
+
+    part = PART
 
     def __init__(
         self,
@@ -147,4 +155,4 @@ def device_cache(
     """
     device = "cuda" if section["provider"] == CUDA else "cpu"
     layers: Sequence[Sequence[int]] = section["cache"]
-    return DeviceCache(session, layers, vocab_size, context, slots, grow, device, int(section["cache_type"]))
+    return DeviceCache(session, layers, vocab_size, context, slots, grow, device, _KINDS[section["cache_dtype"]])

@@ -25,9 +25,6 @@ from moec.runtime.sampler import Best
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-PART = 512
-"""A longer prompt is fed in parts of so many tokens: attention holds the logits of all keys for each token that it is fed."""
-
 
 def _session(artifact: Artifact, file: str, threads: int | None) -> ort.InferenceSession:
     """A session of one of the artifact's models."""
@@ -139,7 +136,8 @@ class OnnxExecutor:
 
     def _in_parts(self, handle: int, tokens: NDArray[np.int64], all_logits: bool) -> NDArray[np.float32]:
         """Tokens of one sequence, a part at a time: logits [R, V]."""
-        parts = [next(self._run([(handle, tokens[at : at + PART])], all_logits)) for at in range(0, len(tokens), PART)]
+        part = self._cache.part
+        parts = [next(self._run([(handle, tokens[at : at + part])], all_logits)) for at in range(0, len(tokens), part)]
         return np.concatenate(parts) if all_logits else parts[-1]
 
     def _check(self, steps: Sequence[Step]) -> None:

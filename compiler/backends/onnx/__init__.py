@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 
 from moec.compiler.backends.base import Location, StoredArray
-from moec.compiler.backends.onnx.emit import ONNX_TYPES, Emitter
+from moec.compiler.backends.onnx.emit import Emitter
 from moec.compiler.backends.onnx.grow import grow_model
 from moec.compiler.backends.onnx.layout import IntLayout
 from moec.compiler.backends.onnx.lower import Lowering, check_lowerable, reserved_names
@@ -35,6 +35,7 @@ GROW = "grow.onnx"
 Activations = Literal["float", "int8", "float16", "bfloat16"]
 
 _HALVES = {"float": "bf16", "bfloat16": "bf16", "float16": "f16"}
+_NAMES = {None: "float32", "bf16": "bfloat16", "f16": "float16"}
 """What GPUs compute with, by the name of activations. Unless told they take the wider range: experts of large models reach numbers beyond
 float16's 65504."""
 
@@ -56,6 +57,7 @@ class OnnxBackend:
         self, graph: Graph, target: Target, portable: bool = False, activations: Activations = "float", terms: bool | None = None
     ) -> None:
         self.half = _check(target, portable, activations)
+        self.cache_dtype = _NAMES[self.half]
         self.graph, self.portable, self.activations = graph, portable, activations
         check_tokenwise(graph)
         check_lowerable(graph)
@@ -127,17 +129,18 @@ class OnnxBackend:
             **(self._for_gpu(folder) if self.half else {}),
             "portable": self.portable,
             "onnxruntime": "1.23" if self.portable else "1.31",
-            "activations": {"bf16": "bfloat16", "f16": "float16"}[self.half] if self.half else self.activations,
+            "activations": self.cache_dtype if self.half else self.activations,
             "activation_quantised": self.activation_quantised(),
             "terms": self.terms,
             "inputs": [i.name for i in model.graph.input],
+            "cache_dtype": self.cache_dtype,
             "cache": [[c.heads, c.key_size, c.value_size] for c in lowering.caches],
         }
 
     def _for_gpu(self, folder: Path) -> dict[str, Any]:
         """What the executor needs to know besides, and the model that makes room in caches."""
         (folder / GROW).write_bytes(grow_model().SerializeToString())
-        return {"provider": "CUDAExecutionProvider", "cache_type": ONNX_TYPES[str(self.half)], "grow": GROW}
+        return {"provider": "CUDAExecutionProvider", "grow": GROW}
 
 
 def _check(target: Target, portable: bool, activations: str) -> str | None:
@@ -170,6 +173,23 @@ def activation_quantised(graph: Graph, target: Target, activations: Activations 
     return OnnxBackend(graph, target, activations=activations).activation_quantised()
 
 
-def make(graph: Graph, target: Target, portable: bool, activations: Activations = "float", terms: bool | None = None) -> OnnxBackend:
-    """The backend for a graph."""
-    return OnnxBackend(graph, target, portable, activations, terms)
+def cache_dtypes(target: Target) -> tuple[str, ...]:
+    """Types of cached keys and values: the attention operator takes float32 on processors, and on GPUs what activations are."""
+    return ("float32",) if target.kind == "cpu" else ("bfloat16", "float16")
+
+
+def make(
+    graph: Graph, target: Target, portable: bool, cache_dtype: str, activations: Activations = "float", terms: bool | None = None
+) -> OnnxBackend:  # fmt: skip
+    """The backend for a graph.
+
+    Raises:
+        MoecError: it cannot be lowered, or keys and values are to be kept in another type than attention computes with.
+    """
+    backend = OnnxBackend(graph, target, portable, activations, terms)
+    if cache_dtype != backend.cache_dtype:
+        raise MoecError(
+            f"--kv-cache-dtype {cache_dtype}: the onnx backend keeps keys and values in {backend.cache_dtype}, as attention computes with; "
+            f"give --activations {cache_dtype}"
+        )
+    return backend
