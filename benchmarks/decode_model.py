@@ -27,10 +27,16 @@ SPREAD = 0.02
 TABLE = "table"
 """The array that says where experts of several formats are."""
 
+ALIGNED = 64
+"""Bytes at whose multiples arrays begin in a file."""
+
 Arrays = dict[tuple[str, str], NDArray[np.generic]]
 
 
-def build(folder: Path, config: Mapping[str, Any], recipe: str, experts: Sequence[str], target: str, context: int) -> None:
+def build(
+    folder: Path, config: Mapping[str, Any], recipe: str, experts: Sequence[str], target: str, context: int,
+    kv_cache_dtype: str | None = None,
+) -> None:  # fmt: skip
     """Compile a configuration into a folder: the library, its machine code and what the runtime has to know.
 
     Args:
@@ -38,8 +44,9 @@ def build(folder: Path, config: Mapping[str, Any], recipe: str, experts: Sequenc
         recipe: that needs no weights, such as `int4`.
         experts: formats that the experts of a layer have in turn, instead of the recipe's.
         context: tokens that a sequence may have.
+        kv_cache_dtype: as of `compile_model`.
     """
-    from moec.compiler.backends import takes_mixed_experts
+    from moec.compiler.backends import cache_dtype, takes_mixed_experts
     from moec.compiler.backends.tvm.backend import TvmBackend
     from moec.compiler.context import Context
     from moec.compiler.frontend import huggingface
@@ -51,6 +58,7 @@ def build(folder: Path, config: Mapping[str, Any], recipe: str, experts: Sequenc
     from moec.targets import get_target
 
     chosen, hardware = load_recipe(recipe), get_target(target)
+    cached = cache_dtype("tvm", hardware, kv_cache_dtype)
     with tempfile.TemporaryDirectory() as name:
         Path(name, "config.json").write_text(json.dumps(dict(config)))
         source = Model(*huggingface.load(name))
@@ -58,7 +66,7 @@ def build(folder: Path, config: Mapping[str, Any], recipe: str, experts: Sequenc
         if experts:
             model = _with_experts(model, experts)
         model = uniform_experts(model, factored_only=takes_mixed_experts("tvm", hardware))
-        backend, read = TvmBackend(model.graph, hardware), make_plan(model.graph, chosen, hardware, None).bytes_per_token
+        backend, plan = TvmBackend(model.graph, hardware, cached), make_plan(model.graph, chosen, hardware, None, cached)
         folder.mkdir(parents=True, exist_ok=True)
         section = backend.build(folder, {})
         own = [name for name in backend.graph.params if name.rpartition(".")[2] == "inv_freq"]  # the frontend's, not the checkpoint's
@@ -69,7 +77,7 @@ def build(folder: Path, config: Mapping[str, Any], recipe: str, experts: Sequenc
         if TABLE in stored:
             constants.append((param.name, TABLE, _table(stored)))
         arrays += [(param.name, name, list(a.shape), a.dtype, _scale(param, a)) for name, a in stored.items()]
-    found = {"section": section, "arrays": arrays, "constants": constants, "bytes_per_token": read}
+    found = {"section": section, "arrays": arrays, "constants": constants, "bytes_per_token": plan.bytes_per_token}
     found |= {"vocab_size": int(config["vocab_size"]), "context_length": context, "recipe": recipe, "experts": list(experts)}
     (folder / FILE).write_text(json.dumps(found))
 
@@ -134,12 +142,30 @@ def _random(draw: np.random.Generator, component: str, shape: tuple[int, ...], d
     return np.frombuffer(draw.bytes(size * np.dtype(dtype).itemsize), dtype)
 
 
-def load(folder: Path, max_sequences: int) -> tuple[Any, dict[str, Any]]:
-    """The executor of a folder of `build`, with random weights, and what the file says."""
+def mapped(weights: Arrays, file: Path) -> Arrays:
+    """The arrays as those of an artifact are: parts of one mapped file, each parameter's in a place of its own."""
+    starts = dict[tuple[str, str], int]()
+    with file.open("wb") as stream:
+        for key, array in weights.items():
+            stream.seek(-(-stream.tell() // ALIGNED) * ALIGNED)
+            starts[key] = stream.tell()
+            array.tofile(stream)
+    memory = np.memmap(file, np.uint8, "r")
+    return {key: memory[starts[key] : starts[key] + x.nbytes].view(x.dtype).reshape(x.shape) for key, x in weights.items()}
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What `build` wrote."""
+    found: dict[str, Any] = json.loads((folder / FILE).read_text())
+    return found
+
+
+def load(folder: Path, weights: Arrays, max_sequences: int) -> Any:
+    """The executor of a folder of `build` with these weights."""
     from moec.runtime.executors.tvm import RUNTIME, TvmExecutor, open_device
 
-    found = json.loads((folder / FILE).read_text())
+    found = read(folder)
     section = found["section"]
     device = open_device(section, folder.joinpath, folder / RUNTIME, str(folder))
-    library, sizes = folder / section["library"], (found["vocab_size"], found["context_length"])
-    return TvmExecutor(library, section, random_weights(found), *sizes, None, max_sequences, device), found
+    sizes = found["vocab_size"], found["context_length"]
+    return TvmExecutor(folder / section["library"], section, weights, *sizes, None, max_sequences, device)

@@ -17,7 +17,7 @@ import torch
 
 import moec
 from moec.compiler.artifact import ArtifactWriter, Shard, plan_shards, weight_table
-from moec.compiler.backends import make_backend, takes_mixed_experts
+from moec.compiler.backends import cache_dtype, make_backend, takes_mixed_experts
 from moec.compiler.backends.base import Backend
 from moec.compiler.calibration.text import Files, calibration_text
 from moec.compiler.context import Context
@@ -59,6 +59,7 @@ def compile_model(
     dry_run: bool = False,
     portable: bool = False,
     activations: str = "float",
+    kv_cache_dtype: str | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Compile a checkpoint for a target.
@@ -81,6 +82,7 @@ def compile_model(
         dry_run: stop after planning; works from `config.json` alone.
         portable: the ONNX backend writes standard operators only.
         activations: what the ONNX backend multiplies packed weights with: `float`, or `int8` (faster, about 1 % off a product).
+        kv_cache_dtype: what keys and values of attention are kept in, `float32` or `bfloat16` (GPUs only, which take it unless told).
 
     Returns:
         What was (or would be) written: sizes by role and format, and the graph's operations.
@@ -97,6 +99,7 @@ def compile_model(
     progress, place = progress or Progress(), on_device(device)
     chosen = load_recipe(recipe) if recipe is not None else NOTHING
     hardware = get_target(target)
+    cached = cache_dtype(backend, hardware, kv_cache_dtype)
     with progress.step("trace"):
         checkpoint = huggingface.resolve(model) if isinstance(model, str | Path) else None
         source = Model(*(huggingface.load(checkpoint) if checkpoint else model if isinstance(model, tuple) else graph_of(model)))
@@ -111,15 +114,15 @@ def compile_model(
         if CHECK:
             verify(compiled.graph)
         if dry_run:
-            return _within(make_plan(compiled.graph, chosen, hardware, None), memory)
+            return _within(make_plan(compiled.graph, chosen, hardware, None, cached), memory)
         assert output is not None
         with place:
             quality = _quality(compiled, context)
         compiled = uniform_experts(compiled, factored_only=takes_mixed_experts(backend, hardware))
         with progress.step("lower"):
-            lowered = make_backend(backend, compiled.graph, hardware, portable, activations)
+            lowered = make_backend(backend, compiled.graph, hardware, portable, activations, kv_cache_dtype=cached)
         shards = plan_shards(lowered)
-        plan = _within(make_plan(compiled.graph, chosen, hardware, shards), memory)
+        plan = _within(make_plan(compiled.graph, chosen, hardware, shards, cached), memory)
         history = {"recipe": list(chosen.steps), "journal": context.journal, "quality": quality, "calibration": _record(context)}
         _write(Path(output), checkpoint, compiled, lowered, shards, history, hardware, backend, resume, plan, progress, place)
     return plan
@@ -267,6 +270,7 @@ def _manifest(
         "sizes": {
             "weight_bytes": plan.weight_bytes,
             "bytes_per_token": plan.bytes_per_token,
+            "cache_bytes_per_token": plan.cache_bytes_per_token,
             "parameters": plan.parameters,
             "active_parameters": plan.active_parameters,
             "compile_seconds": round(seconds, 1),

@@ -10,6 +10,7 @@ from math import prod
 from typing import Any
 
 from moec.compiler.artifact import Shard
+from moec.compiler.backends import CACHE_BYTES
 from moec.compiler.errors import MoecError
 from moec.compiler.ir import Graph, Node, Param
 from moec.compiler.recipe import Recipe
@@ -60,7 +61,7 @@ class Plan:
     """What will be written.
 
     `weight_bytes` is what the weight files hold (with the backend's padding when it is known); `active_parameters` and `bytes_per_token`
-    are what one token of decode reads, with its K experts a layer.
+    are what one token of decode reads, with its K experts a layer. Keys and values of a token take `cache_bytes_per_token`.
     """
 
     model: str
@@ -70,6 +71,7 @@ class Plan:
     active_parameters: int
     weight_bytes: int
     bytes_per_token: int
+    cache_dtype: str
     cache_bytes_per_token: int
     layers: int
     ops: dict[str, int]
@@ -79,11 +81,12 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(graph: Graph, recipe: Recipe, target: Target, shards: Sequence[Shard] | None) -> Plan:
+def make_plan(graph: Graph, recipe: Recipe, target: Target, shards: Sequence[Shard] | None, cache_dtype: str = "float32") -> Plan:
     """The plan for a graph whose parameters have their formats.
 
     Args:
         shards: the backend's weight files, for exact sizes; None where the backend has not lowered the graph.
+        cache_dtype: what keys and values are kept in.
     """
     roles = parameter_roles(graph)
     groups: dict[tuple[str, str], list[Param]] = {}
@@ -105,7 +108,8 @@ def make_plan(graph: Graph, recipe: Recipe, target: Target, shards: Sequence[Sha
         active_parameters=round(sum(_count(p) * shares[n] for n, p in graph.params.items())),
         weight_bytes=sum(r.bytes for r in rows) if shards is None else sum(a.nbytes for s in shards for a, _ in s.arrays.values()),
         bytes_per_token=round(sum(param_bytes(p) * shares[n] for n, p in graph.params.items())),
-        cache_bytes_per_token=4 * cached,
+        cache_dtype=cache_dtype,
+        cache_bytes_per_token=CACHE_BYTES[cache_dtype] * cached,
         layers=int(graph.meta.get("layers", len(attentions))),
         ops=dict(Counter(n.op for n in graph.nodes).most_common()),
         rows=rows,

@@ -19,7 +19,7 @@ manifest.json is an object with these keys (a key that is not listed is ignored,
                           "arrays": {"COMPONENT": {"file": str, "offset": int, "nbytes": int, "dtype": str, "shape": [int, ...]}}}}
     "recipe": [...]                            what was done to the model
     "quality": {...} | null                    what that cost
-    "sizes": {"weight_bytes": int, "original_weight_bytes": int, "bytes_per_token": int, ...}
+    "sizes": {"weight_bytes": int, "original_weight_bytes": int, "bytes_per_token": int, "cache_bytes_per_token": int, ...}
     "files": {"FILE": {"size": int, "sha256": str,
                        "header_sha256": str, "blocks_crc32": str (the last two for weight files)}}
 

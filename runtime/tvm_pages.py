@@ -15,6 +15,10 @@ FIRST = 16
 """Pages that are allocated at the start; afterwards their number doubles."""
 
 
+STORED = {"float32": "float32", "bfloat16": "uint16"}
+"""The element type of the arrays, by that of the numbers: bfloat16 as its bits."""
+
+
 class Pages:
     """The caches of a model: for each entry of `page_shapes` (K and V of each layer) an array [pages, *shape].
 
@@ -27,15 +31,20 @@ class Pages:
         max_sequences: rows of the page table.
         context_length: the most tokens of a sequence.
         device: whose memory has the arrays.
-        dtype: of their elements.
+        dtype: of the numbers, float32 or bfloat16.
+
+    Raises:
+        MoecError: another one.
     """
 
     def __init__(
         self, page_shapes: Sequence[Sequence[int]], page_tokens: int, max_sequences: int, context_length: int, device: Device,
         dtype: str = "float32",
     ) -> None:  # fmt: skip
+        if dtype not in STORED:
+            raise MoecError(f"the artifact keeps keys and values in {dtype!r}, this moec knows {' and '.join(STORED)}: update moec")
         self._shapes = [tuple(int(n) for n in shape) for shape in page_shapes]
-        self._tokens, self._dtype = page_tokens, dtype
+        self._tokens, self._dtype = page_tokens, STORED[dtype]
         self._table: NDArray[np.int32] = device.staging((max_sequences, -(-context_length // page_tokens)), np.int32)
         self._device, self._mirror = device, device.mirror(self._table)
         self._changed: list[int] = []  # places in the table, counted through its rows

@@ -1,6 +1,7 @@
-"""Backends: a folder each, found by its name, with a `make(graph, target, portable)` that returns a `base.Backend`.
+"""Backends: a folder each, found by its name, with a `make(graph, target, portable, cache_dtype)` that returns a `base.Backend`.
 
-It may also have a `takes_mixed_experts(target)`, where a layer whose experts differ in format can be one node.
+Its `cache_dtypes(target)` are the types that keys and values can be kept in, the one that it takes unless told first. It may also have a
+`takes_mixed_experts(target)`, where a layer whose experts differ in format can be one node.
 """
 
 from __future__ import annotations
@@ -23,14 +24,37 @@ def takes_mixed_experts(name: str, target: Target) -> bool:
     return takes is not None and bool(takes(target))
 
 
+CACHE_BYTES = {"float32": 4, "bfloat16": 2}
+"""Bytes of a number in the cache of keys and values, by its type."""
+
+
+def cache_dtype(name: str, target: Target, asked: str | None = None) -> str:
+    """The type that a backend keeps keys and values in on a target: the one that is asked for, or the one that it takes unless told.
+
+    Raises:
+        MoecError: there is no such backend or type, or the backend does not have it on this target.
+    """
+    offered: tuple[str, ...] = load_file(__name__, "backend", name, folders=True).cache_dtypes(target)
+    if asked is None or asked in offered:
+        return asked or offered[0]
+    if asked not in CACHE_BYTES:
+        raise unknown("type of key/value cache", asked, CACHE_BYTES)
+    raise MoecError(
+        f"--kv-cache-dtype {asked}: the {name} backend keeps keys and values in {' or '.join(offered)} on target {target.name}; "
+        "leave the option out, or choose another --target or --backend"
+    )
+
+
 def make_backend(
-    name: str, graph: Graph, target: Target, portable: bool = False, activations: str = "float", terms: bool | None = None
-) -> Backend:
+    name: str, graph: Graph, target: Target, portable: bool = False, activations: str = "float", terms: bool | None = None,
+    kv_cache_dtype: str | None = None,
+) -> Backend:  # fmt: skip
     """The backend of this name, made for a graph, which it lowers.
 
     Args:
         portable, activations: options of the ONNX backend: standard operators only; what packed weights are multiplied with.
         terms: of the ONNX backend, as an artifact states it. None: what the target is best served with.
+        kv_cache_dtype: what keys and values are kept in, see `cache_dtype`.
 
     Raises:
         MoecError: there is no such backend, or it cannot lower the graph.
@@ -38,10 +62,10 @@ def make_backend(
     module = load_file(__name__, "backend", name, folders=True)
     if portable and name != "onnx":
         raise MoecError(f"--portable is an option of the onnx backend, not of {name}")
-    if activations not in ("float", "int8"):
-        raise unknown("kind of activations", activations, ("float", "int8"))
+    if activations not in (kinds := ("float", "int8", "float16", "bfloat16")):
+        raise unknown("kind of activations", activations, kinds)
     if activations != "float" and name != "onnx":
         raise MoecError(f"--activations {activations} is an option of the onnx backend; {name} computes with 16-bit activations or better")
     options = {"activations": activations, "terms": terms} if name == "onnx" else {}
-    backend: Backend = module.make(graph, target, portable, **options)
+    backend: Backend = module.make(graph, target, portable, cache_dtype(name, target, kv_cache_dtype), **options)
     return backend

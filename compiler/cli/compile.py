@@ -32,6 +32,10 @@ def command(
     resume: Annotated[bool, typer.Option(help="Keep what an interrupted run of the same work finished.")] = True,
     portable: Annotated[bool, typer.Option("--portable", help="ONNX backend: standard operators only.")] = False,
     activations: Annotated[str, typer.Option(metavar="float|int8", help="ONNX backend: int8 is faster and about 1 % off.")] = "float",
+    kv_cache_dtype: Annotated[
+        str | None,
+        typer.Option(metavar="bfloat16|float32", help="What keys and values are kept in: bfloat16 on GPUs unless told, float32 on CPUs."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and its sizes; write nothing.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -58,6 +62,7 @@ def command(
         dry_run=dry_run,
         portable=portable,
         activations=activations,
+        kv_cache_dtype=kv_cache_dtype,
     )
     if json:
         print_json(plan.to_json())
@@ -69,7 +74,7 @@ def command(
             f" {format_size(row.bytes):>11} {row.bits_per_weight:6.2f} bits a weight"
         )
     print(f"weights {format_size(plan.weight_bytes)}, read a token {format_size(plan.bytes_per_token)}", end="")
-    print(f", key/value cache {format_size(plan.cache_bytes_per_token)} a token")
+    print(f", key/value cache {format_size(plan.cache_bytes_per_token)} a token in {plan.cache_dtype}")
     print("operations: " + ", ".join(f"{count} {op}" for op, count in plan.ops.items()))
     if output is not None and not dry_run:
         print(f"written to {output}")

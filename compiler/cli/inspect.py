@@ -66,10 +66,20 @@ def command(
     print(f"; files {format_size(summary['file_bytes'])}")
     for name, entry in summary["formats"].items():
         print(f"  {name}: {entry['tensors']} tensors, {entry['parameters']:,} parameters")
+    if (line := _cache(summary)) is not None:
+        print(line)
     for step in summary["recipe"]:
         print(f"recipe: {step}")
     for line in _history(summary):
         print(line)
+
+
+def _cache(summary: Mapping[str, Any]) -> str | None:
+    """What keys and values take; older artifacts do not say how much, some nothing."""
+    dtype, size = summary["cache_dtype"], summary["cache_bytes_per_token"]
+    if not isinstance(dtype, str):
+        return None
+    return f"key/value cache in {dtype}" if not isinstance(size, int) else f"key/value cache {format_size(size)} a token in {dtype}"
 
 
 def _history(summary: Mapping[str, Any]) -> Iterator[str]:
@@ -111,6 +121,7 @@ def _print_checkpoint(found: Any) -> None:
 
 def summarize(manifest: Manifest) -> dict[str, Any]:
     """What `moec inspect --json` prints about an artifact."""
+    sizes = manifest.raw.get("sizes")
     tensors: Counter[str] = Counter()
     parameters: Counter[str] = Counter()
     for weight in manifest.weights.values():
@@ -128,6 +139,8 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
         "recipe": manifest.raw.get("recipe") or [],
         "journal": manifest.raw.get("journal") or [],
         "weight_bytes": manifest.weight_bytes,
+        "cache_dtype": manifest.executor.get("cache_dtype"),
+        "cache_bytes_per_token": sizes.get("cache_bytes_per_token") if isinstance(sizes, dict) else None,
         "file_bytes": sum(entry.size for entry in manifest.files.values()),
         "parameters": parameters.total(),
         "formats": {name: {"tensors": tensors[name], "parameters": parameters[name]} for name in sorted(tensors)},

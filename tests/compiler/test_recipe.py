@@ -110,7 +110,8 @@ def test_plan_in_closed_form() -> None:
     expert_bytes = 6 * 24 * (8 + 2) + 6 * 16 * (6 + 2)  # half a byte a code, one float16 scale a row
     assert plan.weight_bytes == expert_bytes + 4 * rest
     assert plan.bytes_per_token == round(expert_bytes * 2 / 6) + 4 * rest
-    assert plan.cache_bytes_per_token == 4 * 2 * (2 * 4)
+    assert (plan.cache_dtype, plan.cache_bytes_per_token) == ("float32", 4 * 2 * (2 * 4))
+    assert make_plan(graph, NOTHING, get_target("h100-sxm"), None, "bfloat16").cache_bytes_per_token == 2 * 2 * (2 * 4)
 
 
 def test_mixed_formats_count_each_expert() -> None:

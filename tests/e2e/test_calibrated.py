@@ -62,13 +62,13 @@ def test_a_killed_run_goes_on_from_its_codes(tmp_path: Path, monkeypatch: pytest
     options: dict[str, Any] = {"calibration": tiny.TEXT, "calibration_tokens": 1024, "backend": "onnx", "progress": QUIET}
     calls = 0
 
-    def lowered(*args: Any) -> Any:
+    def lowered(*args: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         stamps.append([p.stat().st_mtime_ns for p in sorted(work.rglob("codes-*.safetensors"))])
         if calls == 1:
             raise KeyboardInterrupt
-        return make_backend(*args)
+        return make_backend(*args, **options)
 
     stamps: list[list[int]] = []
     monkeypatch.setattr("moec.compiler.pipeline.make_backend", lowered)

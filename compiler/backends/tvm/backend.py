@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from moec.compiler.backends.base import Location, StoredArray
 from moec.compiler.backends.select_rows import select_rows
 from moec.compiler.backends.tokenwise import check_tokenwise
+from moec.compiler.backends.tvm import cache_dtypes
 from moec.compiler.backends.tvm.build import build_library
 from moec.compiler.backends.tvm.lower import check_supported
 from moec.compiler.backends.tvm.platform import platform_of
@@ -30,14 +31,17 @@ LIBRARY = "lib.so"
 class TvmBackend:
     """A causal language model, from ids and positions [B, T] to logits [B, T, V], for a processor or a GPU.
 
+    Args:
+        cache_dtype: one of `cache_dtypes`, the type of cached keys and values. None: the first of them.
+
     Raises:
         MoecError: the graph has ops that cannot be lowered, or mixes tokens other than by attention.
     """
 
-    def __init__(self, graph: Graph, target: Target) -> None:
+    def __init__(self, graph: Graph, target: Target, cache_dtype: str | None = None) -> None:
         check_supported(graph)
         check_tokenwise(graph)
-        self.platform = platform_of(target)
+        self.platform = platform_of(target, cache_dtype or cache_dtypes(target)[0])
         self.roles = _input_roles(graph)
         self.graph = select_rows(graph)
         self._storage = plan_storage(self.graph, self.platform)

@@ -14,6 +14,7 @@ from moec.compiler.backends.tvm.lower import FunctionLowering, cache_types
 from moec.compiler.backends.tvm.platform import AHEAD, BEST, Functions, Platform
 from moec.compiler.backends.tvm.storage import Storage
 from moec.compiler.ir import Graph
+from moec.runtime.tvm_pages import STORED
 
 
 def lower(graph: Graph, storage: Mapping[str, Storage], platform: Platform, page_shapes: Sequence[tuple[int, ...]]) -> IRModule:
@@ -21,7 +22,7 @@ def lower(graph: Graph, storage: Mapping[str, Storage], platform: Platform, page
     bb = relax.BlockBuilder()
     shared = Functions(bb)
     for function in platform.functions(graph):
-        kernels, types = platform.kernels(shared, function), cache_types(page_shapes, platform.cache_dtype)
+        kernels, types = platform.kernels(shared, function), cache_types(page_shapes, STORED[platform.cache_dtype])
         FunctionLowering(graph, storage, platform, kernels, bb, function).build(types)
     platform.add_best(shared, int(graph.type_of(graph.outputs[0]).shape[-1]))
     return bb.finalize()

@@ -29,7 +29,7 @@ from moec.targets.kernels.cpu.experts_layout import Factors
 from moec.targets.kernels.cuda import pipeline, plain
 from moec.targets.kernels.cuda.ahead import ahead_func
 from moec.targets.kernels.cuda.arrival import SEMAPHORES
-from moec.targets.kernels.cuda.attention import PAGE, STORED, attention, attention_step, page_shapes, takes_step
+from moec.targets.kernels.cuda.attention import PAGE, attention, attention_step, page_shapes, takes_step
 from moec.targets.kernels.cuda.best import best_func
 from moec.targets.kernels.cuda.calls import Gpu
 from moec.targets.kernels.cuda.embedding import embedding_func
@@ -111,7 +111,7 @@ class CudaKernels:
         return self.functions.call("rope", (heads, d, tokens), lambda: rope_func(heads, d, tokens), [x, cos, sin], out)[0]
 
     def attention(self, spec: AttentionSpec, caches: Sequence[Expr], inputs: Sequence[Expr]) -> Expr:
-        return attention(self.bb, self.functions.get, caches, inputs, spec, self._platform.cached)
+        return attention(self.bb, self.functions.get, caches, inputs, spec, self._platform.cache_dtype)
 
     def attention_step(self, spec: StepSpec, caches: Sequence[Expr], inputs: Sequence[Expr]) -> Expr:
         """Attention with what the spec says of q and k, where `takes_step` -> [T, H*dv]. Caches (K, V) change.
@@ -120,8 +120,8 @@ class CudaKernels:
             inputs: q, k, v, blocks, page_table, semaphores[, weights of the norms][, cos, sin][, sinks].
         """
         platform, most = self._platform, self._function.most or CHUNK
-        options = StepOptions.of(spec, platform.cached, platform.attention_memory, platform.gpu.multiprocessors, most)
-        return attention_step(self.bb, self.functions.get, caches, inputs, spec, options, platform.cached)
+        options = StepOptions.of(spec, platform.cache_dtype, platform.attention_memory, platform.gpu.multiprocessors, most)
+        return attention_step(self.bb, self.functions.get, caches, inputs, spec, options, platform.cache_dtype)
 
     def router(self, spec: RouterSpec, inputs: Sequence[Expr]) -> list[Expr]:
         tokens, shape = _one(inputs[0]), [count_of(inputs[0]), spec.top_k]
@@ -193,23 +193,18 @@ class CudaPlatform:
 
     chunk = CHUNK
     page_tokens = PAGE
-    cache_dtype = "float32"
     counted = True
     semaphores = SEMAPHORES
     tir_pipeline = pipeline.NAME
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, cache_dtype: str = "bfloat16") -> None:
+        self.cache_dtype = cache_dtype
         described = json.loads(target.tvm)
         self.arch = str(described["arch"])
         self.target = TvmTarget({**described, "host": {"kind": "llvm"}})
         self.gpu, self.products = Gpu(shared_memory(target), multiprocessors(target)), self.arch == PRODUCTS
         self.choices = Choices(target, self.products)
         self.attention_memory = HOPPER_MEMORY if self.products else LEAST_MEMORY
-
-    @property
-    def cached(self) -> str:
-        """The type of the cache's numbers."""
-        return next(dtype for dtype, stored in STORED.items() if stored == self.cache_dtype)
 
     def functions(self, graph: Graph) -> Sequence[Function]:
         nodes = [node for node in graph.nodes if node.op == "experts"]
@@ -241,7 +236,7 @@ class CudaPlatform:
         if tokens in (1, *FEW):
             return fusions.match(graph, storage, self.gpu, tokens)
         steps = fusions.attention.match(graph, storage, self.gpu, None)
-        fitting = [step for step in steps if takes_step(step.spec.attention, None, self.cached, self.attention_memory)]
+        fitting = [step for step in steps if takes_step(step.spec.attention, None, self.cache_dtype, self.attention_memory)]
         return fitting if most is None else [*fitting, *fusions.match_up_to(graph, storage, self.gpu, most)]
 
     def add_best(self, functions: Functions, vocabulary: int) -> None:

@@ -168,7 +168,7 @@ class Platform(Protocol):
     page_tokens: int
     """Tokens of a page of the attention caches."""
     cache_dtype: str
-    """Element type of the caches' arrays: float32, or uint16 for the bits of bfloat16."""
+    """Type of the numbers in the caches: float32 or bfloat16."""
     counted: bool
     """Whether the experts' kernels count what they run."""
     semaphores: int
@@ -220,13 +220,13 @@ class Platform(Protocol):
         ...
 
 
-def platform_of(target: Target) -> Platform:
-    """The platform of a target's kind."""
+def platform_of(target: Target, cache_dtype: str) -> Platform:
+    """The platform of a target's kind, with a cache of this type, which it must have."""
     described: Any = json.loads(target.tvm) if target.tvm.lstrip().startswith("{") else target.tvm
     if target.kind == "cuda":
         from moec.compiler.backends.tvm.cuda import CudaPlatform
 
-        return CudaPlatform(target)
+        return CudaPlatform(target, cache_dtype)
     from moec.compiler.backends.tvm.cpu import CpuPlatform
 
     return CpuPlatform(TvmTarget(described))

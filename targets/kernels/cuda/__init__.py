@@ -12,9 +12,9 @@ Weights that it cannot hold lie in their `rows`. By topic:
     few tokens     `stream` multiplies, `ring` brings activations; `experts_decode`, with `routing` and `share`; `linear`
     many tokens    `product` multiplies (compute capability 9.0; `plain` elsewhere), by `matrix`, with activations from `gathered` or
                    `image`; `experts_prefill` and `experts_results`, with `sort` and `tiles`; `linear`
-    one token      `projections` and its parts, on `fixed_point`; `routing_step`; attention in `step` and its parts; of several tokens
-                   `routing_tokens`
-    attention      `attention`, `attend` and `attend_tile`, `attend_product`, `attention_parts`
+    one token      `projections` and its parts, on `fixed_point`; `routing_step`; of several tokens `routing_tokens`
+    attention      `attention`: `step` and its parts, `attend_product` for blocks of several tokens; `attend` and `attend_tile` for heads of
+                   other sizes; `attention_parts`
     rest           `embedding`, `norm`, `rope`, `router` and `choice`, `skip`, `best`, `activation`, `counting`
     options        `space` says which there are, `expected` what they should cost, `tuned` chooses by records
     words          `emit`, `intrinsics`, `loads`, `copies`, `warp`, `arrival`; `pipeline` makes CUDA of them, `calls` is what emitters get

@@ -17,14 +17,14 @@ from tvm import relax, tirx
 
 from moec.targets.kernels.cuda.attend import attend_func
 from moec.targets.kernels.cuda.attend_product import AttendProduct, attend_product_func
-from moec.targets.kernels.cuda.attention_parts import PAGE, STORED, append_func, page_shapes
+from moec.targets.kernels.cuda.attention_parts import PAGE, append_func, page_shapes
 from moec.targets.kernels.cuda.step import outputs, step_func
 from moec.targets.kernels.cuda.step_spec import StepOptions, StepSpec
 from moec.targets.kernels.specs import AttentionSpec
 
 Get = Callable[[str, object, Callable[[], tirx.PrimFunc]], relax.GlobalVar]
 
-__all__ = ["PAGE", "STORED", "attention", "attention_step", "page_shapes", "takes_step"]
+__all__ = ["PAGE", "attention", "attention_step", "page_shapes", "takes_step"]
 
 
 def takes_step(spec: AttentionSpec, tokens: int | None, dtype: str, memory: int) -> bool:

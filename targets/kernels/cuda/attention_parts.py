@@ -7,6 +7,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from moec.runtime.tvm_pages import STORED
 from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, kernel, store, strided
 from moec.targets.kernels.cuda.intrinsics import call, grid_launch, grid_wait
 from moec.targets.kernels.specs import AttentionSpec
@@ -18,9 +19,6 @@ THREADS = 256
 
 HIDDEN = -1e30  # the logit of a position that a token does not see
 LOWEST = -5e29  # where a running maximum starts: exp(HIDDEN - LOWEST) is 0
-
-STORED = {"float32": "float32", "bfloat16": "uint16"}
-"""The element type of the cache's arrays, by that of the numbers."""
 
 _TANH = r"""
 #ifndef MOEC_TANH

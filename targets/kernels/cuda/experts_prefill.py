@@ -16,7 +16,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
-from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, kernel, local
+from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, at, kernel, local
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.experts_results import write_hidden, write_outputs
 from moec.targets.kernels.cuda.gathered import THREADS, Activations, Shape
@@ -25,7 +25,7 @@ from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import BLOCK, ROWS, ceil_div
 from moec.targets.kernels.cuda.product import Weights, ring_words
 from moec.targets.kernels.cuda.sort import most_tiles
-from moec.targets.kernels.cuda.tiles import Tile, each_tile
+from moec.targets.kernels.cuda.tiles import Takes, Tile, each_tile
 
 TOGETHER = 8
 """Tiles of tokens that run with the same rows of weights at about the same time, where there are many."""
@@ -155,14 +155,15 @@ def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
                 write_hidden(spec, sums, staged, hidden, bias, expert, first, count, part, number, base, thread, f_tiles)
 
         total = T.Bind(tiles[tiles.shape[0] - 1, 0] * tile.parts)
-        each_tile(tile, total, block // spec.cluster, spec.grid(rows, tokens)[0] // spec.cluster, begin, run, finish)
+        takes = Takes(at(tiles, tiles.shape[0] - 1, 1), memory.take((2,), "int32"), thread) if shape.taken else None
+        each_tile(tile, total, block // spec.cluster, spec.grid(rows, tokens)[0] // spec.cluster, begin, run, finish, takes)
         if shape.cluster:
             cluster_ready()  # its memory is not written any more
 
     def grid(operands: tuple[Any, ...]) -> list[Expr]:
         return spec.grid(rows, operands[-1])
 
-    words = shape.words + staged_words + barrier_words(shape) + ring_words(stack, shape)
+    words = shape.words + staged_words + barrier_words(shape) + ring_words(stack, shape) + 4 * shape.taken
     return kernel("gate_up", THREADS, arguments, grid, body, words=words, blocks_per_multiprocessor=shape.residency, cluster=spec.cluster)
 
 
@@ -216,7 +217,8 @@ def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
             write_outputs(spec, sums, staged, y, bias, order, routing_weights, expert, first, count, base, thread)
 
         total = T.Bind(tiles[tiles.shape[0] - 1, 0] * tile.parts)
-        each_tile(tile, total, block // spec.cluster, spec.grid(layout.d, tokens)[0] // spec.cluster, begin, run, finish)
+        takes = Takes(at(tiles, tiles.shape[0] - 1, 2), memory.take((2,), "int32"), thread) if shape.taken else None
+        each_tile(tile, total, block // spec.cluster, spec.grid(layout.d, tokens)[0] // spec.cluster, begin, run, finish, takes)
         if shape.cluster:
             cluster_ready()
         grid_wait()
@@ -225,5 +227,5 @@ def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
     def grid(operands: tuple[Any, ...]) -> list[Expr]:
         return spec.grid(layout.d, operands[-1])
 
-    words = shape.words + staged_words + barrier_words(shape) + ring_words(stack, shape)
+    words = shape.words + staged_words + barrier_words(shape) + ring_words(stack, shape) + 4 * shape.taken
     return kernel("down", THREADS, arguments, grid, body, words=words, blocks_per_multiprocessor=shape.residency, cluster=spec.cluster)

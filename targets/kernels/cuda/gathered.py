@@ -78,6 +78,11 @@ class Shape:
         return (self.tokens // 2, self.tokens) if self.tiles > 1 and self.tokens % 16 == 0 else (self.tokens,)
 
     @property
+    def taken(self) -> bool:
+        """Whether blocks of threads take tiles when they have time for them; those of a cluster would have to agree on it."""
+        return self.multiprocessors > 0 and self.cluster < 2
+
+    @property
     def sums(self) -> int:
         """Sums of a thread for 64 rows."""
         return self.tokens // 2

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from tvm.tirx.script import builder as T
 
-from moec.targets.kernels.cuda.emit import Buffer, Expr, local, store, sync, when
+from moec.targets.kernels.cuda.emit import Buffer, Expr, const, local, store, sync, when
+from moec.targets.kernels.cuda.intrinsics import call
 from moec.targets.kernels.cuda.layout import ceil_div
 
 
@@ -49,22 +50,71 @@ class Tile:
         return [T.Bind(self._kept[i]) for i in range(5)]
 
 
+_TAKE = r"""
+#ifndef MOEC_TAKE
+#define MOEC_TAKE
+__device__ __forceinline__ int moec_take(const void* p) { return atomicAdd((int*)p, 1); }
+#endif
+"""
+
+
+class Takes:
+    """Work that blocks of threads take when they have time for it, and not by their number: some tiles have fewer tokens than others.
+
+    Args:
+        counter: the address of an int32 of the GPU's memory that is zero when the kernel begins.
+        memory: int32 [2] that the block shares.
+    """
+
+    def __init__(self, counter: Expr, memory: Buffer, thread: Expr) -> None:
+        self._counter, self._memory, self._thread = counter, memory, thread
+        self._turn, self._own = local(1, "int32"), local(1, "int32")
+        store(self._turn, const(0, "int32"), 0)
+
+    def ask(self) -> None:
+        """Take a number, which takes a while to come."""
+        with when(self._thread == 0):
+            store(self._own, call("moec_take", _TAKE, self._counter, result="int32"), 0)
+
+    def tell(self) -> None:
+        """Share the number that was asked for; `taken` gives it once all threads have met."""
+        with when(self._thread == 0):
+            store(self._memory, self._own[0], self._turn[0])
+
+    def taken(self) -> Expr:
+        """The number."""
+        found = T.Bind(self._memory[self._turn[0]])
+        store(self._turn, 1 - self._turn[0], 0)  # the next one must not come before all threads have read this one
+        return found
+
+
 def each_tile(
     tile: Tile, total: Expr, block: Expr, blocks: Expr, begin: Callable[[bool], None], run: Callable[[], None],
-    finish: Callable[[], None],
+    finish: Callable[[], None], takes: Takes | None = None,
 ) -> None:  # fmt: skip
-    """One piece of work after the other, the next one's first loads under way while the last one's results are written."""
+    """One piece of work after the other, the next one's first loads under way while the last one's results are written.
+
+    The first piece of a block is its number, the second that and how many blocks there are; others follow in steps of that, or are taken.
+    """
+    now, following = local(1, "int32"), local(1, "int32")
+    store(now, block, 0)
+    store(following, block + blocks, 0)
     with when(block < total):
         tile.look(block)
         tile.advance()
         begin(True)
-        with T.serial((total - block + blocks - 1) // blocks) as i:
-            following = T.Bind(block + (i + 1) * blocks)
-            with when(following < total):
-                tile.look(following)
+        with T.While(now[0] < total):
+            if takes is not None:
+                takes.ask()
+            with when(following[0] < total):
+                tile.look(following[0])
             run()
+            if takes is not None:
+                takes.tell()
             sync()  # all warps are done with the stages
             tile.advance()
-            with when(following < total):
+            with when(following[0] < total):
                 begin(False)
             finish()
+            store(now, following[0], 0)
+            store(following, following[0] + blocks if takes is None else 2 * blocks + takes.taken(), 0)

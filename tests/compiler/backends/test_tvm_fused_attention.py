@@ -133,11 +133,10 @@ def test_rope_of_one_of_them_is_left_out() -> None:
 
 
 @needs_emulator
-@pytest.mark.parametrize(("dtype", "atol"), [("float32", 1e-4), ("uint16", 3e-2)])
-def test_a_model_on_the_emulated_gpu(dtype: str, atol: float, emulated: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CudaPlatform, "cache_dtype", dtype)
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 1e-4), ("bfloat16", 1e-3)])
+def test_a_model_on_the_emulated_gpu(dtype: str, atol: float, emulated: Gpu, tmp_path: Path) -> None:
     graph = with_format(changed(), "bf16")
-    model = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", emulated, (1, 59))
+    model = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", emulated, (1, 59), dtype)
     ids = np.random.default_rng(0).integers(0, model.executor.vocab_size, 70)
     expected = model.expected(ids)
     sequence = model.executor.add()
@@ -168,11 +167,10 @@ def test_which_functions_have_it() -> None:
 
 
 @needs_emulator
-@pytest.mark.parametrize("dtype", ["float32", "uint16"])
-def test_batches_on_the_emulated_gpu(dtype: str, whole: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CudaPlatform, "cache_dtype", dtype)
-    graph, atol = with_format(wide(), "bf16"), 1e-4 if dtype == "float32" else 3e-2
-    model = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", whole, (2, 4, 8, 40))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_batches_on_the_emulated_gpu(dtype: str, whole: Gpu, tmp_path: Path) -> None:
+    graph, atol = with_format(wide(), "bf16"), 1e-4 if dtype == "float32" else 1e-3
+    model = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", whole, (2, 4, 8, 40), dtype)
     assert {"decode2", "decode4", "decode8", "forward64"} == set(model.section["functions"])
     rng = np.random.default_rng(1)
     streams = [rng.integers(0, model.executor.vocab_size, 90) for _ in range(6)]

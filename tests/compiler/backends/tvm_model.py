@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.cache_precision import RoundedCache
 from moec.compiler.backends.tvm.backend import TvmBackend
 from moec.compiler.interpreter import Interpreter
 from moec.compiler.ir import Graph, Param
+from moec.compiler.model import Model
 from moec.compiler.packed import CodedFormat, Quantized
 from moec.compiler.stored import pack
 from moec.compiler.weights import MemoryWeights, WeightSource
@@ -28,13 +30,14 @@ class Compiled:
 
     Args:
         sizes: tokens of calls: functions that none of these takes are not compiled, which takes long; of any number unless given.
+        cache_dtype: of keys and values. None: what the target has unless told, which on a GPU is less exact.
     """
 
     def __init__(
         self, graph: Graph, weights: WeightSource, folder: Path, target: str = "cpu", device: Device | None = None,
-        sizes: Sequence[int] = (),
+        sizes: Sequence[int] = (), cache_dtype: str | None = "float32",
     ) -> None:  # fmt: skip
-        self.folder, self.backend = folder, TvmBackend(graph, get_target(target))
+        self.folder, self.backend = folder, TvmBackend(graph, get_target(target), cache_dtype)
         if sizes:
             every = self.backend.platform.functions(self.backend.graph)
             taken = dict.fromkeys(next(f for f in every if f.most is None or size <= f.most) for size in sizes)
@@ -72,11 +75,14 @@ class Compiled:
         return (torch.stack(values) if self.backend.stacked(param) else values[0]).reshape(shape)
 
     def expected(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The interpreter's logits [T, V] for one sequence."""
+        """The interpreter's logits [T, V] for one sequence, of keys and values rounded to what the cache has."""
         ids = torch.from_numpy(tokens)[None]
         inputs = {value.name: ids if i == 0 else torch.arange(len(tokens))[None] for i, value in enumerate(self.interpreter.graph.inputs)}
-        found: NDArray[np.float32] = self.interpreter(**inputs)[0][0].numpy()
-        return found
+        found = list[NDArray[np.float32]]()
+        model = Model(self.interpreter.graph, self.interpreter.weights)
+        observer = RoundedCache(model) if self.backend.platform.cache_dtype == "bfloat16" else None
+        self.interpreter.run([inputs], lambda _, outputs: found.append(outputs[0][0].numpy()), observer=observer)
+        return found[0]
 
     def logits(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """The executor's logits [T, V] for one sequence, all at once."""

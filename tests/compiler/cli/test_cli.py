@@ -61,7 +61,7 @@ def test_every_command_has_help(name: str, capsys: Capture) -> None:
 def test_the_contract_of_options_is_kept(capsys: Capture) -> None:
     promised = {
         "compile": "-o --target --backend --recipe --memory --latency --max-kl --calibration --calibration-tokens --statistics --seed "
-        "--resume --dry-run --json",
+        "--resume --kv-cache-dtype --dry-run --json",
         "run": "-n --temperature --seed --json",
         "eval": "--data --reference --context --json",
         "compare": "--recipe --data --calibration --seeds --max-tokens --context --json --plot --markdown -o",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,3 +42,20 @@ def test_inspect_survives_any_history(tmp_path: Path, capsys: Capture) -> None:
     out = capsys.readouterr().out
     assert "calibrated on None tokens of ?" in out
     assert "quality: x [1]" in out
+
+
+@pytest.mark.parametrize(
+    ("executor", "sizes", "line"),
+    [
+        ({"cache_dtype": "bfloat16"}, {"cache_bytes_per_token": 1536}, "key/value cache 1.5 KiB a token in bfloat16"),
+        ({"cache_dtype": "float32"}, {"bytes_per_token": 1}, "key/value cache in float32"),
+        ({"cache_dtype": "float32"}, [], "key/value cache in float32"),
+        ({}, {"cache_bytes_per_token": 1536}, None),
+    ],
+    ids=["both", "type only", "no sizes", "no type"],
+)
+def test_inspect_says_what_the_cache_takes(executor: Any, sizes: Any, line: str | None, tmp_path: Path, capsys: Capture) -> None:
+    folder = write_artifact(tmp_path / "a.moec", executor=executor, sizes=sizes)
+    assert call(["inspect", str(folder)]) == 0
+    found = [text for text in capsys.readouterr().out.splitlines() if text.startswith("key/value cache")]
+    assert found == ([] if line is None else [line])

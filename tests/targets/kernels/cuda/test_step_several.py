@@ -163,12 +163,17 @@ FOUR = [
     [Part(64, 1), Part(30, 2, 1)],
     [Part(7, 2), Part(0, 2)],
     [Part(150, 1, 3)],
+    [Part(38, 4)],  # begins a chunk
 ]
 
 
 @pytest.mark.parametrize("name", ["OLMOE", "QWEN", "ODD", "SINKS", "MANY"])
 def test_so_many_tokens(name: str) -> None:
     check(replace(SPECS[name], tokens=4), SMALL, FOUR if name not in ("QWEN", "MANY") else FOUR[:4])
+
+
+def test_windows_shorter_than_a_prompt() -> None:
+    check(replace(ODD, attention=replace(ODD.attention, window=2), tokens=4), SMALL, [[Part(30, 4)], [Part(0, 3), Part(9, 1)]])
 
 
 @pytest.mark.parametrize("name", ["OLMOE", "SINKS"])
@@ -193,6 +198,7 @@ ANY = [
     [Part(20 * (i % 8), 1) for i in range(9)],
     [Part(0, 20), Part(40, 1), Part(8, 17), Part(0, 2), Part(5, 1)],
     [Part(5, 1), Part(1, 33), Part(9, 1)],
+    [Part(1, 33)],  # the last token's block shares a thread block with those before
 ]
 
 

@@ -105,10 +105,10 @@ static void launch(void (*function)(void*), void* pointer, const int* size) {
     if (!thread.stack) thread.stack.reset(new char[STACK]);
   warps.resize((count + 31) / 32);
   slots.resize(((count + 31) / 32) * 32);
-  for (unsigned z = 0; z < gridDim.z; ++z)
-    for (unsigned y = 0; y < gridDim.y; ++y)
-      for (unsigned x = 0; x < gridDim.x; x += together) {
-        for (unsigned i = 0; i < together; ++i) blocks[i].index = {x + i, y, z};
+  for (unsigned z = gridDim.z; z-- > 0;)  // the last block first: none may rely on those before it
+    for (unsigned y = gridDim.y; y-- > 0;)
+      for (unsigned x = gridDim.x; x >= together; x -= together) {
+        for (unsigned i = 0; i < together; ++i) blocks[i].index = {x - together + i, y, z};
         run_blocks();
       }
 }
