@@ -1,7 +1,7 @@
 """Whole models: decode speed against the memory's bandwidth, and the time to the first token of a long prompt.
 
     python -m benchmarks.decode run MODEL... [--batch 1,32] [-n 128] [--context 128] [--prompt 2048] [--repetitions 3]
-                                    [--portion 1] [--transformers CHECKPOINT] [--kernels] [--json]
+                                    [--portion 1] [--load] [--transformers CHECKPOINT] [--kernels] [--json]
     python -m benchmarks.decode build FOLDER --shape olmoe-1b-7b [--recipe int4] [--experts int2_g128,int3_g128]
                                     [--target h100-sxm] [--kv-cache-dtype float32]
 
@@ -15,10 +15,12 @@ MB/token   weights that one sequence reads for a token
 roofline   tokens/s of one sequence times bytes a token, over the bandwidth of a device-to-device copy (a GPU) or of reading memory
            (a processor), measured in the same run; of several sequences, which share the weights that they read, it is not stated
 prompt     milliseconds to the first logits of one prompt
+load       seconds from opening the model to the first token, the files in the page cache; the random weights of a folder of `build` lie in
+           a mapped file first with --load, as those of an artifact do
 
 --transformers runs the checkpoint with transformers in bfloat16 beside them: eager, with its default cache. --kernels adds what a decode
-step launches, from torch's profiler: how often, and the microseconds of all of them, and of the gaps in which nothing runs (with the
-profiler at work, whose launches take longer). These are of a call a step.
+step and a prompt launch, from torch's profiler: how often, and the microseconds of all of them, and of the gaps in which nothing runs
+(with the profiler at work, whose launches take longer). These are of a call a step.
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,17 +89,61 @@ def bandwidth(executor: Executor) -> float:
     return measured or read_bandwidth(1)
 
 
-def opened(path: Path, max_sequences: int) -> tuple[Executor, int]:
-    """The executor of an artifact, or of a folder of `build`, and the bytes of weights that a token reads."""
-    if (path / decode_model.FILE).is_file():
-        executor, found = decode_model.load(path, max_sequences)
-        return executor, int(found["bytes_per_token"])
-    artifact = open_artifact(path)
-    return load_executor(artifact, None, max_sequences), bytes_per_token(artifact.manifest) or 0
+@contextmanager
+def opened(path: Path, max_sequences: int, load: bool) -> Iterator[tuple[Executor, int, float]]:
+    """The executor of an artifact, or of a folder of `build`, the bytes of weights that a token reads, and seconds to the first token."""
+    with tempfile.TemporaryDirectory() as folder:
+        if (path / decode_model.FILE).is_file():
+            found = decode_model.read(path)
+            weights = decode_model.random_weights(found)
+            if load:
+                weights = decode_model.mapped(weights, Path(folder, "weights"))
+            start, read = time.perf_counter(), int(found["bytes_per_token"])
+            executor: Executor = decode_model.load(path, weights, max_sequences)
+        else:
+            start = time.perf_counter()
+            artifact = open_artifact(path)
+            executor, read = load_executor(artifact, None, max_sequences), bytes_per_token(artifact.manifest) or 0
+        handle = executor.add()
+        executor.best([(handle, np.array([1]))])
+        spent = time.perf_counter() - start
+        executor.remove(handle)
+        yield executor, read, spent
 
 
-def kernels(executor: Executor, batch: int, context: int, steps: int = 8) -> list[tuple[str, float, float]]:
-    """(kernel, launches, microseconds) of a decode step, those that take longest first.
+Kernels = list[tuple[str, float, float]]
+"""(kernel, launches, microseconds) of a call, those that take longest first."""
+
+
+def kernels(executor: Executor, batch: int, context: int, steps: int = 8) -> Kernels:
+    """What a decode step launches."""
+    draw, handles = np.random.default_rng(0), [executor.add() for _ in range(batch)]
+    for handle in handles:
+        executor.forward([(handle, draw.integers(0, executor.vocab_size, context))])
+    step = [(handle, draw.integers(0, executor.vocab_size, 1)) for handle in handles]
+    for _ in range(4):  # from the third on it is one recorded graph
+        executor.best(step)
+    found = profiled(lambda: executor.best(step), steps)
+    for handle in handles:
+        executor.remove(handle)
+    return found
+
+
+def prompt_kernels(executor: Executor, prompt: int) -> Kernels:
+    """What a prompt launches."""
+    ids = np.random.default_rng(1).integers(0, executor.vocab_size, prompt)
+
+    def call() -> None:
+        handle = executor.add()
+        executor.forward([(handle, ids)])
+        executor.remove(handle)
+
+    call()
+    return profiled(call, 2)
+
+
+def profiled(call: Callable[[], object], times: int) -> Kernels:
+    """What a call launches, by torch's profiler.
 
     A kernel is there before the one in front of it has ended, and waits. So its time is from the end of that one to its own end.
     """
@@ -103,45 +151,37 @@ def kernels(executor: Executor, batch: int, context: int, steps: int = 8) -> lis
     from torch.profiler import ProfilerActivity, profile
 
     torch.zeros(1, device="cuda")
-    handles, times = [executor.add() for _ in range(batch)], dict[str, list[float]]()
-    for handle in handles:
-        executor.forward([(handle, np.arange(context) % executor.vocab_size)])
-    step = [(handle, np.array([1])) for handle in handles]
-    for _ in range(4):  # from the third on it is one recorded graph
-        executor.best(step)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        for _ in range(steps):
-            executor.best(step)
-    for handle in handles:
-        executor.remove(handle)
-    events = [event for event in profiled.events() or () if "CUDA" in str(event.device_type)]
+    spent = dict[str, list[float]]()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(times):
+            call()
+    events = [event for event in profiler.events() or () if "CUDA" in str(event.device_type)]
     ended = 0.0
     for event in sorted(events, key=lambda event: event.time_range.end):
         start = event.time_range.start
         if 0 < ended < start:
-            times.setdefault(f"(nothing, {'between steps' if 'HtoD' in event.name else 'within a step'})", []).append(start - ended)
-        times.setdefault(event.name, []).append(event.time_range.end - max(ended, start))
+            spent.setdefault(f"(nothing, {'between calls' if 'HtoD' in event.name else 'within a call'})", []).append(start - ended)
+        spent.setdefault(event.name, []).append(event.time_range.end - max(ended, start))
         ended = event.time_range.end
-    order = sorted(times.items(), key=lambda item: -sum(item[1]))
-    return [(name, len(found) / steps, sum(found) / steps) for name, found in order]
+    order = sorted(spent.items(), key=lambda item: -sum(item[1]))
+    return [(name, len(found) / times, sum(found) / times) for name, found in order]
 
 
 def measure(path: Path, batches: list[int], args: argparse.Namespace) -> Iterator[Row]:
     """A row for each batch."""
-    start = time.perf_counter()
-    executor, read = opened(path, max(batches))
-    loaded = time.perf_counter() - start
-    limit = executor.context_length
-    memory = bandwidth(executor)
-    context, portion = min(args.context, limit - args.n - WARM), args.portion or executor.portion
-    prompt = min(args.prompt, limit)
-    first = first_token_ms(executor, prompt, args.repetitions)
-    for batch in batches:
-        speed = statistics.median(decode_speed(executor, batch, context, args.n, portion) for _ in range(args.repetitions))
-        row: Row = {"model": path.name, "batch": batch, "tokens_per_s": speed, "bytes_per_token": read}
-        row |= {"bandwidth_gb_s": memory / 1e9, "roofline": speed * read / memory if batch == 1 else None}
-        row |= {"portion": portion, "prompt": prompt, "first_token_ms": first, "load_s": loaded}
-        yield {**row, "kernels": kernels(executor, batch, context)} if args.kernels else row
+    with opened(path, max(batches), args.load) as (executor, read, loaded):
+        memory, limit = bandwidth(executor), executor.context_length
+        context, portion = min(args.context, limit - args.n - WARM), args.portion or executor.portion
+        prompt = min(args.prompt, limit)
+        first = first_token_ms(executor, prompt, args.repetitions)
+        for batch in batches:
+            speed = statistics.median(decode_speed(executor, batch, context, args.n, portion) for _ in range(args.repetitions))
+            row: Row = {"model": path.name, "batch": batch, "tokens_per_s": speed, "bytes_per_token": read}
+            row |= {"bandwidth_gb_s": memory / 1e9, "roofline": speed * read / memory if batch == 1 else None}
+            row |= {"portion": portion, "prompt": prompt, "first_token_ms": first, "load_s": loaded}
+            yield {**row, "kernels": kernels(executor, batch, context)} if args.kernels else row
+        if args.kernels:
+            yield {"model": path.name, "prompt_tokens": prompt, "kernels": prompt_kernels(executor, prompt)}
 
 
 def transformers_rows(checkpoint: Path, batches: list[int], args: argparse.Namespace) -> Iterator[Row]:
@@ -168,7 +208,8 @@ def text(row: Row) -> str:
     share = f"{100 * row['roofline']:.0f} %" if row.get("roofline") else ""
     size = f"{row['bytes_per_token'] / 1e6:.1f}" if "bytes_per_token" in row else ""
     first = f"{row['first_token_ms']:.1f} ({row['prompt']})" if "first_token_ms" in row else ""
-    return f"| {row['model']} | {row['batch']} | {row['tokens_per_s']:.0f} | {size} | {share} | {first} |"
+    loaded = f"{row['load_s']:.2f}" if "load_s" in row else ""
+    return f"| {row['model']} | {row['batch']} | {row['tokens_per_s']:.0f} | {size} | {share} | {first} | {loaded} |"
 
 
 def build(args: argparse.Namespace) -> None:
@@ -189,11 +230,12 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(rows))
         return
-    print("| model | batch | tokens/s | MB/token | roofline | first token, ms (prompt) |\n|---|---|---|---|---|---|")
-    print("\n".join(map(text, rows)))
+    print("| model | batch | tokens/s | MB/token | roofline | first token, ms (prompt) | load, s |\n|---|---|---|---|---|---|---|")
+    print("\n".join(text(row) for row in rows if "batch" in row))
     for row in rows:
+        what = f"batch {row['batch']}" if "batch" in row else f"prompt of {row['prompt_tokens']}"
         for name, count, mean in row.get("kernels", ()):
-            print(f"{row['model']}, batch {row['batch']}: {count:6.1f} launches {mean:8.1f} us  {name}")
+            print(f"{row['model']}, {what}: {count:6.1f} launches {mean:8.1f} us  {name}")
 
 
 def main() -> None:
@@ -209,6 +251,7 @@ def main() -> None:
     runs.add_argument("--portion", type=int, metavar="STEPS", help="steps that the host asks for at a time; 1: a call a step")
     runs.add_argument("--transformers", type=Path, metavar="CHECKPOINT")
     runs.add_argument("--kernels", action="store_true")
+    runs.add_argument("--load", action="store_true")
     runs.add_argument("--json", action="store_true")
     builds = actions.add_parser("build")
     builds.add_argument("folder", type=Path)

@@ -27,6 +27,9 @@ SPREAD = 0.02
 TABLE = "table"
 """The array that says where experts of several formats are."""
 
+ALIGNED = 64
+"""Bytes at whose multiples arrays begin in a file."""
+
 Arrays = dict[tuple[str, str], NDArray[np.generic]]
 
 
@@ -139,12 +142,30 @@ def _random(draw: np.random.Generator, component: str, shape: tuple[int, ...], d
     return np.frombuffer(draw.bytes(size * np.dtype(dtype).itemsize), dtype)
 
 
-def load(folder: Path, max_sequences: int) -> tuple[Any, dict[str, Any]]:
-    """The executor of a folder of `build`, with random weights, and what the file says."""
+def mapped(weights: Arrays, file: Path) -> Arrays:
+    """The arrays as those of an artifact are: parts of one mapped file, each parameter's in a place of its own."""
+    starts = dict[tuple[str, str], int]()
+    with file.open("wb") as stream:
+        for key, array in weights.items():
+            stream.seek(-(-stream.tell() // ALIGNED) * ALIGNED)
+            starts[key] = stream.tell()
+            array.tofile(stream)
+    memory = np.memmap(file, np.uint8, "r")
+    return {key: memory[starts[key] : starts[key] + x.nbytes].view(x.dtype).reshape(x.shape) for key, x in weights.items()}
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What `build` wrote."""
+    found: dict[str, Any] = json.loads((folder / FILE).read_text())
+    return found
+
+
+def load(folder: Path, weights: Arrays, max_sequences: int) -> Any:
+    """The executor of a folder of `build` with these weights."""
     from moec.runtime.executors.tvm import RUNTIME, TvmExecutor, open_device
 
-    found = json.loads((folder / FILE).read_text())
+    found = read(folder)
     section = found["section"]
     device = open_device(section, folder.joinpath, folder / RUNTIME, str(folder))
-    library, sizes = folder / section["library"], (found["vocab_size"], found["context_length"])
-    return TvmExecutor(library, section, random_weights(found), *sizes, None, max_sequences, device), found
+    sizes = found["vocab_size"], found["context_length"]
+    return TvmExecutor(folder / section["library"], section, weights, *sizes, None, max_sequences, device)

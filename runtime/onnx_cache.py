@@ -87,10 +87,7 @@ class SharedCache:
             return
         for layer, (heads, *sizes) in enumerate(self.layers):
             for kind, size in zip(("key", "value"), sizes, strict=True):
-                array = _aligned((slots, heads, capacity, size))
-                if (old := self.arrays.get(name := f"{kind}.{layer}")) is not None:
-                    array[: self.slots, :, : self.capacity] = old
-                self.arrays[name] = array
+                self._enlarge(f"{kind}.{layer}", (slots, heads, capacity, size))
         self.slots, self.capacity = slots, capacity
         self._bindings.clear()
         self._steps.clear()
@@ -98,6 +95,13 @@ class SharedCache:
     def truncate(self, slot: int, length: int) -> None:
         """Nothing to do: what lies beyond a sequence's length is not read."""
         del slot, length
+
+    def _enlarge(self, name: str, shape: tuple[int, ...]) -> None:
+        """Make room in one array, keeping what is there."""
+        array = _aligned(shape)
+        if (old := self.arrays.get(name)) is not None:
+            array[: self.slots, :, : self.capacity] = old
+        self.arrays[name] = array
 
     def _bind_cache(self, first: int, count: int) -> IOBinding:
         binding = self.session.io_binding()

@@ -62,8 +62,8 @@ def make_backend(
     module = load_file(__name__, "backend", name, folders=True)
     if portable and name != "onnx":
         raise MoecError(f"--portable is an option of the onnx backend, not of {name}")
-    if activations not in ("float", "int8"):
-        raise unknown("kind of activations", activations, ("float", "int8"))
+    if activations not in (kinds := ("float", "int8", "float16", "bfloat16")):
+        raise unknown("kind of activations", activations, kinds)
     if activations != "float" and name != "onnx":
         raise MoecError(f"--activations {activations} is an option of the onnx backend; {name} computes with 16-bit activations or better")
     options = {"activations": activations, "terms": terms} if name == "onnx" else {}

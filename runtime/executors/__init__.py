@@ -17,6 +17,7 @@ from moec.runtime.artifact import Artifact
 from moec.runtime.errors import MoecError, unknown
 from moec.runtime.executor import Executor
 from moec.runtime.host import check_features
+from moec.runtime.onnx_gpu import PACKAGE
 
 
 def load_executor(artifact: Artifact, threads: int | None, max_sequences: int) -> Executor:
@@ -35,6 +36,8 @@ def load_executor(artifact: Artifact, threads: int | None, max_sequences: int) -
         executor: Executor = module.load_executor(artifact, threads, max_sequences)
     except ModuleNotFoundError as error:
         extra = f"'moec[{backend}]'" if backend == "onnx" else "moec"
+        if error.name == "onnxruntime" and "provider" in artifact.executor:
+            extra = f"'{PACKAGE}', as it was compiled for a GPU"
         raise MoecError(f"{artifact.folder}: running it needs the package {error.name}: pip install {extra}") from error
     return executor
 

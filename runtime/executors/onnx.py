@@ -2,7 +2,8 @@
 
 The cache of a layer is one array [slots, HK, capacity, d] for all sequences, a slot each. GroupQueryAttention reads and extends it in
 place: the same memory is bound as past and as present. Steps of one token of neighbouring slots run as one batch, longer steps
-one after the other, in parts. Artifacts of standard operators have a cache a sequence instead, which each step copies.
+one after the other, in parts. Artifacts of standard operators have a cache a sequence instead, which each step copies. Artifacts for a GPU
+say so in `provider`; their caches are in its memory (see `runtime.onnx_gpu`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from moec.runtime.counters import ExpertCounters
 from moec.runtime.errors import MoecError
 from moec.runtime.executor import Executor, Step, repeated
 from moec.runtime.onnx_cache import Cache, CopiedCache, SharedCache
+from moec.runtime.onnx_gpu import CPU, check_provider, check_started, device_cache, open_session
 from moec.runtime.sampler import Best
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ PART = 512
 """A longer prompt is fed in parts of so many tokens: attention holds the logits of all keys for each token that it is fed."""
 
 
-def _session(artifact: Artifact, threads: int | None) -> ort.InferenceSession:
+def _session(artifact: Artifact, file: str, threads: int | None) -> ort.InferenceSession:
+    """A session of one of the artifact's models."""
     import onnxruntime as ort
 
     needed, found = str(artifact.executor["onnxruntime"]), str(ort.__version__)
@@ -36,15 +39,32 @@ def _session(artifact: Artifact, threads: int | None) -> ort.InferenceSession:
             f"{artifact.folder}: needs onnxruntime >= {needed}, found {found}, whose operators are missing, slow or wrong: "
             f"pip install 'onnxruntime>={needed}'"
         )
+    if (provider := str(artifact.executor.get("provider", CPU))) != CPU:
+        check_provider(provider, str(artifact.folder), needed)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     try:
-        return ort.InferenceSession(artifact.path(str(artifact.executor["model"])), options, providers=["CPUExecutionProvider"])
+        session = open_session(artifact.path(file), options, provider)
     except Exception as error:  # onnxruntime's exceptions have no public base class
         raise MoecError(f"{artifact.folder}: onnxruntime {found} cannot load the model: {str(error).splitlines()[0]}") from error
+    check_started(session, provider, str(artifact.folder))
+    return session
+
+
+def _cache(artifact: Artifact, threads: int | None, slots: int) -> Cache:
+    """The caches of an artifact, with the session that extends them."""
+    section, vocabulary, context = artifact.executor, artifact.manifest.vocab_size, artifact.manifest.context_length
+    # A model that both run comes first: without a GPU the other cannot even be loaded, for reasons that would mislead.
+    grow = _session(artifact, str(section["grow"]), threads) if "grow" in section else None
+    session = _session(artifact, str(section["model"]), threads)
+    if section["portable"]:
+        return CopiedCache(session, section["cache"])
+    if grow is not None:
+        return device_cache(session, grow, section, vocabulary, context, slots)
+    return SharedCache(session, section["cache"], vocabulary, context, slots)
 
 
 class OnnxExecutor:
@@ -56,12 +76,7 @@ class OnnxExecutor:
     def __init__(self, artifact: Artifact, threads: int | None, max_sequences: int) -> None:
         self.vocab_size, self.context_length = artifact.manifest.vocab_size, artifact.manifest.context_length
         self.max_sequences = max_sequences
-        session, layers = _session(artifact, threads), artifact.executor["cache"]
-        self._cache: Cache = (
-            CopiedCache(session, layers)
-            if artifact.executor["portable"]
-            else SharedCache(session, layers, self.vocab_size, self.context_length, max_sequences)
-        )
+        self._cache = _cache(artifact, threads, max_sequences)
         self._slots: dict[int, int] = {}
         self._lengths: dict[int, int] = {}
         self._next = 0

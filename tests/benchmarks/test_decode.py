@@ -20,11 +20,17 @@ def test_a_shape_without_weights_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     command = ["decode", "build", str(folder), "--config", str(TINY), "--recipe", "int4-g32", "--target", "cpu", "--context-length", "64"]
     monkeypatch.setattr("sys.argv", [*command, "--experts", "int2_g32,int3_g32"])
     decode.main()
-    executor, found = decode_model.load(folder, 2)
+    found = decode_model.read(folder)
+    weights = decode_model.random_weights(found)
+    mapped = decode_model.mapped(weights, tmp_path / "weights")
+    assert all(np.array_equal(mapped[key], array) and mapped[key].ctypes.data % 64 == 0 for key, array in weights.items())
+    executor = decode_model.load(folder, mapped, 2)
     logits = executor.forward([(executor.add(), np.arange(7))])
     assert np.isfinite(logits).all()
     assert logits.std() > 0
-    monkeypatch.setattr("sys.argv", ["decode", "run", str(folder), "--batch", "1,2", "-n", "4", "--context", "8", "--prompt", "16"])
+    monkeypatch.setattr(
+        "sys.argv", ["decode", "run", str(folder), "--batch", "1,2", "-n", "4", "--context", "8", "--prompt", "16", "--load"]
+    )
     decode.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[2].strip() for line in lines[2:]] == ["1", "2"]

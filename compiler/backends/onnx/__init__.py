@@ -1,4 +1,9 @@
-"""The ONNX backend: one model for prefill and decoding, whose weights stay in the artifact's weight files."""
+"""The ONNX backend: one model for prefill and decoding, whose weights stay in the artifact's weight files.
+
+For processors it is a model for ONNX Runtime's CPUExecutionProvider, or of standard operators (`portable`); for NVIDIA GPUs one for its
+CUDAExecutionProvider, whose values are float32 among products, attention and experts in 16 bits (see `half`), with a small model beside
+it that makes room in the caches (see `grow`).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,8 @@ import onnx
 from numpy.typing import NDArray
 
 from moec.compiler.backends.base import Location, StoredArray
-from moec.compiler.backends.onnx.emit import Emitter
+from moec.compiler.backends.onnx.emit import ONNX_TYPES, Emitter
+from moec.compiler.backends.onnx.grow import grow_model
 from moec.compiler.backends.onnx.layout import IntLayout
 from moec.compiler.backends.onnx.lower import Lowering, check_lowerable, reserved_names
 from moec.compiler.backends.onnx.placement import place
@@ -24,8 +30,13 @@ from moec.compiler.packed import Packed, Quantized
 from moec.targets import Target
 
 MODEL = "model.onnx"
+GROW = "grow.onnx"
 
-Activations = Literal["float", "int8"]
+Activations = Literal["float", "int8", "float16", "bfloat16"]
+
+_HALVES = {"float": "bf16", "bfloat16": "bf16", "float16": "f16"}
+"""What GPUs compute with, by the name of activations. Unless told they take the wider range: experts of large models reach numbers beyond
+float16's 65504."""
 
 
 class OnnxBackend:
@@ -33,24 +44,25 @@ class OnnxBackend:
 
     Args:
         graph: from ids and positions [B, T] to logits [B, T, V].
-        target: a CPU.
-        portable: standard operators only.
-        activations: what products with integer weights compute with: `float`, or `int8` with a scale a block, which is faster and costs
-            about 1 % of accuracy a product.
+        target: a CPU or an NVIDIA GPU.
+        portable: standard operators only, for CPUs.
+        activations: what products compute with. On a CPU `float` (float32), or `int8` with a scale a block where weights are integers,
+            which is faster and costs about 1 % of accuracy a product. On a GPU `bfloat16` (which `float` means), or `float16`, which is
+            8 times as exact where its range is enough.
         terms: with float activations, 8-bit linear layers compute with two int8 terms (see `linear`). None: on x86-64.
     """
 
     def __init__(
         self, graph: Graph, target: Target, portable: bool = False, activations: Activations = "float", terms: bool | None = None
     ) -> None:
-        if target.kind != "cpu":
-            raise MoecError(f"target {target.name}: the onnx backend writes models for CPUs; use a CPU target, or --backend tvm")
+        self.half = _check(target, portable, activations)
         self.graph, self.portable, self.activations = graph, portable, activations
         check_tokenwise(graph)
         check_lowerable(graph)
         self._lowered = select_rows(graph)
-        self.terms = not portable and activations == "float" and (_is_x86(target) if terms is None else terms)
-        self._placement = place(graph, portable, activations, self.terms)
+        plain = not portable and self.half is None and activations == "float"
+        self.terms = plain and (_is_x86(target) if terms is None else terms)
+        self._placement = place(graph, portable, "float" if self.half else activations, self.terms, self.half)
 
     def stacked(self, param: Param) -> bool:
         """See `Backend`."""
@@ -81,9 +93,12 @@ class OnnxBackend:
     def activation_quantised(self) -> list[str]:
         """The nodes whose products round activations to int8 (about 1 % a product), with the reason.
 
-        Everything else is computed in float32, but for 8-bit linear layers with two terms, whose error is about 5e-5 (`terms`).
+        Everything else is computed in float32, but for 8-bit linear layers with two terms, whose error is about 5e-5 (`terms`), and on
+        GPUs, where none rounds to int8.
         """
-        found = []
+        found = list[str]()
+        if self.half:
+            return found
         for node in self.graph.nodes if not self.portable else ():
             if (plan := self._placement.experts.get(node.name)) is not None and plan.mode == "qmoe":
                 if plan.bits != 4:
@@ -102,22 +117,47 @@ class OnnxBackend:
         """See `Backend`."""
         storage = {(p.name, c): array for p in self.graph.params.values() for c, array in self.storage(p).items()}
         level = 4 if self.activations == "int8" else 0
-        emitter = Emitter(locations, storage, reserved_names(self._lowered))
-        lowering = Lowering(self._lowered, emitter, self._placement, self.portable, level)
+        emitter = Emitter(locations, storage, reserved_names(self._lowered), prune=self.half is not None)
+        lowering = Lowering(self._lowered, emitter, self._placement, self.portable, level, self.half)
         model = lowering.run()
         (folder / MODEL).write_bytes(model.SerializeToString())
         onnx.checker.check_model(str(folder / MODEL), full_check=self.portable)
         return {
             "model": MODEL,
+            **(self._for_gpu(folder) if self.half else {}),
             "portable": self.portable,
             "onnxruntime": "1.23" if self.portable else "1.31",
-            "activations": self.activations,
+            "activations": {"bf16": "bfloat16", "f16": "float16"}[self.half] if self.half else self.activations,
             "activation_quantised": self.activation_quantised(),
             "terms": self.terms,
             "inputs": [i.name for i in model.graph.input],
             "cache_dtype": "float32",
             "cache": [[c.heads, c.key_size, c.value_size] for c in lowering.caches],
         }
+
+    def _for_gpu(self, folder: Path) -> dict[str, Any]:
+        """What the executor needs to know besides, and the model that makes room in caches."""
+        (folder / GROW).write_bytes(grow_model().SerializeToString())
+        return {"provider": "CUDAExecutionProvider", "cache_type": ONNX_TYPES[str(self.half)], "grow": GROW}
+
+
+def _check(target: Target, portable: bool, activations: str) -> str | None:
+    """The type of a GPU's activations; None for a CPU.
+
+    Raises:
+        MoecError: the options do not suit the target.
+    """
+    if target.kind == "cpu":
+        if activations in ("float16", "bfloat16"):
+            raise MoecError(f"--activations {activations} is for GPUs: target {target.name} computes with float or int8")
+        return None
+    if target.kind != "cuda":
+        raise MoecError(f"target {target.name}: the onnx backend writes models for CPUs and NVIDIA GPUs, not for {target.kind!r}")
+    if portable:
+        raise MoecError(f"target {target.name}: --portable writes a model of standard operators, for CPUs: choose a CPU target")
+    if activations not in _HALVES:
+        raise MoecError(f"--activations {activations} is for CPUs: target {target.name} computes with bfloat16 or float16")
+    return _HALVES[activations]
 
 
 def _is_x86(target: Target) -> bool:

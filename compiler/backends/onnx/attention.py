@@ -10,6 +10,9 @@ one token after 127: 18 us by blocks, 11 us at once; after 199: 28 and 18 us; 12
 and 29 ms, 512 tokens after 3500 158 and 142 ms, 2048 tokens 351 and 397 ms. So all logits are held at once where they are few; the
 executor feeds long prompts in parts.
 
+On a GPU the operator takes q, k, v, the cache and the tables of angles in 16 bits, and the scale; it has other kernels there, so that no
+sinks are added.
+
 Standard operators (`portable`) concatenate the cache and the new keys and values.
 """
 
@@ -21,6 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moec.compiler.backends.onnx.emit import CONTRIB
+from moec.compiler.errors import MoecError
 from moec.compiler.ir import Node
 
 if TYPE_CHECKING:
@@ -28,6 +32,9 @@ if TYPE_CHECKING:
 
 HIDDEN = np.float32(-1e30)
 """Added to a logit that must not be seen."""
+
+HIDDEN_HALF = np.float32(-60000)
+"""The same in the range of float16."""
 
 FULL_LOGITS = 1 << 17
 """Up to so many logits of a token (heads * context) attention holds those of all keys at once."""
@@ -63,26 +70,31 @@ def lower_attention(low: Lowering, node: Node) -> str:
         _wide(low, name, count, have, size) for name, count, have in zip(node.inputs, (heads, kv_heads, kv_heads), (d, d, dv), strict=False)
     )
     shape: list[int | str] = ["B", kv_heads, "cached", size]
-    past = [e.input(f"past_{kind}.{layer}", "f32", shape) for kind in ("key", "value")]
+    past = [e.input(f"past_{kind}.{layer}", low.kind, shape) for kind in ("key", "value")]
     lengths, total = low.cache_inputs()
     bias = _chunk_bias(low, a["chunk"], lengths, total) if a.get("chunk") else ""
     sinks = low.value(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] else ""
+    if low.half and bias and sinks:
+        raise MoecError(f"attention %{node.name} has chunks and sinks, which ONNX Runtime's operator for GPUs does not take together")
     present = [f"present_{kind}.{layer}" for kind in ("key", "value")]
-    if not sinks and heads * low.context <= FULL_LOGITS:
+    if low.half is None and not sinks and heads * low.context <= FULL_LOGITS:
         sinks = e.const(np.full(heads, -np.inf, np.float32))
-    if node.name not in low.fusion.scaled:
+    if low.half is None and node.name not in low.fusion.scaled:
         q = e.op("Mul", q, low.number(float(a["scale"]), "f32"))
     turning = low.fusion.turning.get(node.name)
     angles = _angles(low, *turning) if turning else ["", ""]
+    q, k, v, bias, sinks, *angles = (low.narrow(x) for x in (q, k, v, bias, sinks, *angles))
     inputs = [q, k, v, *past, lengths, total, *angles, "", bias, sinks]
     while not inputs[-1]:
         inputs.pop()
     result = e.name(node.name)
     e.named(
-        "GroupQueryAttention", inputs, (result, *present), CONTRIB, num_heads=heads, kv_num_heads=kv_heads, scale=1.0,
+        "GroupQueryAttention", inputs, (result, *present), CONTRIB, num_heads=heads, kv_num_heads=kv_heads,
+        scale=float(a["scale"]) if low.half else 1.0,
         local_window_size=int(a.get("window", 0)) or -1, softcap=float(a.get("softcap", 0.0)), do_rotary=int(turning is not None),
     )  # fmt: skip
     low.present(present, shape)
+    result = low.widen(result)
     if size == dv:
         low.set_flat(node.name, result)
         return ""
@@ -115,7 +127,7 @@ def _chunk_bias(low: Lowering, chunk: int, lengths: str, total: str) -> str:
     at = e.op("Add", e.op("Unsqueeze", first, e.const([1])), e.op("Range", low.number(0, "i64"), new, low.number(1, "i64")))  # [B, T]
     keys = e.op("Range", low.number(0, "i64"), low.cast_value(total, "i64"), low.number(1, "i64"))
     same = e.op("Equal", e.op("Unsqueeze", e.op("Div", at, count), e.const([1, 3])), e.op("Div", keys, count))
-    return e.op("Where", same, low.number(0.0, "f32"), e.const(HIDDEN))
+    return e.op("Where", same, low.number(0.0, "f32"), e.const(HIDDEN_HALF if low.half else HIDDEN))
 
 
 def _portable(low: Lowering, node: Node, layer: int, heads: int, kv_heads: int, d: int, dv: int) -> str:

@@ -38,6 +38,7 @@ class Emitter:
         locations: where each stored array lies.
         storage: the stored arrays by (parameter, component).
         reserved: names of the model's inputs and outputs.
+        prune: leave out nodes whose results nothing reads.
     """
 
     def __init__(
@@ -45,12 +46,14 @@ class Emitter:
         locations: Mapping[tuple[str, str], Location],
         storage: Mapping[tuple[str, str], StoredArray],
         reserved: Iterable[str] = (),
+        prune: bool = False,
     ) -> None:
-        self.locations, self.storage = locations, storage
+        self.locations, self.storage, self.prune = locations, storage, prune
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
         self._nodes: list[list[onnx.NodeProto]] = [[]]
         self._made: list[dict[Any, tuple[str, ...]]] = [{}]
+        self._producers: dict[str, onnx.NodeProto] = {}
         self._initializers: dict[str, TensorProto] = {}
         self._constants: dict[Any, str] = {}
         self._names: set[str] = {"", *reserved}
@@ -100,7 +103,18 @@ class Emitter:
 
     def _add(self, op: str, inputs: Sequence[str], outputs: Sequence[str], domain: str, attrs: Mapping[str, Any]) -> None:
         self._contrib |= domain == CONTRIB
-        self._nodes[-1].append(helper.make_node(op, list(inputs), list(outputs), outputs[0], domain=domain, **attrs))
+        node = helper.make_node(op, list(inputs), list(outputs), outputs[0], domain=domain, **attrs)
+        self._nodes[-1].append(node)
+        self._producers |= dict.fromkeys(outputs, node)
+
+    def producer(self, name: str) -> onnx.NodeProto | None:
+        """The node that gives a value; None for inputs and constants."""
+        return self._producers.get(name)
+
+    def stored_type(self, name: str) -> int | None:
+        """ONNX's element type of a constant or stored array; None for other values."""
+        tensor = self._initializers.get(name)
+        return None if tensor is None else tensor.data_type
 
     @contextmanager
     def branch(self) -> Iterator[list[onnx.NodeProto]]:
@@ -116,7 +130,8 @@ class Emitter:
         graphs = []
         for nodes, result in (then, other):
             info = helper.make_tensor_value_info(result, ONNX_TYPES[dtype], None)
-            graphs.append(helper.make_graph(nodes, self.name("branch"), [], [info]))
+            kept = _needed(nodes, [result]) if self.prune else nodes
+            graphs.append(helper.make_graph(kept, self.name("branch"), [], [info]))
         output = self.name("If")
         self._add("If", (condition,), (output,), "", {"then_branch": graphs[0], "else_branch": graphs[1]})
         return output
@@ -152,8 +167,34 @@ class Emitter:
 
     def model(self, name: str, doc: str) -> onnx.ModelProto:
         """The finished model."""
-        graph = helper.make_graph(self._nodes[0], name, self.inputs, self.outputs, list(self._initializers.values()), doc)
+        nodes, initializers = self._nodes[0], list(self._initializers.values())
+        if self.prune:
+            nodes = _needed(nodes, [output.name for output in self.outputs])
+            read = {name for node in nodes for name in _read(node)}
+            initializers = [tensor for tensor in initializers if tensor.name in read]
+        graph = helper.make_graph(nodes, name, self.inputs, self.outputs, initializers, doc)
         opsets = [helper.make_opsetid("", OPSET)] + ([helper.make_opsetid(CONTRIB, 1)] if self._contrib else [])
         model = helper.make_model(graph, opset_imports=opsets, producer_name="moec")
         model.ir_version = IR_VERSION
         return model
+
+
+def _read(node: onnx.NodeProto) -> set[str]:
+    """What a node and its branches read."""
+    names = set(node.input)
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            names |= {o.name for o in attribute.g.output}
+            for inner in attribute.g.node:
+                names |= _read(inner)
+    return names
+
+
+def _needed(nodes: Sequence[onnx.NodeProto], results: Iterable[str]) -> list[onnx.NodeProto]:
+    """The nodes that lead to some results, in order."""
+    wanted, kept = set(results), list[onnx.NodeProto]()
+    for node in reversed(nodes):
+        if wanted & set(node.output):
+            wanted |= _read(node)
+            kept.append(node)
+    return kept[::-1]

@@ -3,6 +3,11 @@
 Where `routing` cannot leave the choice to the operator, QMoE's and MoE's top-k is fed the final weights, scattered to [tokens, E] with
 zeros for experts that were not chosen, so that it selects just those that were chosen. QMoE takes the same array as the weights to mix
 with. MoE mixes with softmax over the chosen logits: with logits log(w) that is w / sum(w), and the result is multiplied by sum(w).
+
+On a GPU both operators read logits of 16 bits, among which they would choose other experts, and QMoE's weights to mix with are ignored
+(ONNX Runtime 1.31.1). There each choice of a token is a row of its own, with one expert, whose share is one; the results are mixed here:
+
+    x [T, D] -> [T K, D];  logits [T K, E], one for the chosen expert, zero for the others;  y [T, K, D] -> sum over K of w y
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from moec.compiler.backends.onnx.emit import CONTRIB
 from moec.compiler.backends.onnx.layout import IntLayout
 from moec.compiler.backends.onnx.linear import dense, product
 from moec.compiler.backends.onnx.placement import GATED, PLAIN, fixed
-from moec.compiler.backends.onnx.routing import Routing, direct, direct_routing, scattered
+from moec.compiler.backends.onnx.routing import Routing, choices, direct, direct_routing, scattered
 from moec.compiler.ir import Node
 
 if TYPE_CHECKING:
@@ -25,20 +30,23 @@ if TYPE_CHECKING:
 
 def lower_experts(low: Lowering, node: Node) -> str:
     """The `experts` op."""
-    e, mode = low.e, low.weights.placement.experts[node.name].mode
+    e, plan = low.e, low.weights.placement.experts[node.name]
+    mode = plan.mode
     shape = low.shape(node.inputs[0])
     rank, width = len(shape), shape[-1]
     assert isinstance(width, int)
-    router = direct(low.graph, node, mode)
+    router = direct(low.graph, node, plan)
     x = low.value(node.inputs[0])
     whole = rank <= 3 and (mode == "qmoe" or router is not None)  # QMoE and MoE also take [B, T, D]
     if not whole and rank != 2:
         x = e.op("Reshape", x, e.const([-1, width]))
     if mode == "unrolled":
         result = _unrolled(low, node, x, scattered(low, node))
+    elif plan.rows:
+        result, whole = _by_rows(low, node, mode, x, width), False
     else:
         routing = _routing(low, node, mode) if router is None else direct_routing(low, router)
-        result = {"qmoe": _qmoe, "moe": _moe}[mode](low, node, x, routing)
+        result = _OPERATORS[mode](low, node, x, routing)
         result = e.op("Mul", result, routing.factor) if routing.factor else result
     if whole or rank == 2:
         return result
@@ -54,6 +62,19 @@ def _routing(low: Lowering, node: Node, mode: str) -> Routing:
         return Routing(weights, weights, False, "", _top_k(low, node))
     logits = e.op("Log", e.op("Max", weights, e.const(np.float32(1e-30))))
     return Routing(logits, "", True, e.op("ReduceSum", weights, e.const([1]), keepdims=1), _top_k(low, node))
+
+
+def _by_rows(low: Lowering, node: Node, mode: str, x: str, width: int) -> str:
+    """[tokens, D], each choice of a token a row of its own; x [..., D]."""
+    e, (ids, weights) = low.e, choices(low, node)
+    top_k, count = _choices_of(low, node), fixed(low.graph.params[node.inputs[3]].type.shape)[0]
+    once = e.op("Reshape", low.narrow(x), e.const([-1, 1, width]))
+    rows = e.op("Reshape", e.op("Expand", once, e.const([1, top_k, 1])), e.const([-1, width]))
+    chosen = e.op("Equal", e.op("Reshape", ids, e.const([-1, 1])), e.const(np.arange(count)))
+    routing = Routing(low.cast_value(chosen, low.kind), "", True, "", 1)
+    results = e.op("Reshape", _OPERATORS[mode](low, node, rows, routing), e.const([-1, top_k, width]))
+    mixed = e.op("MatMul", e.op("Reshape", weights, e.const([-1, 1, top_k])), results)
+    return e.op("Reshape", mixed, e.const([-1, width]))
 
 
 def _attrs(node: Node, top_k: int) -> dict[str, Any]:
@@ -81,9 +102,14 @@ def _biases(low: Lowering, node: Node) -> tuple[str, str]:
 
 def _top_k(low: Lowering, node: Node) -> int:
     """Experts a token, at most all of them."""
+    return min(_choices_of(low, node), fixed(low.graph.params[node.inputs[3]].type.shape)[0])
+
+
+def _choices_of(low: Lowering, node: Node) -> int:
+    """How many experts a token names, some perhaps twice."""
     top_k = low.shape(node.inputs[1])[-1]
     assert isinstance(top_k, int)
-    return min(top_k, fixed(low.graph.params[node.inputs[3]].type.shape)[0])
+    return top_k
 
 
 def _qmoe(low: Lowering, node: Node, x: str, routing: Routing) -> str:
@@ -95,16 +121,17 @@ def _qmoe(low: Lowering, node: Node, x: str, routing: Routing) -> str:
         data = e.stored(name, "weight", "u8", (count, layout.n, layout.padded_k * layout.bits // 8))
         scale = e.op("Cast", e.stored(name, "scale", "f16", (count, layout.n, layout.groups)), to=1)
         zero = e.stored(name, "zero", "u8", (count, *layout.arrays()["zero"].shape)) if layout.has_zero else ""
-        arrays.append((data, low.weights.per_block(layout, scale, 2), zero))
+        arrays.append((data, low.narrow(low.weights.per_block(layout, scale, 2)), zero))
     (up, up_scale, up_zero), (down, down_scale, down_zero) = arrays
-    up_bias, down_bias = _biases(low, node)
+    up_bias, down_bias = (low.narrow(bias) for bias in _biases(low, node))
     inputs = [
         x, routing.scores, up, up_scale, up_bias, down, down_scale, down_bias, "", "", "", up_zero, down_zero, "", routing.weights,
     ]  # fmt: skip
-    return e.multi(
+    result = e.multi(
         "QMoE", inputs, 1, CONTRIB, node.name, **_attrs(node, routing.top_k), expert_weight_bits=plan.bits, block_size=plan.block,
         normalize_routing_weights=int(routing.normalize), accuracy_level=low.accuracy_level, weights_prepacked=0,
     )[0]  # fmt: skip
+    return low.widen(result)
 
 
 def _moe(low: Lowering, node: Node, x: str, routing: Routing) -> str:
@@ -113,11 +140,14 @@ def _moe(low: Lowering, node: Node, x: str, routing: Routing) -> str:
     for name in node.inputs[3:5]:
         param = low.graph.params[name]
         stored = e.stored(name, "weight", str(param.format), fixed(param.type.shape))
-        weights.append(stored if param.format == "f32" else e.op("Cast", stored, to=1))
-    up_bias, down_bias = _biases(low, node)
+        weights.append(low.narrow(stored if param.format == "f32" else e.op("Cast", stored, to=1)))
+    up_bias, down_bias = (low.narrow(bias) for bias in _biases(low, node))
     inputs = [x, routing.scores, weights[0], up_bias, weights[1], down_bias]
     attrs = _attrs(node, routing.top_k)
-    return e.multi("MoE", inputs, 1, CONTRIB, node.name, **attrs, normalize_routing_weights=int(routing.normalize))[0]
+    return low.widen(e.multi("MoE", inputs, 1, CONTRIB, node.name, **attrs, normalize_routing_weights=int(routing.normalize))[0])
+
+
+_OPERATORS = {"qmoe": _qmoe, "moe": _moe}
 
 
 def _unrolled(low: Lowering, node: Node, x: str, routing: str) -> str:

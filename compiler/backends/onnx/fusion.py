@@ -47,12 +47,17 @@ class Fusion:
     scaled: frozenset[str] = frozenset()
 
 
-def plan_fusion(graph: Graph, placement: Placement) -> Fusion:
-    """Find what can be computed together with ONNX Runtime's own operators."""
+def plan_fusion(graph: Graph, placement: Placement, alone: frozenset[str] = frozenset(), scales: bool = True) -> Fusion:
+    """Find what can be computed together with ONNX Runtime's own operators.
+
+    Args:
+        alone: linear nodes that run by themselves.
+        scales: attention's scale goes into the weights before it.
+    """
     siblings: dict[str, tuple[Node, ...]] = {}
     groups: dict[object, list[Node]] = {}
     for node in graph.nodes:
-        if node.op == "linear" and len([n for n in node.inputs if n]) == 2:
+        if node.op == "linear" and node.name not in alone and len([n for n in node.inputs if n]) == 2:
             layout = placement.layouts.get(node.inputs[1])
             if isinstance(layout, IntLayout) and layout.block:
                 groups.setdefault((node.inputs[0], replace(layout, n=0)), []).append(node)
@@ -63,7 +68,7 @@ def plan_fusion(graph: Graph, placement: Placement) -> Fusion:
     factors: dict[str, float] = {}
     scaled = set()
     for node in graph.nodes:
-        if node.op == "attention" and (source := _scalable(graph, placement, node)) is not None:
+        if scales and node.op == "attention" and (source := _scalable(graph, placement, node)) is not None:
             factors[source.name] = float(node.attrs["scale"])
             scaled.add(node.name)
     ropes = {name: graph.producers[inputs[0]] for name, inputs in turning.items()}

@@ -10,6 +10,8 @@ At level 4 MatMulNBits rounds activations to multiples of s, with an s for each 
 with an error of at most s / 508. Measured with ONNX Runtime 1.31.1, 8192 x 384 weights of 8 bits, one token, one thread of a Sapphire
 Rapids machine: halves 594 us, two terms 150 us; relative error of the result 5e-5 (1 % with int8 activations). Not every kernel for other
 processors rounds like that, so they keep the halves.
+
+On a GPU codes of 4 and 8 bits are multiplied as they are, with activations and scales of 16 bits, or of 32 where `half` says so.
 """
 
 from __future__ import annotations
@@ -35,28 +37,29 @@ def lower_linear(low: Lowering, node: Node) -> str:
         if node is siblings[0]:
             _together(low, siblings)
         return ""
-    result = product(low, low.value(x), len(low.shape(x)), weight, None, node.name)
+    result = product(low, low.value(x), len(low.shape(x)), weight, None, node.name, exact=node.name in low.exact)
     return low.e.op("Add", result, low.value(bias[0])) if bias and bias[0] else result
 
 
-def product(low: Lowering, x: str, rank: int, weight: str, row: int | None = None, stem: str = "") -> str:
+def product(low: Lowering, x: str, rank: int, weight: str, row: int | None = None, stem: str = "", exact: bool = False) -> str:
     """x [..., K] times a parameter [N, K] (or one expert of it) transposed.
 
     Args:
         rank: of x.
+        exact: in float32, also on a GPU.
     """
     layout = low.weights.placement.layouts.get(weight)
     if isinstance(layout, IntLayout) and layout.block and not low.portable:
-        return _nbits(low, x, rank, layout, _arrays(low, weight, row, low.fusion.factors.get(stem)), stem)
-    if weight in low.graph.params:
-        matrix = low.weights.value(weight, row)
-        return dense(low, x, matrix, 2, stem)
-    return dense(low, x, low.value(weight), 2, stem)
+        return _nbits(low, x, rank, layout, _arrays(low, weight, row, low.fusion.factors.get(stem)), stem, exact)
+    matrix = low.weights.value(weight, row) if weight in low.graph.params else low.value(weight)
+    return dense(low, x, matrix, 2, stem, exact)
 
 
-def dense(low: Lowering, x: str, matrix: str, rank: int, stem: str = "") -> str:
+def dense(low: Lowering, x: str, matrix: str, rank: int, stem: str = "", exact: bool = False) -> str:
     """x times a float32 matrix transposed."""
     e = low.e
+    if low.half and not exact:
+        return low.widen(e.op("FusedMatMul", low.narrow(x), low.narrow(matrix), domain=CONTRIB, transB=1, stem=stem))
     if low.portable:
         perm = [*range(rank - 2), rank - 1, rank - 2]
         return e.op("MatMul", x, e.op("Transpose", matrix, perm=perm), stem=stem)
@@ -90,8 +93,14 @@ def _arrays(low: Lowering, weight: str, row: int | None = None, factor: float | 
     return [data, scale, low.weights.zero(weight, row)]
 
 
-def _nbits(low: Lowering, x: str, rank: int, layout: IntLayout, arrays: Sequence[str], stem: str) -> str:
+def _nbits(low: Lowering, x: str, rank: int, layout: IntLayout, arrays: Sequence[str], stem: str, exact: bool = False) -> str:
     e, bits, k = low.e, layout.bits, layout.k
+    if low.half:
+        codes, scale, zero = arrays
+        wide = {"N": layout.n, "K": k, "bits": bits, "block_size": layout.block}
+        if exact:
+            return e.multi("MatMulNBits", [x, *arrays], 1, CONTRIB, stem, **wide)[0]
+        return low.widen(e.multi("MatMulNBits", [low.narrow(x), codes, low.narrow(scale), zero], 1, CONTRIB, stem, **wide)[0])
     if bits == 8 and not layout.split and low.accuracy_level == 0:
         return _two_terms(low, x, rank, layout, arrays, stem)
     if layout.split:

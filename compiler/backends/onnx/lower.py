@@ -17,6 +17,7 @@ from moec.compiler.backends.onnx.attention import Cache, lower_attention
 from moec.compiler.backends.onnx.emit import ONNX_TYPES, Emitter
 from moec.compiler.backends.onnx.experts import lower_experts
 from moec.compiler.backends.onnx.fusion import Fusion, needed, of_positions, plan_fusion
+from moec.compiler.backends.onnx.half import Halves, exact_linears
 from moec.compiler.backends.onnx.linear import lower_linear
 from moec.compiler.backends.onnx.placement import Placement
 from moec.compiler.backends.onnx.shapes import Shapes, symbol_sources
@@ -65,15 +66,20 @@ class Lowering:
 
     Args:
         accuracy_level: of MatMulNBits and QMoE: 0 float activations, 4 int8 activations.
+        half: for GPUs, the type of what products, attention and experts read: `f16` or `bf16` (see `half`).
     """
 
-    def __init__(self, graph: Graph, emitter: Emitter, placement: Placement, portable: bool, accuracy_level: int) -> None:
+    def __init__(
+        self, graph: Graph, emitter: Emitter, placement: Placement, portable: bool, accuracy_level: int, half: str | None = None
+    ) -> None:
         self.graph: Graph = graph
         self.e: Emitter = emitter
-        self.portable, self.accuracy_level = portable, accuracy_level
+        self.portable, self.accuracy_level, self.half = portable, accuracy_level, half
+        self._halves = None if half is None else Halves(emitter, half)
+        self.exact: frozenset[str] = frozenset() if half is None else exact_linears(graph)
         self.shapes = Shapes(emitter, symbol_sources(graph))
         self.weights = Weights(emitter, graph.params, placement, portable)
-        self.fusion = Fusion() if portable else plan_fusion(graph, placement)
+        self.fusion = Fusion() if portable else plan_fusion(graph, placement, self.exact, scales=half is None)
         self.caches: list[Cache] = []
         self.pending: dict[str, tuple[str, str]] = {}
         """Additions that the norm reading them will do: the names of both operands."""
@@ -91,7 +97,7 @@ class Lowering:
         kind = self.graph.type_of(self.graph.outputs[0])
         self.e.output(self.value(self.graph.outputs[0]), "logits", kind.dtype, kind.shape)
         for name, shape in self._presents:
-            self.e.outputs.append(onnx.helper.make_tensor_value_info(name, ONNX_TYPES["f32"], list(shape)))
+            self.e.outputs.append(onnx.helper.make_tensor_value_info(name, ONNX_TYPES[self.kind], list(shape)))
         return self.e.model(self.graph.name, "")
 
     def _lower(self, nodes: Iterable[Node]) -> None:
@@ -107,6 +113,19 @@ class Lowering:
                     self._values[output.name] = name
 
     @property
+    def kind(self) -> str:
+        """The element type of caches, and of what products read."""
+        return self.half or "f32"
+
+    def narrow(self, value: str) -> str:
+        """An ONNX float32 value as products, attention and experts take it."""
+        return value if self._halves is None or not value else self._halves.narrow(value)
+
+    def widen(self, value: str) -> str:
+        """What one of them gives, in float32."""
+        return value if self._halves is None else self._halves.widen(value)
+
+    @property
     def context(self) -> int:
         """The most tokens of a sequence."""
         context = self.graph.meta["context_length"]
@@ -120,7 +139,7 @@ class Lowering:
         """
         e = self.e
         at = e.op("Unsqueeze", e.op("Range", *(self.number(n, "i64") for n in (0, self.context, 1))), e.const([0]))
-        part = Lowering(of_positions(self.graph, names), e, self.weights.placement, self.portable, self.accuracy_level)
+        part = Lowering(of_positions(self.graph, names), e, self.weights.placement, self.portable, self.accuracy_level, self.half)
         part.set_value("positions", at)
         part.shapes = Shapes(e, {"B": (at, 0), "T": (at, 1)})
         part._lower(part.graph.nodes)

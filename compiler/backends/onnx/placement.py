@@ -14,6 +14,9 @@ int8, which costs more quality than the 8 bits do, so that 8-bit experts are unr
 does so for 2-bit blocks too, where the weights lose far more.) 32 float32 experts of 2 x 512 x 1024 and 1024 x 512, top-4: MoE 2.0 to
 2.7 ms, unrolled 1.9 ms, unrolled and widened from bfloat16 as they run, without copies in memory, 2.1 ms; MoE is the fastest for experts
 a tenth of that size.
+
+GPUs (`half`): MoE with 16-bit weights whatever their size, and QMoE for 8 bits as well, whose activations keep 16 bits there. It wants
+blocks of at least 32, D and F that 64 divides, and 2-bit codes without zero points (the next container takes those).
 """
 
 from __future__ import annotations
@@ -38,6 +41,15 @@ from moec.runtime.formats.int import IntFormat
 
 GATED = {"silu": (1.0, 0.0), "swiglu_oai": (1.702, 1.0)}
 """Gated activations of QMoE and MoE: gate * sigmoid(alpha * gate) * (up + beta)."""
+
+EXACT_ON_GPU = frozenset(("silu", "swiglu_oai", "relu", "identity"))
+"""Activations that the operators are known to compute on a GPU as they do on a processor."""
+
+GPU_BLOCK = 32
+"""The smallest block of QMoE on a GPU."""
+
+GPU_TILE = 64
+"""What divides D and F there."""
 
 PLAIN = {"silu": "silu", "gelu_tanh": "gelu", "relu": "relu", "identity": "identity"}
 """Activations of QMoE and MoE without a gate. Their gelu is the tanh form."""
@@ -76,12 +88,15 @@ Layout = IntLayout | PlainLayout
 
 @dataclass(frozen=True)
 class Experts:
-    """How an `experts` node runs. `bits`, `block`: of its weights (qmoe). `wide`: plain weights are widened when they run."""
+    """How an `experts` node runs. `bits`, `block`: of its weights (qmoe). `wide`: plain weights are widened when they run. `rows`: each
+    choice of a token is a row of its own (see `experts`).
+    """
 
     mode: str
     bits: int = 0
     block: int = 0
     wide: bool = False
+    rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,24 +132,27 @@ def int_format(param: Param) -> IntFormat | None:
     return fmt if isinstance(fmt, IntFormat) else None
 
 
-def place(graph: Graph, portable: bool, activations: str, terms: bool = False) -> Placement:
+def place(graph: Graph, portable: bool, activations: str, terms: bool = False, half: str | None = None) -> Placement:
     """Choose layouts and operators for a graph.
 
     Args:
         portable: standard operators only.
         activations: `float` or `int8`, what linear layers and experts compute with where there is a choice.
         terms: with float activations, linear layers with 8-bit weights compute with two int8 terms (see `linear`).
+        half: for GPUs, the type of activations, `f16` or `bf16`.
     """
     stacked = {name for node in graph.nodes if node.op == "experts" for name in _matrices(node)}
     plain = [graph.params[name] for name in stacked if int_format(graph.params[name]) is None and graph.params[name].format != "zero"]
     floats = sum(4 * prod(fixed(param.type.shape)) for param in plain)
-    wide = floats > FLOAT_EXPERTS_BYTES
+    wide = floats > FLOAT_EXPERTS_BYTES and half is None
+    terms = terms or half is not None  # either takes 8-bit codes whole
     layouts: dict[str, Layout] = {}
     experts: dict[str, Experts] = {}
     for node in graph.nodes:
         if node.op == "experts":
-            experts[node.name] = plan = _experts(graph, node, portable, activations, wide)
-            for name, layout in _expert_layouts(graph, node, plan, portable, activations).items():
+            plan = _experts(graph, node, portable, activations, wide) if half is None else _gpu_experts(graph, node)
+            experts[node.name] = plan
+            for name, layout in _expert_layouts(graph, node, plan, portable, activations, terms and half is not None).items():
                 if layouts.setdefault(name, layout) != layout:
                     raise MoecError(f"@{name} is used by two experts nodes that the onnx backend runs differently")
     for param in graph.params.values():
@@ -171,6 +189,27 @@ def _experts(graph: Graph, node: Node, portable: bool, activations: str, wide: b
     return Experts("unrolled", wide=wide)
 
 
+def _gpu_experts(graph: Graph, node: Node) -> Experts:
+    up, down = (graph.params.get(name) for name in node.inputs[3:5])
+    if up is None or down is None:
+        raise MoecError(f"experts %{node.name}: weights that are computed cannot be lowered; they must be parameters")
+    formats = int_format(up), int_format(down)
+    activation = node.attrs["activation"]
+    known = activation in EXACT_ON_GPU & (GATED if node.attrs.get("gated", True) else PLAIN).keys()
+    sizes = [fixed(param.type.shape)[2] for param in (up, down)]  # D and F
+    if not known or len(_matrices(node)) > 2 or "zero" in (up.format, down.format):
+        return Experts("unrolled")
+    if formats[0] is None and formats[1] is None:
+        return Experts("unrolled") if any(size % 16 for size in sizes) else Experts("moe", rows=True)
+    if formats[0] is not None and formats[1] is not None and not any(size % GPU_TILE for size in sizes):
+        block = min(common_block(f, size, whole=True) for f, size in zip(formats, sizes, strict=True) if f is not None)
+        symmetric = all(f.symmetric for f in formats if f is not None)
+        bits = max(2 if symmetric else 4, *(container(f.bits) for f in formats if f is not None))
+        if block >= GPU_BLOCK:
+            return Experts("qmoe", bits, block, rows=True)
+    return Experts("unrolled")
+
+
 def _may_be_negative(graph: Graph, weights: str) -> bool:
     """Whether routing weights may be negative, which QMoE and MoE take for experts that were not chosen: scores that are mapped may be."""
     node = graph.producers.get(weights)
@@ -179,7 +218,9 @@ def _may_be_negative(graph: Graph, weights: str) -> bool:
     return node is not None and node.op == "router" and node.attrs.get("score") == "identity"
 
 
-def _expert_layouts(graph: Graph, node: Node, plan: Experts, portable: bool, activations: str) -> dict[str, Layout]:
+def _expert_layouts(
+    graph: Graph, node: Node, plan: Experts, portable: bool, activations: str, whole: bool
+) -> dict[str, Layout]:  # fmt: skip
     gated = bool(node.attrs.get("gated", True)) and plan.mode != "unrolled"
     layouts: dict[str, Layout] = {}
     for at, name in enumerate(node.inputs[3:7]):
@@ -194,10 +235,10 @@ def _expert_layouts(graph: Graph, node: Node, plan: Experts, portable: bool, act
         elif plan.mode == "qmoe":
             layouts[name] = IntLayout(fmt, shape[1], shape[2], plan.bits, plan.block, interleave=interleave)
         else:
-            layouts[name] = _layout(param, shape[1:], portable, activations, multiplied=True)
+            layouts[name] = _layout(param, shape[1:], portable, activations, multiplied=True, terms=whole)
     for name in _matrices(node)[2:]:
         param = graph.params[name]
-        layouts[name] = _layout(param, fixed(param.type.shape)[1:], portable, activations, multiplied=True)
+        layouts[name] = _layout(param, fixed(param.type.shape)[1:], portable, activations, multiplied=True, terms=whole)
     return layouts
 
 

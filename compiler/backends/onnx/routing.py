@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moec.compiler.backends.onnx.placement import fixed
+from moec.compiler.backends.onnx.placement import Experts, fixed
 from moec.compiler.ir import Graph, Node
 
 if TYPE_CHECKING:
@@ -42,10 +42,10 @@ class Routing:
     top_k: int
 
 
-def direct(graph: Graph, node: Node, mode: str) -> Node | None:
-    """The router whose choice an `experts` node that runs as `mode` can leave to its operator; None if it cannot."""
+def direct(graph: Graph, node: Node, plan: Experts) -> Node | None:
+    """The router whose choice an `experts` node that runs as planned can leave to its operator; None if it cannot."""
     router = graph.producers.get(node.inputs[1])
-    if router is None or router.op != "router" or not _results(node, router):
+    if plan.rows or router is None or router.op != "router" or not _results(node, router):
         return None
     if graph.type_of(router.inputs[0]).shape[-1] != fixed(graph.params[node.inputs[3]].type.shape)[0]:
         return None
@@ -56,7 +56,7 @@ def direct(graph: Graph, node: Node, mode: str) -> Node | None:
         # MoE's shares of a softmax over all experts are not what the router's are (ONNX Runtime 1.31.1): it gets normalised weights only.
         "moe": not biased and (score == "softmax_topk" or (score == "softmax" and groups == 1 and bool(router.attrs.get("normalize")))),
     }
-    return router if possible.get(mode) else None
+    return router if possible.get(plan.mode) else None
 
 
 def _results(node: Node, source: Node) -> bool:
@@ -69,7 +69,7 @@ def only_direct(low: Lowering, router: Node) -> bool:
     plans, graph = low.weights.placement.experts, low.graph
     users = [user for output in router.outputs for user in graph.users.get(output.name, ())]
     read = {o.name for o in router.outputs} & set(graph.outputs)
-    return not read and all(u.op == "experts" and direct(graph, u, plans[u.name].mode) is router for u in users)
+    return not read and all(u.op == "experts" and direct(graph, u, plans[u.name]) is router for u in users)
 
 
 def direct_routing(low: Lowering, router: Node) -> Routing:
@@ -100,6 +100,14 @@ def _rows(low: Lowering, router: Node, scores: str) -> str:
 def scattered(low: Lowering, node: Node) -> str:
     """The weights of all experts: [tokens, E], zero for those not chosen. Weights of an expert chosen twice add up."""
     e, count = low.e, fixed(low.graph.params[node.inputs[3]].type.shape)[0]
+    ids, weights = choices(low, node)
+    zeros = e.op("Expand", low.number(0.0, "f32"), e.op("Concat", e.op("Shape", weights, end=1), e.const([count]), axis=0))
+    return e.op("ScatterElements", zeros, ids, weights, axis=1, reduction="add")
+
+
+def choices(low: Lowering, node: Node) -> tuple[str, str]:
+    """The experts of each token and their weights: [tokens, K] each. Skipped slots name some expert, with weight zero."""
+    e, count = low.e, fixed(low.graph.params[node.inputs[3]].type.shape)[0]
     top_k = low.shape(node.inputs[1])[-1]
     assert isinstance(top_k, int)
     ids, weights = (low.cast(node.inputs[1], "i64"), low.value(node.inputs[2]))
@@ -110,8 +118,7 @@ def scattered(low: Lowering, node: Node) -> str:
     elif source is None or source.op != "router" or low.shape(source.inputs[0])[-1] != count:
         valid = e.op("And", e.op("GreaterOrEqual", ids, low.number(0, "i64")), e.op("Less", ids, low.number(count, "i64")))
         ids, weights = e.op("Where", valid, ids, low.number(0, "i64")), e.op("Where", valid, weights, low.number(0.0, "f32"))
-    zeros = e.op("Expand", low.number(0.0, "f32"), e.op("Concat", e.op("Shape", weights, end=1), e.const([count]), axis=0))
-    return e.op("ScatterElements", zeros, ids, weights, axis=1, reduction="add")
+    return ids, weights
 
 
 def lower_router(low: Lowering, node: Node) -> Sequence[str]:

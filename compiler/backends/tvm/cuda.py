@@ -37,6 +37,7 @@ from moec.targets.kernels.cuda.experts import experts
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.layout import FragmentLayout
 from moec.targets.kernels.cuda.linear import few_tokens, linear
+from moec.targets.kernels.cuda.linear_tokens import TokensSpec, linear_tokens_func
 from moec.targets.kernels.cuda.norm import norm_func
 from moec.targets.kernels.cuda.projections import Projection, ProjectionsSpec, projections_func
 from moec.targets.kernels.cuda.projections_columns import TOKENS
@@ -74,12 +75,16 @@ class CudaKernels:
 
     def linear(self, x: Expr, weights: Mapping[str, Expr], layout: FragmentLayout, bias: Expr | None) -> Expr:
         gpu, most, tokens = self._platform.gpu, self._function.most, static(x)
-        if tokens in TOKENS and layout.in_fragments:
-            spec = ProjectionsSpec.of([Projection(layout, bias is not None)], gpu.multiprocessors, tokens=tokens)
-            if spec.suits(gpu):
-                return self.projections(spec, [x, *weights.values(), *([] if bias is None else [bias])])[0]
+        if layout.in_fragments:
+            matrix, inputs = [Projection(layout, bias is not None)], [x, *weights.values(), *([] if bias is None else [bias])]
+            if tokens in TOKENS:
+                spec = ProjectionsSpec.of(matrix, gpu.multiprocessors, tokens=tokens)
+                if spec.suits(gpu):
+                    return self.projections(spec, inputs)[0]
+            elif tokens is None and most is not None and self._platform.products and TokensSpec.suits(matrix, gpu, most):
+                return self.linear_tokens(TokensSpec.of(matrix, gpu, most), inputs)[0]
         stacked = {name: self.bb.emit(relax.op.reshape(array, [1, *array.ty.shape])) for name, array in weights.items()}
-        if layout.in_fragments and (self._platform.products or few_tokens(layout, bias is not None, tokens, None, gpu) is not None):
+        if layout.in_fragments and (self._platform.products or few_tokens(layout, bias is not None, tokens, gpu) is not None):
             return linear(self.functions, x, stacked, layout, bias, most, gpu)
         if not layout.in_fragments:
             self._platform.choices.only_plain(f"weights in {layout.format}")
@@ -91,6 +96,11 @@ class CudaKernels:
         outs = [wide] * (int(norm is not None and norm.residual) + spec.written)
         outs += [([spec.tokens, matrix.layout.n], "float32") for matrix in spec.matrices]
         return self.functions.call("projections", spec, lambda: projections_func(spec), inputs, *outs)
+
+    def linear_tokens(self, spec: TokensSpec, inputs: Sequence[Expr]) -> list[Expr]:
+        """Products of any number of tokens with several matrices: the inputs and results of `linear_tokens_func`."""
+        outs = [([count_of(inputs[0]), matrix.layout.n], "float32") for matrix in spec.matrices]
+        return self.functions.call("linear_tokens", spec, lambda: linear_tokens_func(spec), inputs, *outs)
 
     def norm(self, spec: NormSpec, inputs: Sequence[Expr]) -> list[Expr]:
         tokens, out = _one(inputs[0]), ([count_of(inputs[0]), spec.size * spec.groups], "float32")

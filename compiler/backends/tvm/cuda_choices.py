@@ -14,7 +14,7 @@ from moec.runtime.tvm_functions import Function
 from moec.targets import Target
 from moec.targets.kernels.cuda import tuned
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
-from moec.targets.kernels.cuda.linear import MANY
+from moec.targets.kernels.cuda.linear_tokens import MOST_TOKENS
 from moec.targets.kernels.cuda.space import MOST_DECODE, Layer
 
 CHUNK = 2048
@@ -51,7 +51,7 @@ class Choices:
         if not self._products:
             return []
         ends = {end for layer in layers for end, _ in self._table(layer) if end is not None and MOST_DECODE < end < CHUNK}
-        return sorted(ends) or [MANY]  # of linear layers
+        return sorted(ends) or [MOST_TOKENS]  # of linear layers
 
     def of(self, layer: Layer, function: Function) -> tuned.Choice | None:
         """What a layer runs in a function; None: plain kernels."""

@@ -14,7 +14,7 @@ from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store
 from moec.targets.kernels.cuda.image import clear, place
 from moec.targets.kernels.cuda.intrinsics import term
 from moec.targets.kernels.cuda.layout import ROWS
-from moec.targets.kernels.cuda.loads import read_words
+from moec.targets.kernels.cuda.loads import move
 from moec.targets.kernels.cuda.matrix import store_matrix
 from moec.targets.kernels.cuda.warp import warp_down
 
@@ -57,12 +57,12 @@ def write_hidden(
                         target = place(hidden, shape.tokens, number, token, f)
                         with T.If(f < layout.f):
                             with T.Then():
-                                read_words(target, at(memory, staged + token * width + piece * 4))
+                                move(target, at(memory, staged + token * width + piece * 4))
                             with T.Else():
                                 clear(target)
                 else:
                     with when(T.And(token < count, f < (f_tiles * layout.tile_rows if layout.widths else layout.f))):
-                        read_words(at(hidden, index, first + token, f), at(memory, staged + token * width + piece * 4))
+                        move(at(hidden, index, first + token, f), at(memory, staged + token * width + piece * 4))
             sync()
 
 
@@ -148,5 +148,5 @@ def write_outputs(
             token, piece = i // pieces, i % pieces
             row = row0 + piece * elements
             with when(T.And(token < count, row < layout.d)):
-                read_words(at(y, first + token, row), at(memory, staged + token * width + piece * 4))
+                move(at(y, first + token, row), at(memory, staged + token * width + piece * 4))
         sync()

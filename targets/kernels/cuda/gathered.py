@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from tvm.tirx.script import builder as T
 
@@ -93,6 +94,28 @@ class Shape:
     def row_tiles(self, first: Expr, last: int) -> list[Expr]:
         """All tiles of a warp; beyond the last there are none, and it takes that one again."""
         return [T.Bind(T.min(first + 4 * m, last)) for m in range(self.tiles)]
+
+
+class Staged(Protocol):
+    """Activations in stages of shared memory, as a product reads them."""
+
+    shape: Any
+
+    def step(self, block: Expr, blocks: Any, /) -> Expr:
+        """Wait for a block of columns, of so many: its stage."""
+        ...
+
+    def release(self, block: Expr) -> None:
+        """This warp is done with a block."""
+        ...
+
+    def finish(self, blocks: Any, /) -> None:
+        """All blocks were used."""
+        ...
+
+    def operand(self, stage: Expr, step: int, index: int) -> Expr:
+        """The descriptor of 16 columns of a stage, of a term."""
+        ...
 
 
 class Activations:

@@ -19,7 +19,7 @@ from moec.targets.kernels.cuda.copies import shared_address
 from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, at, const, kernel, local, store, strided, when
 from moec.targets.kernels.cuda.intrinsics import call, grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import BLOCK, ceil_div
-from moec.targets.kernels.cuda.loads import read_words
+from moec.targets.kernels.cuda.loads import move
 from moec.targets.kernels.cuda.matrix import descriptor
 
 WARPS = 8  # that read a stage
@@ -185,7 +185,7 @@ def arrange_func(spec: Any) -> tirx.PrimFunc:
                     target = place(image, size, tile, token, column)
                     with T.If(column < d):
                         with T.Then():
-                            read_words(target, at(x, 0, row, column))
+                            move(target, at(x, 0, row, column))
                         with T.Else():
                             clear(target)
 

@@ -1,8 +1,8 @@
 """linear: a packed matrix times activations, x float32 [T, K] -> float32 [T, N].
 
-A few tokens read the weights as a stream (`stream`); more go through the tensor cores' large products (`product`), or are a few at a time
-where so few products would leave most of the GPU idle. Either way activations count as two terms of bfloat16, 16 bits of them, and integer
-weights are not rounded. One to eight tokens have `projections` instead, where that suits.
+A few tokens read the weights as a stream (`stream`); more go through the tensor cores' large products (`product`). Either way activations
+count as two terms of bfloat16, 16 bits of them, and integer weights are not rounded. One to eight tokens have `projections` instead, and up
+to some hundred `linear_tokens`, where those suit.
 """
 
 from __future__ import annotations
@@ -31,9 +31,6 @@ SPLIT = "split"
 LANE_BYTES = 64
 """Of weights that a lane of the kernel of a few tokens has under way."""
 
-MANY = 64
-"""Tokens from which on the large products are never too few."""
-
 
 @dataclass(frozen=True)
 class LinearSpec:
@@ -41,7 +38,6 @@ class LinearSpec:
 
     Args:
         tokens: of a block of the kernel of a few tokens, at most `MOST_DECODE`.
-        any_number: whether that kernel takes any number of tokens, so many at a time, and not just one block of them.
         warps, splits: of such a block, and how many of them share a tile of 16 rows.
         shape: the size of a block's product for more tokens.
     """
@@ -49,7 +45,6 @@ class LinearSpec:
     layout: FragmentLayout
     bias: bool = False
     tokens: int = 1
-    any_number: bool = False
     warps: int = 8
     splits: int = 4
     shape: Shape = field(default_factory=lambda: Shape(64, 1, 4, TERMS))
@@ -76,27 +71,22 @@ class LinearSpec:
 
 
 def decode_func(spec: LinearSpec) -> tirx.PrimFunc:
-    """PrimFunc (x f32 [T, K], arrays..., [bias], out f32 [T, N])."""
+    """PrimFunc (x f32 [T, K], arrays..., [bias], out f32 [T, N]) of T = `spec.tokens`."""
     layout, here, fragments = spec.layout, spec.warps // spec.splits, spec.fragments
     threads, columns_used = spec.warps * 32, spec.tokens * TERMS
 
-    def arguments() -> tuple[Buffer, stream.Weights, Buffer | None, Buffer, Expr]:
-        tokens = T.int64() if spec.any_number else spec.tokens
-        x = argument("x", (tokens, layout.k), "float32")
+    def arguments() -> tuple[Buffer, stream.Weights, Buffer | None, Buffer]:
+        x = argument("x", (spec.tokens, layout.k), "float32")
         weights = stream.Weights(spec.stack, "", LANE_BYTES)
         bias = argument("bias", (layout.n,), "float32") if spec.bias else None
-        return x, weights, bias, argument("out", (tokens, layout.n), "float32"), tokens
+        return x, weights, bias, argument("out", (spec.tokens, layout.n), "float32")
 
-    def body(
-        operands: tuple[Buffer, stream.Weights, Buffer | None, Buffer, Expr], memory: Shared, part: Expr, turn: Expr, thread: Expr
-    ) -> None:
-        x, weights, bias, out, tokens = operands
+    def body(operands: tuple[Buffer, stream.Weights, Buffer | None, Buffer], memory: Shared, part: Expr, thread: Expr) -> None:
+        x, weights, bias, out = operands
         warp, lane = T.Bind(thread // 32), T.Bind(thread % 32)
         staged = memory.take((columns_used * spec.stride,), "uint32")
         partial = memory.take((spec.warps, 4 * fragments, 32), "float32")
         tile, share = T.Bind(part * here + warp // spec.splits), T.Bind(warp % spec.splits)
-        first = T.Bind(turn * spec.tokens)
-        count: Expr = T.Bind(T.min(T.cast(tokens, "int32") - first, spec.tokens)) if spec.any_number else spec.tokens
         columns = stream.Columns(fragments)
 
         def arrive() -> None:
@@ -104,8 +94,7 @@ def decode_func(spec: LinearSpec) -> tirx.PrimFunc:
             grid_wait()
             grid_launch()
             for token in range(spec.tokens):
-                row = T.Bind(first + T.min(token, count - 1)) if spec.any_number else token  # what a missing one gives is not used
-                stream.stage(staged, spec.stride, token * TERMS, TERMS, x, row, thread, threads)
+                stream.stage(staged, spec.stride, token * TERMS, TERMS, x, token, thread, threads)
             sync()
 
         load = stream.staged_columns(staged, spec.stride, columns_used, fragments, lane)
@@ -117,14 +106,10 @@ def decode_func(spec: LinearSpec) -> tirx.PrimFunc:
         with when(T.And(share == 0, tile < layout.tiles)):
             for n in range(fragments):
                 token = T.Bind(n * 4 + lane % 4)
-                with when(token < count):
-                    _outputs(spec, partial, bias, out, warp, lane, n, tile, first + token)
+                with when(token < spec.tokens):
+                    _outputs(spec, partial, bias, out, warp, lane, n, tile, token)
 
-    def grid(operands: tuple[Buffer, stream.Weights, Buffer | None, Buffer, Expr]) -> list[Expr]:
-        turns = T.cast((operands[-1] + spec.tokens - 1) // spec.tokens, "int32") if spec.any_number else 1
-        return [ceil_div(layout.tiles, here), turns]
-
-    return kernel("linear", threads, arguments, grid, body, words=spec.words)
+    return kernel("linear", threads, arguments, lambda _: [ceil_div(layout.tiles, here)], body, words=spec.words)
 
 
 def _outputs(
@@ -215,25 +200,19 @@ def prefill_func(spec: LinearSpec) -> tirx.PrimFunc:
     return kernel("linear", THREADS, arguments, grid, body, words=shape.words, blocks_per_multiprocessor=shape.residency)
 
 
-def few_tokens(layout: FragmentLayout, bias: bool, tokens: int | None, most: int | None, gpu: Gpu) -> LinearSpec | None:
+def few_tokens(layout: FragmentLayout, bias: bool, tokens: int | None, gpu: Gpu) -> LinearSpec | None:
     """The kernel of a few tokens, if that is to run; None for the large products.
 
     Args:
         tokens: T, None for any number.
-        most: the most tokens where they are any number, None for no limit.
     """
-    if tokens is None:
-        busy = 2 * ceil_div(layout.tiles, 8) > gpu.multiprocessors  # blocks of the large products, 128 rows each
-        if most is None or most > MANY or busy:
-            return None
-    elif tokens > MOST_DECODE:
+    if tokens is None or tokens > MOST_DECODE:
         return None
-    found = LinearSpec(layout, bias, tokens or MOST_DECODE, tokens is None)
+    found = LinearSpec(layout, bias, tokens)
     if found.tokens == 1:
         return found
     # Each block stages all of its activations: it should have as many rows as leave no multiprocessor idle.
-    turns = ceil_div(most or found.tokens, found.tokens)
-    splits = next((n for n in (1, 2) if ceil_div(layout.tiles * n, found.warps) * turns >= 2 * gpu.multiprocessors), found.splits)
+    splits = next((n for n in (1, 2) if ceil_div(layout.tiles * n, found.warps) >= 2 * gpu.multiprocessors), found.splits)
     return replace(found, splits=splits) if 4 * found.words <= gpu.shared_bytes else None
 
 
@@ -252,7 +231,7 @@ def linear(
     t, _ = tensor_shape(x)
     arrays = [weights[name] for name in layout.arrays()]
     rest, out = [] if bias is None else [bias], ((t, layout.n), "float32")
-    few = few_tokens(layout, bias is not None, int(t) if isinstance(t, tirx.IntImm) else None, most, gpu)
+    few = few_tokens(layout, bias is not None, int(t) if isinstance(t, tirx.IntImm) else None, gpu)
     if few is not None:
         return functions.call("linear", ("few", few), lambda: decode_func(few), [x, *arrays, *rest], out)[0]
     size = min(64, ceil_div(most or 64, 8) * 8)

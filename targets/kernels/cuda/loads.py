@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from moec.targets.kernels.cuda.emit import Expr
 from moec.targets.kernels.cuda.intrinsics import call
 
@@ -43,8 +45,29 @@ __device__ __forceinline__ void moec_read2(void* d, const void* p) {
 
 
 def read_words(target: Expr, source: Expr, count: int = 4) -> None:
-    """Read 2 or 4 words from memory of any kind."""
+    """Read 2 or 4 words from memory of any kind into registers."""
     call(f"moec_read{count}", _READ, target, source)
+
+
+_MOVE = r"""
+#ifndef MOEC_MOVE
+#define MOEC_MOVE
+__device__ __forceinline__ void moec_move(void* d, const void* p) { *(uint4*)d = *(const uint4*)p; }
+__device__ __forceinline__ void moec_write4(void* d, unsigned int a, unsigned int b, unsigned int c, unsigned int e) {
+  *(uint4*)d = make_uint4(a, b, c, e);
+}
+#endif
+"""
+
+
+def move(target: Expr, source: Expr) -> None:
+    """Copy 16 bytes between memories of any kind, both at multiples of 16."""
+    call("moec_move", _MOVE, target, source)
+
+
+def write_words(target: Expr, words: Sequence[Expr]) -> None:
+    """Write 4 words to a multiple of 16 bytes at once."""
+    call("moec_write4", _MOVE, target, *words)
 
 
 _PAIR = r"""

@@ -18,8 +18,7 @@ from moec.targets.kernels.cuda.copies import copy_commit, copy_wait, copy_words,
 from moec.targets.kernels.cuda.dequantize import dequantize
 from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, at, const, local, store, when
 from moec.targets.kernels.cuda.experts_layout import Stack
-from moec.targets.kernels.cuda.gathered import THREADS, Activations, Shape
-from moec.targets.kernels.cuda.image import Images
+from moec.targets.kernels.cuda.gathered import THREADS, Shape, Staged
 from moec.targets.kernels.cuda.intrinsics import scale
 from moec.targets.kernels.cuda.loads import read_words
 from moec.targets.kernels.cuda.matrix import pin, wgmma, wgmma_commit, wgmma_fence, wgmma_wait
@@ -34,11 +33,11 @@ def ring_words(stack: Stack, shape: Shape) -> int:
     return shape.ring * shape.tiles * THREADS * max(layout.unit_words for layout in stack.classes)
 
 
-class Weights(Classes["_Product"]):
+class Weights(Classes["Product"]):
     """The parameters of a stack of weights, and how a block multiplies with them, a tile after the other: `begin`, then `run`."""
 
     def __init__(self, stack: Stack, prefix: str) -> None:
-        super().__init__(stack, prefix, _Product)
+        super().__init__(stack, prefix, Product)
 
     def prepare(self, shape: Shape, thread: Expr, memory: Shared | None = None) -> None:
         """Take the registers, and the memory of a ring, of `ring_words`."""
@@ -50,7 +49,7 @@ class Weights(Classes["_Product"]):
         """Ask for the first weights of rows `tiles` (of 16 a warp, a tile for each 64 of a warpgroup) of an expert."""
         self.each(expert, lambda found, place: found.begin(place, tiles))
 
-    def run(self, expert: Expr, tiles: list[Expr], activations: Activations | Images, sums: Buffer, count: Expr) -> None:
+    def run(self, expert: Expr, tiles: list[Expr], activations: Staged, sums: Buffer, count: Expr) -> None:
         """sums [tiles, tokens / 2] = W[expert, tiles] @ B, after `begin` of both: of `count` tokens, what others have is not used."""
         few, *more = activations.shape.columns
         with ExitStack() as stack:
@@ -62,7 +61,7 @@ class Weights(Classes["_Product"]):
             self.each(expert, lambda found, place: found.run(place, tiles, activations, sums, activations.shape.tokens))
 
 
-class _Product(Stored):
+class Product(Stored):
     """The arrays of the experts of one format."""
 
     def prepare(self, shape: Shape, thread: Expr, ring: Buffer | None) -> None:
@@ -86,7 +85,7 @@ class _Product(Stored):
             if self._ring is not None:
                 copy_commit()
 
-    def run(self, place: Place, tiles: list[Expr], activations: Activations | Images, sums: Buffer, columns: int) -> None:
+    def run(self, place: Place, tiles: list[Expr], activations: Staged, sums: Buffer, columns: int) -> None:
         layout, shape = self.layout, self._shape
         self._columns = columns
         units, blocks = layout.units, place.blocks
@@ -164,7 +163,7 @@ class _Product(Stored):
         copy_wait(ring - self._depth)
 
     def _unit(
-        self, which: int, side: int, place: Place, tiles: list[Expr], block: Expr, unit: int, activations: Activations | Images,
+        self, which: int, side: int, place: Place, tiles: list[Expr], block: Expr, unit: int, activations: Staged,
         stage: Expr, sums: Buffer, parts: Buffer, ask: Callable[[], None] | None,
     ) -> None:  # fmt: skip
         """Multiply with a unit of a block.

@@ -32,7 +32,7 @@ class _Picked(Stored):
         self.layout, self._buffers = layout, buffers
 
 
-def _pick(which: Expr, buffers: Sequence[Buffer], shape: tuple[int, ...], dtype: str) -> Buffer:
+def pick(which: Expr, buffers: Sequence[Buffer], shape: tuple[int, ...], dtype: str) -> Buffer:
     """One of several arrays, as an array of the shape of the largest."""
     parameters = "".join(f", const void* p{i}" for i in range(len(buffers)))
     chain = "".join(f"i == {i} ? p{i} : " for i in range(len(buffers) - 1)) + f"p{len(buffers) - 1}"
@@ -117,11 +117,11 @@ class Matrices:
         self._first_tile = T.Bind((part - first) * self.spec.block_tiles)
         self._last_tile = T.Bind((self._limit + 15) // 16 - 1)
         buffers = {
-            name: _pick(self._which, [arrays[name] for arrays in self._arrays], (1, *shape), dtype)
+            name: pick(self._which, [arrays[name] for arrays in self._arrays], (1, *shape), dtype)
             for name, (shape, dtype) in self._layout.arrays().items()
         }
         self._weights = _Picked(self._layout, buffers)
-        self._out = _pick(self._which, self._outs, (1, self.spec.tokens * self._layout.n), "float32")
+        self._out = pick(self._which, self._outs, (1, self.spec.tokens * self._layout.n), "float32")
 
     def _block(self, slot: int, turn: Expr) -> Expr:
         """The block of columns of a slot in a round."""

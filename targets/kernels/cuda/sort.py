@@ -9,8 +9,9 @@ from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.counting import EXPERTS, TOKENS, count, counts_argument
 from moec.targets.kernels.cuda.emit import Expr, Shared, argument, at, const, kernel, local, store, strided, sync, when
-from moec.targets.kernels.cuda.intrinsics import call, grid_launch, grid_wait
+from moec.targets.kernels.cuda.intrinsics import call, grid_launch, grid_wait, term
 from moec.targets.kernels.cuda.layout import ceil_div
+from moec.targets.kernels.cuda.loads import load4, write_words
 
 THREADS = 512
 
@@ -125,8 +126,12 @@ def sort_func(
 
 
 def combine_func(d: int, top_k: int, dtype: str, tokens: int | None = None) -> tirx.PrimFunc:
-    """PrimFunc (y [S, D], places [S], out [T, D]): the sum of what the slots of each token give, in their order."""
-    threads = 256
+    """PrimFunc (y [S, D], places [S], out [T, D]): the sum of what the slots of each token give, in their order.
+
+    A thread has 16 bytes of the output at a time (D is a multiple of 8), and asks for those of all slots before it adds up the first.
+    """
+    threads, each = 256, 8 if dtype == "bfloat16" else 4
+    assert d % each == 0, d
 
     def arguments() -> tuple[Any, ...]:
         t = tokens if tokens is not None else T.int64()
@@ -139,15 +144,22 @@ def combine_func(d: int, top_k: int, dtype: str, tokens: int | None = None) -> t
         del memory
         grid_wait()
         grid_launch()
-        own = local(top_k, "int32")
+        own, values = local(top_k, "int32"), local(top_k * each, "float32")
         for slot in range(top_k):
             store(own, places[token * top_k + slot], slot)
-        with strided(thread, d, threads) as column:
-            total = local(1, "float32")
-            store(total, const(0.0, "float32"), 0)
+        with strided(thread, d // each, threads) as piece:
             for slot in range(top_k):
-                with when(own[slot] >= 0):
-                    store(total, total[0] + T.cast(y[own[slot], column], "float32"), 0)
-            store(out, T.cast(total[0], dtype), token, column)
+                row = T.max(own[slot], 0)  # of a slot that runs no expert nothing was written
+                for part in range(0, each, 4):
+                    load4(at(values, slot * each + part), at(y, row, piece * each + part), dtype)
+            totals = local(each, "float32")
+            for i in range(each):
+                store(totals, const(0.0, "float32"), i)
+                for slot in range(top_k):
+                    store(totals, totals[i] + T.Select(own[slot] >= 0, values[slot * each + i], const(0.0, "float32")), i)
+            if dtype == "float32":
+                write_words(at(out, token, piece * 4), [T.reinterpret("uint32", totals[i]) for i in range(4)])
+            else:
+                write_words(at(out, token, piece * 8), [term(totals[i], totals[i + 1], 0) for i in range(0, 8, 2)])
 
     return kernel("combine", threads, arguments, lambda operands: [operands[-1]], body)

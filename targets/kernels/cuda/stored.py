@@ -23,12 +23,14 @@ class Place:
 
     Args:
         first, side: the index; or the first block of numbers, and the first of scales.
-        blocks: of a row.
+        blocks: of a row, or so many of them as are multiplied.
+        start: the first of those.
     """
 
     first: Expr
     side: Expr
     blocks: Expr
+    start: Expr = 0
 
 
 FIRST = Place(0, 0, 0)
@@ -53,14 +55,14 @@ class Stored:
 
     def _at(self, name: str, place: Place, tile: Expr, block: Expr, word: Expr) -> Expr:
         """The address of a word of a block of numbers."""
-        index = (place.first + tile * place.blocks + block,) if self._ragged else (place.first, tile, block)
+        index = (place.first + tile * place.blocks + block,) if self._ragged else (place.first, tile, place.start + block)
         return at(self._buffers[name], *index, word)
 
     def _scale_index(self, place: Place, tile: Expr, block: Expr) -> tuple[Expr, ...]:
         """The index of the scales of a block."""
         layout, span = self.layout, self.layout.scale_span
         if not self._ragged:
-            return place.side, tile, block // span
+            return place.side, tile, (place.start + block) // span
         return (place.side + tile,) if layout.per_row else (place.side + tile * ((place.blocks + span - 1) // span) + block // span,)
 
     def sources(self, place: Place, tile: Expr, block: Expr, lane: Expr, unit: int | None = None) -> Iterator[tuple[int, int, Expr]]:

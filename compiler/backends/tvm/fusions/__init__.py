@@ -21,7 +21,7 @@ MATCHERS: tuple[Match, ...] = (attention.match, routing.match, projections.match
 """In the order in which they choose: attention, routing, then the projections that are left."""
 
 
-UP_TO: tuple[Match, ...] = (routing.match_up_to,)
+UP_TO: tuple[Match, ...] = (routing.match_up_to, projections.match_up_to)
 """The same for functions of any number of tokens up to so many."""
 
 

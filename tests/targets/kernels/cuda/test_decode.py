@@ -35,15 +35,13 @@ def test_a_linear_layer_of_one_token(name: str) -> None:
     assert relative(found, x.astype(np.float64) @ weight.T + bias) < 2e-5
 
 
-@pytest.mark.parametrize(
-    ("name", "tokens", "block", "splits"), [("int4_g32", 2, None, 2), ("bf16", 8, None, 1), ("int3_channel", 11, 8, 4)]
-)
-def test_a_linear_layer_of_several_tokens(name: str, tokens: int, block: int | None, splits: int) -> None:
+@pytest.mark.parametrize(("name", "tokens", "splits"), [("int4_g32", 2, 2), ("bf16", 8, 1), ("int3_channel", 5, 4)])
+def test_a_linear_layer_of_several_tokens(name: str, tokens: int, splits: int) -> None:
     rng = np.random.default_rng(2)
     layout = FragmentLayout(40, 264, name)
     arrays, weight = packed(layout, rng)
     x, bias = rng.standard_normal((tokens, layout.k)).astype(np.float32), rng.standard_normal(layout.n).astype(np.float32)
-    spec = LinearSpec(layout, bias=True, tokens=block or tokens, any_number=block is not None, warps=4, splits=splits)
+    spec = LinearSpec(layout, bias=True, tokens=tokens, warps=4, splits=splits)
     (found,) = CudaKernel(decode_func(spec))(
         x, *(array[None] for array in arrays.values()), bias, outputs=[((tokens, layout.n), "float32")]
     )
@@ -53,14 +51,11 @@ def test_a_linear_layer_of_several_tokens(name: str, tokens: int, block: int | N
 def test_which_linear_kernel_runs() -> None:
     gpu = Gpu(232_448, 132)
     square, head = FragmentLayout(2048, 2048, "int4_g128"), FragmentLayout(50304, 2048, "int4_g128")
-    assert few_tokens(square, False, 1, None, gpu) == LinearSpec(square)
-    assert few_tokens(square, False, 8, None, gpu) == LinearSpec(square, tokens=8)
-    assert few_tokens(head, False, 8, None, gpu) == LinearSpec(head, tokens=8, splits=1)  # 8 tiles of a block share its activations
-    assert few_tokens(square, False, None, 48, gpu) == LinearSpec(square, tokens=8, any_number=True)
-    assert few_tokens(square, False, None, 192, gpu) is few_tokens(square, False, None, None, gpu) is None
-    assert few_tokens(head, False, None, 48, gpu) is None  # its rows keep the GPU busy
-    assert few_tokens(FragmentLayout(2048, 14336, "int4_g128"), False, 8, None, gpu) is None  # more shared memory than there is
-    assert few_tokens(square, False, 9, None, gpu) is None
+    assert few_tokens(square, False, 1, gpu) == LinearSpec(square)
+    assert few_tokens(square, False, 8, gpu) == LinearSpec(square, tokens=8)
+    assert few_tokens(head, False, 8, gpu) == LinearSpec(head, tokens=8, splits=1)  # 8 tiles of a block share its activations
+    assert few_tokens(square, False, None, gpu) is few_tokens(square, False, 9, gpu) is None
+    assert few_tokens(FragmentLayout(2048, 14336, "int4_g128"), False, 8, gpu) is None  # more shared memory than there is
 
 
 @pytest.mark.parametrize(

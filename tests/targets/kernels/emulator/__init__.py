@@ -27,7 +27,7 @@ from tests.targets.kernels.emulator import ptx
 HERE = Path(__file__).parent
 CACHE = Path(tempfile.gettempdir()) / "moec-cuda-emulator"
 FLAGS = ("-std=c++17", "-O0", "-fPIC", "-w")  # compiling takes longer than what it gives
-DIMENSIONS = [f"{kind}.{axis}" for kind in ("blockIdx", "threadIdx") for axis in "xyz"]
+DIMENSIONS = [*(f"{kind}.{axis}" for kind in ("blockIdx", "threadIdx") for axis in "xyz"), "clusterCtaIdx.x"]
 
 
 def launched(run: Callable[[], object]) -> None:
@@ -84,7 +84,7 @@ def _launcher(library: ctypes.CDLL, function: Function) -> Any:
         size = dict.fromkeys(DIMENSIONS, 1)
         size.update({tag: int(n) for tag, n in zip([t for t in function.tags if t in size], args[count:], strict=False)})
         pointers = (ctypes.c_void_p * max(count, 1))(*(ctypes.addressof(value) for value in values))
-        sizes = (ctypes.c_int * 6)(*size.values())
+        sizes = (ctypes.c_int * len(size))(*size.values())
 
         def run(_: object = values) -> None:  # to which there are pointers
             library.emulator_launch(ctypes.cast(entry, ctypes.c_void_p), pointers, sizes)

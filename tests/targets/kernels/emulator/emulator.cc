@@ -5,23 +5,31 @@ Index threadIdx, blockIdx, blockDim, gridDim;
 namespace emulator {
 std::vector<Thread> threads;
 std::vector<Barrier> warps;
-Barrier block;
-int votes;
+std::vector<Block> blocks;
+Barrier cluster;
+int block_size;
 std::vector<uint64_t> slots;
 int current;
 long progress;
-alignas(1024) unsigned char shared[1 << 18];
+alignas(1024) unsigned char memory[8 * SHARED];
+unsigned char* shared = memory;
 static ucontext_t beginning;
 static jmp_buf scheduler;  // switching by longjmp takes no system call, which swapcontext takes two of
 static void (*body)(void*);
 static void* arguments;
 constexpr size_t STACK = 1 << 20;  // pages of it exist once they are used
 
+static void take_up(int thread) {
+  current = thread;
+  threadIdx = threads[thread].index;
+  blockIdx = block().index;
+  shared = memory + thread / block_size * SHARED;
+}
+
 void yield() {
   int me = current;
   if (!_setjmp(threads[me].place)) _longjmp(scheduler, 1);
-  current = me;
-  threadIdx = threads[me].index;
+  take_up(me);
 }
 
 static void leave(Barrier& barrier) {  // those that returned are not waited for
@@ -32,11 +40,12 @@ static void leave(Barrier& barrier) {  // those that returned are not waited for
 
 static void enter() {
   int me = current;
-  threadIdx = threads[me].index;
+  take_up(me);
   body(arguments);
   threads[me].done = true;
   leave(warps[me / 32]);
-  leave(block);
+  leave(blocks[me / block_size].barrier);
+  leave(cluster);
   _longjmp(scheduler, 1);
 }
 
@@ -47,11 +56,14 @@ static void resume(Thread& thread) {
   swapcontext(&beginning, &thread.context);
 }
 
-static void run_block(int count) {
-  block = {0, count, 0};
+static void run_blocks() {
+  int count = block_size * int(blocks.size());
+  cluster = {0, count, 0};
+  for (auto& block : blocks) block.barrier = {0, block_size, 0};
   for (size_t warp = 0; warp < warps.size(); ++warp) warps[warp] = {0, std::min(32, count - int(warp) * 32), 0};
-  for (int i = 0; i < count; ++i) {
-    Thread& thread = threads[i];
+  for (int at = 0; at < count; ++at) {
+    int i = at % block_size;
+    Thread& thread = threads[at];
     thread.done = thread.begun = false;
     thread.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
     getcontext(&thread.context);
@@ -69,7 +81,7 @@ static void run_block(int count) {
       left -= threads[i].done;
     }
     if (left && progress == before) {
-      fprintf(stderr, "emulator: the threads of a block wait for each other at different barriers\n");
+      fprintf(stderr, "emulator: the threads of a block or cluster wait for each other at different barriers\n");
       abort();
     }
   }
@@ -80,7 +92,14 @@ static void launch(void (*function)(void*), void* pointer, const int* size) {
   arguments = pointer;
   gridDim = {unsigned(size[0]), unsigned(size[1]), unsigned(size[2])};
   blockDim = {unsigned(size[3]), unsigned(size[4]), unsigned(size[5])};
-  int count = size[3] * size[4] * size[5];
+  block_size = size[3] * size[4] * size[5];
+  const unsigned together = std::max(size[6], 1);
+  int count = block_size * together;
+  if (together > 8 || gridDim.x % together || (together > 1 && block_size % 32)) {
+    fprintf(stderr, "emulator: %u blocks of %d threads of a grid of %u are no cluster\n", together, block_size, gridDim.x);
+    abort();
+  }
+  blocks.resize(together);
   threads.resize(std::max<size_t>(threads.size(), count));
   for (auto& thread : threads)
     if (!thread.stack) thread.stack.reset(new char[STACK]);
@@ -88,9 +107,9 @@ static void launch(void (*function)(void*), void* pointer, const int* size) {
   slots.resize(((count + 31) / 32) * 32);
   for (unsigned z = gridDim.z; z-- > 0;)  // the last block first: none may rely on those before it
     for (unsigned y = gridDim.y; y-- > 0;)
-      for (unsigned x = gridDim.x; x-- > 0;) {
-        blockIdx = {x, y, z};
-        run_block(count);
+      for (unsigned x = gridDim.x; x >= together; x -= together) {
+        for (unsigned i = 0; i < together; ++i) blocks[i].index = {x - together + i, y, z};
+        run_blocks();
       }
 }
 }  // namespace emulator

@@ -1,4 +1,5 @@
-// What generated CUDA code needs, for a C++ compiler: a block's threads are coroutines that change places at barriers and shuffles.
+// What generated CUDA code needs, for a C++ compiler: the threads of a block, or of a cluster of blocks, are coroutines that change
+// places at barriers and shuffles. Blocks of a cluster have no `__shared__` variables, only memory that is given at the launch.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -65,12 +66,17 @@ struct Barrier { int waiting = 0, size = 0; long generation = 0; };
 struct Thread { ucontext_t context; jmp_buf place; std::unique_ptr<char[]> stack; Index index; bool begun, done; };
 extern std::vector<Thread> threads;
 extern std::vector<Barrier> warps;
-extern Barrier block;
-extern int votes;
+struct Block { Barrier barrier; int votes = 0; Index index; };
+extern std::vector<Block> blocks;  // of a cluster
+extern Barrier cluster;
+extern int block_size;
 extern std::vector<uint64_t> slots;
 extern int current;
 extern long progress;
-extern unsigned char shared[];  // what a block has, beyond variables
+constexpr int SHARED = 1 << 18;
+extern unsigned char memory[];  // SHARED bytes of each block of a cluster
+extern unsigned char* shared;  // what the block of the current thread has, beyond variables
+inline Block& block() { return blocks[current / block_size]; }
 void yield();
 inline void arrive(Barrier& barrier) {
   long generation = barrier.generation;
@@ -87,13 +93,13 @@ template <typename T> T exchange(T value, int source) {
 }
 }  // namespace emulator
 
-inline void __syncthreads() { emulator::arrive(emulator::block); }
+inline void __syncthreads() { emulator::arrive(emulator::block().barrier); }
 inline int __syncthreads_or(int x) {
-  emulator::votes |= x != 0;
+  emulator::block().votes |= x != 0;
   __syncthreads();
-  int found = emulator::votes;
+  int found = emulator::block().votes;
   __syncthreads();
-  emulator::votes = 0;
+  emulator::block().votes = 0;
   __syncthreads();
   return found;
 }

@@ -37,10 +37,11 @@ inline void load(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void*
 // places in turn, so that none is overwritten before all have read it.
 struct Fragments { uint32_t a[4], b[2]; };
 inline Fragments* share(Fragments own) {
-  static std::vector<Fragments> all(2 * 1024);
-  static std::vector<int> turns(1024);
+  constexpr int MOST = 8 * 1024;
+  static std::vector<Fragments> all(2 * MOST);
+  static std::vector<int> turns(MOST);
   int me = emulator::current;
-  Fragments* warp = &all[1024 * (turns[me]++ & 1) + me / 32 * 32];
+  Fragments* warp = &all[MOST * (turns[me]++ & 1) + me / 32 * 32];
   warp[me % 32] = own;
   emulator::arrive(emulator::warps[me / 32]);
   return warp;
@@ -82,7 +83,18 @@ inline void barrier_wait(uint32_t b, int parity) {
   while ((mbarrier(b).phase & 1) == parity) emulator::yield();
 }
 inline void bulk_copy(uint32_t d, const void* p, int bytes, uint32_t) { memcpy(emulator::shared + d, p, bytes); }
-inline void cluster_wait() { __syncthreads(); }
+inline void cluster_wait() { emulator::arrive(emulator::cluster); }
+
+// Memory of a block of the cluster is where `memory` has it.
+inline void map_rank(uint32_t& there, uint32_t address, int rank) {
+  if (rank >= int(emulator::blocks.size())) unknown("the memory of a block that the cluster does not have");
+  there = rank * emulator::SHARED + address;
+}
+inline void read_cluster(float& a, float& b, float& c, float& d, uint32_t there) {
+  if (there % 16) unknown("a load of 16 bytes that are not aligned");
+  float* target[4] = {&a, &b, &c, &d};
+  for (int i = 0; i < 4; ++i) memcpy(target[i], emulator::memory + there + 4 * i, 4);
+}
 
 inline void atomic_inc(uint32_t& before, uint32_t* p, uint32_t most) { before = atomicInc(p, most); }
 

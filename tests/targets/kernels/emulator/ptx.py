@@ -29,6 +29,8 @@ KNOWN = {
     "{.reg .b32 r; mapa.shared::cluster.u32 r, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [r];}": "barrier_arrive",
     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];": "bulk_copy",
     "barrier.cluster.wait.aligned;": "cluster_wait",
+    "mapa.shared::cluster.u32 %0, %1, %2;": "map_rank",
+    "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];": "read_cluster",
     **{
         f"stmatrix.sync.aligned.m8n8.x{n}.trans.shared.b16 [%0], {{{','.join(f'%{i + 1}' for i in range(n))}}};": "store_matrix"
         for n in (1, 2, 4)
