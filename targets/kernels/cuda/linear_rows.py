@@ -18,8 +18,8 @@ MOST_HELD = 8
 _TERMS = (
     SPLIT
     + r"""
-#ifndef MOEC_TERMS
-#define MOEC_TERMS
+#ifndef MOEC_STORE_TERMS
+#define MOEC_STORE_TERMS
 __device__ __forceinline__ void moec_store_terms(void* d, int stride, const float* v) {
   unsigned int high[4], low[4];
   #pragma unroll
