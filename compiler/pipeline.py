@@ -81,7 +81,8 @@ def compile_model(
         resume: keep what an interrupted run of the same work finished: weight files in `OUT.part`, and in `OUT.work` what passes keep.
         dry_run: stop after planning; works from `config.json` alone.
         portable: the ONNX backend writes standard operators only.
-        activations: what the ONNX backend multiplies packed weights with: `float`, or `int8` (faster, about 1 % off a product).
+        activations: what the ONNX backend multiplies packed weights with: for a CPU `float`, or `int8` (faster, about 1 % off a product);
+            for a GPU `float16`, which `float` means there, or `bfloat16`.
         kv_cache_dtype: what keys and values of attention are kept in, `float32`, or `bfloat16` on GPUs, which take it unless told; the ONNX
             backend has what it computes with.
 

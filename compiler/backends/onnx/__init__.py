@@ -34,7 +34,7 @@ GROW = "grow.onnx"
 
 Activations = Literal["float", "int8", "float16", "bfloat16"]
 
-_HALVES = {"float": "bf16", "bfloat16": "bf16", "float16": "f16"}
+_HALVES = {"float": "f16", "bfloat16": "bf16", "float16": "f16"}
 """What GPUs compute with, by the name of activations. Unless told they take the wider range: experts of large models reach numbers beyond
 float16's 65504."""
 
@@ -50,8 +50,8 @@ class OnnxBackend:
         target: a CPU or an NVIDIA GPU.
         portable: standard operators only, for CPUs.
         activations: what products compute with. On a CPU `float` (float32), or `int8` with a scale a block where weights are integers,
-            which is faster and costs about 1 % of accuracy a product. On a GPU `bfloat16` (which `float` means), or `float16`, which is
-            8 times as exact where its range is enough.
+            which is faster and costs about 1 % of accuracy a product. On a GPU `float16` (which `float` means), or `bfloat16`, which is
+            an eighth as exact, for models whose activations are beyond 65504 within a layer.
         terms: with float activations, 8-bit linear layers compute with two int8 terms (see `linear`). None: on x86-64.
     """
 
