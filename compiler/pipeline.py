@@ -82,9 +82,9 @@ def compile_model(
         dry_run: stop after planning; works from `config.json` alone.
         portable: the ONNX backend writes standard operators only.
         activations: what the ONNX backend multiplies packed weights with: for a CPU `float`, or `int8` (faster, about 1 % off a product);
-            for a GPU `bfloat16`, which `float` means there, or `float16`.
-        kv_cache_dtype: what keys and values of attention are kept in, `float32` or `bfloat16` (GPUs only, which take it unless told);
-            with the ONNX backend what `activations` says.
+            for a GPU `float16`, which `float` means there, or `bfloat16`.
+        kv_cache_dtype: what keys and values of attention are kept in, `float32`, or `bfloat16` on GPUs, which take it unless told; the ONNX
+            backend has what it computes with.
 
     Returns:
         What was (or would be) written: sizes by role and format, and the graph's operations.

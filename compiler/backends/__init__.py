@@ -1,7 +1,7 @@
 """Backends: a folder each, found by its name, with a `make(graph, target, portable, cache_dtype)` that returns a `base.Backend`.
 
-Its `cache_dtypes(target)` are the types that keys and values can be kept in, the one that it takes unless told first. It may also have a
-`takes_mixed_experts(target)`, where a layer whose experts differ in format can be one node.
+Its `cache_dtypes(target, activations)` are the types that keys and values can be kept in, the one that it takes unless told first. It may
+also have a `takes_mixed_experts(target)`, where a layer whose experts differ in format can be one node.
 """
 
 from __future__ import annotations
@@ -32,16 +32,14 @@ def cache_dtype(name: str, target: Target, asked: str | None = None, activations
     """The type that a backend keeps keys and values in on a target: the one that is asked for, or the one that it takes unless told.
 
     Args:
-        activations: what the backend computes with, which goes for keys and values too where it can.
+        activations: what it computes with.
 
     Raises:
         MoecError: there is no such backend or type, or the backend does not have it on this target.
     """
-    offered: tuple[str, ...] = load_file(__name__, "backend", name, folders=True).cache_dtypes(target)
-    if asked is None:
-        return activations if activations in offered else offered[0]
-    if asked in offered:
-        return asked
+    offered: tuple[str, ...] = load_file(__name__, "backend", name, folders=True).cache_dtypes(target, activations)
+    if asked is None or asked in offered:
+        return asked or offered[0]
     if asked not in CACHE_BYTES:
         raise unknown("type of key/value cache", asked, CACHE_BYTES)
     raise MoecError(

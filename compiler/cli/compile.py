@@ -35,7 +35,7 @@ def command(
         str,
         typer.Option(
             metavar="float|int8|float16|bfloat16",
-            help="ONNX backend: on a CPU float, or int8, faster and about 1 % off; on a GPU bfloat16 (as float says), or float16.",
+            help="ONNX backend: on a CPU float, or int8, faster and about 1 % off; on a GPU float16 (as float says), or bfloat16.",
         ),
     ] = "float",
     kv_cache_dtype: Annotated[

@@ -34,10 +34,11 @@ GROW = "grow.onnx"
 
 Activations = Literal["float", "int8", "float16", "bfloat16"]
 
-_HALVES = {"float": "bf16", "bfloat16": "bf16", "float16": "f16"}
-_NAMES = {None: "float32", "bf16": "bfloat16", "f16": "float16"}
-"""What GPUs compute with, by the name of activations. Unless told they take the wider range: experts of large models reach numbers beyond
-float16's 65504."""
+_HALVES = {"float": "f16", "bfloat16": "bf16", "float16": "f16"}
+"""What GPUs compute with, by the name of activations: unless told the more exact of both, as what adds up over layers stays float32."""
+
+_NAMES = {"bf16": "bfloat16", "f16": "float16", None: "float32"}
+"""What they and their caches are called; None: on CPUs."""
 
 
 class OnnxBackend:
@@ -48,8 +49,8 @@ class OnnxBackend:
         target: a CPU or an NVIDIA GPU.
         portable: standard operators only, for CPUs.
         activations: what products compute with. On a CPU `float` (float32), or `int8` with a scale a block where weights are integers,
-            which is faster and costs about 1 % of accuracy a product. On a GPU `bfloat16` (which `float` means), or `float16`, which is
-            8 times as exact where its range is enough.
+            which is faster and costs about 1 % of accuracy a product. On a GPU `float16` (which `float` means), or `bfloat16`, which is
+            an eighth as exact, for models whose activations are beyond 65504 within a layer.
         terms: with float activations, 8-bit linear layers compute with two int8 terms (see `linear`). None: on x86-64.
     """
 
@@ -57,7 +58,6 @@ class OnnxBackend:
         self, graph: Graph, target: Target, portable: bool = False, activations: Activations = "float", terms: bool | None = None
     ) -> None:
         self.half = _check(target, portable, activations)
-        self.cache_dtype = _NAMES[self.half]
         self.graph, self.portable, self.activations = graph, portable, activations
         check_tokenwise(graph)
         check_lowerable(graph)
@@ -129,11 +129,11 @@ class OnnxBackend:
             **(self._for_gpu(folder) if self.half else {}),
             "portable": self.portable,
             "onnxruntime": "1.23" if self.portable else "1.31",
-            "activations": self.cache_dtype if self.half else self.activations,
+            "activations": _NAMES[self.half] if self.half else self.activations,
             "activation_quantised": self.activation_quantised(),
             "terms": self.terms,
             "inputs": [i.name for i in model.graph.input],
-            "cache_dtype": self.cache_dtype,
+            "cache_dtype": _NAMES[self.half],
             "cache": [[c.heads, c.key_size, c.value_size] for c in lowering.caches],
         }
 
@@ -173,23 +173,14 @@ def activation_quantised(graph: Graph, target: Target, activations: Activations 
     return OnnxBackend(graph, target, activations=activations).activation_quantised()
 
 
-def cache_dtypes(target: Target) -> tuple[str, ...]:
-    """Types of cached keys and values: the attention operator takes float32 on processors, and on GPUs what activations are."""
-    return ("float32",) if target.kind == "cpu" else ("bfloat16", "float16")
+def cache_dtypes(target: Target, activations: str = "float") -> tuple[str, ...]:
+    """Types of cached keys and values: the attention operators take what queries are, float32 on CPUs, and what a GPU computes with."""
+    return (_NAMES[_HALVES.get(activations, "bf16") if target.kind == "cuda" else None],)
 
 
 def make(
-    graph: Graph, target: Target, portable: bool, cache_dtype: str, activations: Activations = "float", terms: bool | None = None
+    graph: Graph, target: Target, portable: bool, cache_dtype: str = "float32",  # noqa: ARG001  # there is no choice
+    activations: Activations = "float", terms: bool | None = None,
 ) -> OnnxBackend:  # fmt: skip
-    """The backend for a graph.
-
-    Raises:
-        MoecError: it cannot be lowered, or keys and values are to be kept in another type than attention computes with.
-    """
-    backend = OnnxBackend(graph, target, portable, activations, terms)
-    if cache_dtype != backend.cache_dtype:
-        raise MoecError(
-            f"--kv-cache-dtype {cache_dtype}: the onnx backend keeps keys and values in {backend.cache_dtype}, as attention computes with; "
-            f"give --activations {cache_dtype}"
-        )
-    return backend
+    """The backend for a graph."""
+    return OnnxBackend(graph, target, portable, activations, terms)

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 _STORE4 = r"""
 #ifndef MOEC_STORE4
 #define MOEC_STORE4
-__device__ __forceinline__ void moec_store4(void* p, const float* v) { *(float4*)p = make_float4(v[0], v[1], v[2], v[3]); }
+__device__ __forceinline__ void moec_store4(void* p, const float* v) {
+  asm volatile("st.global.v4.f32 [%0], {%1,%2,%3,%4};" :: "l"(p), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
+}
 #endif
 """
 

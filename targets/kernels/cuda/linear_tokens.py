@@ -117,9 +117,10 @@ class TokensSpec:
         return self.splits * sum(self.parts(members) for members in self.by_format)
 
     def shape(self, layout: FragmentLayout) -> Shape:
-        """The product of a warpgroup with weights of a format."""
-        sets = min(self.share * layout.units, max(1, self.held // layout.unit_words))
-        return Shape(self.tokens, 1, self.stages, TERMS, depth=max(2, sets))
+        """The product of a warpgroup with weights of a format: as many as may be are on their way, and one set more is being used."""
+        sets = min(self.share * layout.units, max(1, self.held // layout.unit_words)) + 1
+        whole = sets // layout.units * layout.units  # fewer blocks until the sets are used in the same order again
+        return Shape(self.tokens, 1, self.stages, TERMS, depth=max(2, whole))
 
     @property
     def words(self) -> int:

@@ -90,8 +90,9 @@ class Stored:
             inner = (0,) if layout.fp8.block else (lane // 4, 0, 0)
             load_words(at(sides, first), at(self._buffers["scale"], *self._scale_index(place, tile, block), *inner), 2, self.early)
         elif layout.integer is not None:
-            source = at(self._buffers["scale"], *self._scale_index(place, tile, block), lane // 4, 0, 0)
-            load_words(at(sides, first), source, layout.block_groups, self.early)
+            for group in range(0, layout.block_groups, 4):
+                source = at(self._buffers["scale"], *self._scale_index(place, tile, block), lane // 4, group, 0)
+                load_words(at(sides, first + group), source, min(4, layout.block_groups - group), self.early)
 
     def scales(self, target: Buffer, sides: Buffer, first: int, group: int) -> None:
         """The scales of a lane's two rows for a group of a block, two float32, from the words that `fetch_scales` wrote."""

@@ -13,7 +13,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from moec.compiler.backends import cache_dtype, make_backend
+from moec.compiler.backends import make_backend
 from moec.compiler.backends.onnx import Activations, OnnxBackend
 from moec.compiler.backends.onnx.half import exact_linears
 from moec.compiler.errors import MoecError
@@ -219,7 +219,7 @@ def test_what_stays_float32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", [Quantize(experts="int4_g32", linear="int4_g32", embedding="int8_g64"), Quantize(experts="bf16")])
 def test_types_of_a_bfloat16_model_fit(step: Quantize, tmp_path: Path) -> None:
-    built = compiled(quantized(layer(), step), tmp_path, "float")
+    built = compiled(quantized(layer(), step), tmp_path, "bfloat16")
     assert [built.executor_section[name] for name in ("activations", "cache_dtype")] == ["bfloat16"] * 2
     onnx.checker.check_model(tmp_path / "model.onnx")
     options = ort.SessionOptions()
@@ -258,11 +258,6 @@ def test_options_that_do_not_suit_a_target() -> None:
         OnnxBackend(graph, TARGET, activations="float16")
     with pytest.raises(MoecError, match="kind of activations 'f16'"):
         make_backend("onnx", graph, GPU, activations="f16")
-    with pytest.raises(MoecError, match="--kv-cache-dtype bfloat16: the onnx backend keeps keys and values in float16"):
-        make_backend("onnx", graph, GPU, activations="float16", kv_cache_dtype="bfloat16")
-    with pytest.raises(MoecError, match="--kv-cache-dtype float32: the onnx backend keeps keys and values in bfloat16 or float16"):
-        make_backend("onnx", graph, GPU, kv_cache_dtype="float32")
-    assert [cache_dtype("onnx", GPU, activations=a) for a in ("float", "bfloat16", "float16")] == ["bfloat16", "bfloat16", "float16"]
 
 
 def test_an_artifact_for_a_gpu_says_what_it_needs(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from moec.compiler.backends.tvm.cuda import CudaPlatform
 from moec.compiler.backends.tvm.fusion import Fusion, disjoint
-from moec.compiler.backends.tvm.fusions.projections import Projections, match
+from moec.compiler.backends.tvm.fusions.projections import Projections, Several, match, match_up_to
 from moec.compiler.backends.tvm.storage import plan_storage
 from moec.compiler.ir import Graph
 from moec.compiler.text import parse_graph
@@ -147,6 +148,27 @@ def test_several_tokens_are_matched_where_all_blocks_run_at_once() -> None:
         assert not any(isinstance(found, Projections) for found in platform.fusions(graph, plan_storage(graph, platform), function))
 
 
+def test_any_number_of_tokens_up_to_so_many() -> None:
+    """The linear layers of a value alone; one in front of a router may go with that. A single one is nothing to fuse."""
+    graph, platform = parse_graph(BLOCK), CudaPlatform(get_target("h100-sxm"))
+    storage = plan_storage(graph, platform)
+    found = match_up_to(graph, storage, platform.gpu, 48)
+    assert [names(fusion) for fusion in found] == [["logits", "a", "b"], ["a", "b"]]
+    assert [(matrix.layout.format, matrix.bias) for matrix in found[0].spec.matrices] == [
+        ("bf16", True),
+        ("int4_g16", False),
+        ("int4_g16", False),
+    ]
+    assert match_up_to(graph, storage, platform.gpu, 1024) == []
+
+    def several(function: Function) -> list[list[str]]:
+        fusions = platform.fusions(graph, storage, function)
+        return [names(fusion) for fusion in fusions if isinstance(fusion, Several)]
+
+    assert several(Function("forward48", most=48)) == several(Function("forward192", most=192)) == [["a", "b"]]  # the router has the other
+    assert several(Function("forward")) == several(Function("decode8", 8, 8, 8)) == []
+
+
 @pytest.mark.parametrize(("target", "tokens"), [("h100-sxm", 8), ("l4", 4)])
 def test_what_suits_a_gpu(target: str, tokens: int) -> None:
     """The most tokens for which q, k and v of 2048 rows fit; one always does."""
@@ -184,3 +206,25 @@ def test_a_model_on_the_emulated_gpu(name: str, emulated: Gpu, tmp_path: Path) -
         found = executor.forward([(sequences[i], texts[i][ends[i] : ends[i] + steps[i]]) for i in called])
         ends = [end + count for end, count in zip(ends, steps, strict=True)]
         np.testing.assert_allclose(found, [expected[i][ends[i] - 1] for i in called], atol=1e-4)
+
+
+@needs_emulator
+@pytest.mark.parametrize("name", ["int4_g16", "bf16"])
+def test_a_model_with_many_tokens_on_the_emulated_gpu(name: str, whole: Gpu, tmp_path: Path) -> None:
+    """A batch of sequences, some with several tokens; k and v have another format than q."""
+    graph = with_format(parse_graph(DENSE), name)
+    graph = graph.with_params([replace(graph.params[other], format="int8_g16") for other in ("wk", "wv")])
+    platform = CudaPlatform(get_target("h100-sxm"))
+    together = match_up_to(graph, plan_storage(graph, platform), platform.gpu, 48)
+    assert [names(fusion) for fusion in together] == [["q", "k", "v"], ["g", "u"]]
+    model = Compiled(graph, random_weights(graph), tmp_path, "h100-sxm", whole, (30,))
+    assert b"linear_tokens_kernel" in (tmp_path / "lib.so").read_bytes()
+    rng, executor = np.random.default_rng(2), model.executor
+    texts = [rng.integers(0, executor.vocab_size, 24) for _ in range(6)]
+    sequences, ends = [executor.add() for _ in texts], [0] * 6
+    for first, others in ((20, 1), (1, 2), (1, 3)):
+        steps = [first, *[others] * 5]
+        found = executor.forward([(s, t[e : e + n]) for s, t, e, n in zip(sequences, texts, ends, steps, strict=True)])
+        ends = [end + n for end, n in zip(ends, steps, strict=True)]
+        expected = [model.expected(text[:end])[-1] for text, end in zip(texts, ends, strict=True)]
+        np.testing.assert_allclose(found, expected, atol=1e-4)

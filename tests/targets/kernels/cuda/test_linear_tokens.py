@@ -20,7 +20,18 @@ from tests.targets.kernels.emulator import needs_emulator
 from tests.targets.kernels.run_cuda import CudaKernel
 
 GPU = Gpu(232_448, MULTIPROCESSORS)
-FORMATS = ["bf16", "int8_g128", "int8_g32_asym", "int4_g128", "int4_g256_asym", "int3_channel", "int2_g64", "fp8_channel", "fp8_block128"]
+FORMATS = [
+    "bf16",
+    "int8_g128",
+    "int8_g32_asym",
+    "int4_g128",
+    "int4_g256_asym",
+    "int3_channel",
+    "int2_g64",
+    "int4_g16",
+    "fp8_channel",
+    "fp8_block128",
+]
 SQUARE = Projection(FragmentLayout(2048, 2048, "int4_g128"))
 
 

@@ -31,6 +31,11 @@ inline void load(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, const void*
   if (uintptr_t(p) % 16) unknown("a load of 16 bytes that are not aligned");
   load(a, b, p), load(c, d, (const char*)p + 8);
 }
+inline void store(void* p, float a, float b, float c, float d) {
+  if (uintptr_t(p) % 16) unknown("a store of 16 bytes that are not aligned");
+  const float values[4] = {a, b, c, d};
+  memcpy(p, values, 16);
+}
 
 // mma.m16n8k16 of bfloat16 and mma.m16n8k32 of bytes (PTX ISA, "Matrix Fragments"): lane 4 g + t has rows g and g + 8 of A, column g of B,
 // and columns 2 t and 2 t + 1 of D; a register is 2 or 4 numbers of a row or a column. What the lanes of a warp bring lies in one of two

@@ -20,6 +20,7 @@ KNOWN = {
         for kind in ("", ".nc")
         for vector in ("u32 %0, [%1];", "v2.u32 {%0,%1}, [%2];", "v4.u32 {%0,%1,%2,%3}, [%4];")
     },
+    "st.global.v4.f32 [%0], {%1,%2,%3,%4};": "store",
     "fma.rn.bf16x2 %0, %1, %2, %3;": "fma_bf16x2",
     "cvt.rn.bf16x2.f32 %0, %1, %2;": "pack_bf16x2",
     "{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}": "unpack_f16x2",
