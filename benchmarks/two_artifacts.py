@@ -1,4 +1,5 @@
-"""Do two artifacts of one model agree? The same recipe compiled for a processor and for a GPU, say.
+"""Do two artifacts of one model agree? The same recipe compiled for a processor and for a GPU, say (there with
+`--kv-cache-dtype float32`, which processors have).
 
     python -m benchmarks.two_artifacts FIRST SECOND --data TEXT [--prompts 20] [--prompt-tokens 32] [-n 64] [--tie 1e-3] [--json]
 

@@ -81,8 +81,10 @@ def compile_model(
         resume: keep what an interrupted run of the same work finished: weight files in `OUT.part`, and in `OUT.work` what passes keep.
         dry_run: stop after planning; works from `config.json` alone.
         portable: the ONNX backend writes standard operators only.
-        activations: what the ONNX backend multiplies packed weights with: `float`, or `int8` (faster, about 1 % off a product).
-        kv_cache_dtype: what keys and values of attention are kept in, `float32` or `bfloat16` (GPUs only, which take it unless told).
+        activations: what the ONNX backend multiplies packed weights with: for a CPU `float`, or `int8` (faster, about 1 % off a product);
+            for a GPU `float16`, which `float` means there, or `bfloat16`.
+        kv_cache_dtype: what keys and values of attention are kept in, `float32`, or `bfloat16` on GPUs, which take it unless told; the ONNX
+            backend has what it computes with.
 
     Returns:
         What was (or would be) written: sizes by role and format, and the graph's operations.
@@ -99,7 +101,7 @@ def compile_model(
     progress, place = progress or Progress(), on_device(device)
     chosen = load_recipe(recipe) if recipe is not None else NOTHING
     hardware = get_target(target)
-    cached = cache_dtype(backend, hardware, kv_cache_dtype)
+    cached = cache_dtype(backend, hardware, kv_cache_dtype, activations)
     with progress.step("trace"):
         checkpoint = huggingface.resolve(model) if isinstance(model, str | Path) else None
         source = Model(*(huggingface.load(checkpoint) if checkpoint else model if isinstance(model, tuple) else graph_of(model)))

@@ -144,8 +144,11 @@ class SharedCache:
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         logits = np.empty((len(slots), len(feeds["rows"]), self.vocab_size), np.float32)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        self.session.run_with_iobinding(binding)
+        self._execute(binding)
         return logits
+
+    def _execute(self, binding: IOBinding) -> None:
+        self.session.run_with_iobinding(binding)
 
 
 class CopiedCache:

@@ -125,6 +125,11 @@ class DeviceCache(SharedCache):
             binding.bind_output(f"present_{name}", self.device, 0, self.kind, shape, start)
         return binding
 
+    def _execute(self, binding: IOBinding) -> None:
+        binding.synchronize_inputs()
+        self.session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
     def step(self, slot: int, length: int, token: int) -> NDArray[np.float32]:
         """As `Cache.step`. A binding copies inputs to a device when they are bound, so that they are bound anew."""
         feeds: dict[str, NDArray[Any]] = {"ids": np.array([[token]]), "positions": np.array([[length]]), "rows": np.zeros(1, np.int32)}

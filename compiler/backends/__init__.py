@@ -1,7 +1,7 @@
 """Backends: a folder each, found by its name, with a `make(graph, target, portable, cache_dtype)` that returns a `base.Backend`.
 
-Its `cache_dtypes(target)` are the types that keys and values can be kept in, the one that it takes unless told first. It may also have a
-`takes_mixed_experts(target)`, where a layer whose experts differ in format can be one node.
+Its `cache_dtypes(target, activations)` are the types that keys and values can be kept in, the one that it takes unless told first. It may
+also have a `takes_mixed_experts(target)`, where a layer whose experts differ in format can be one node.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ def takes_mixed_experts(name: str, target: Target) -> bool:
     return takes is not None and bool(takes(target))
 
 
-CACHE_BYTES = {"float32": 4, "bfloat16": 2}
+CACHE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a number in the cache of keys and values, by its type."""
 
 
-def cache_dtype(name: str, target: Target, asked: str | None = None) -> str:
+def cache_dtype(name: str, target: Target, asked: str | None = None, activations: str = "float") -> str:
     """The type that a backend keeps keys and values in on a target: the one that is asked for, or the one that it takes unless told.
 
     Raises:
         MoecError: there is no such backend or type, or the backend does not have it on this target.
     """
-    offered: tuple[str, ...] = load_file(__name__, "backend", name, folders=True).cache_dtypes(target)
+    offered: tuple[str, ...] = load_file(__name__, "backend", name, folders=True).cache_dtypes(target, activations)
     if asked is None or asked in offered:
         return asked or offered[0]
     if asked not in CACHE_BYTES:
@@ -67,5 +67,5 @@ def make_backend(
     if activations != "float" and name != "onnx":
         raise MoecError(f"--activations {activations} is an option of the onnx backend; {name} computes with 16-bit activations or better")
     options = {"activations": activations, "terms": terms} if name == "onnx" else {}
-    backend: Backend = module.make(graph, target, portable, cache_dtype(name, target, kv_cache_dtype), **options)
+    backend: Backend = module.make(graph, target, portable, cache_dtype(name, target, kv_cache_dtype, activations), **options)
     return backend

@@ -31,7 +31,13 @@ def command(
     device: DeviceOption = None,
     resume: Annotated[bool, typer.Option(help="Keep what an interrupted run of the same work finished.")] = True,
     portable: Annotated[bool, typer.Option("--portable", help="ONNX backend: standard operators only.")] = False,
-    activations: Annotated[str, typer.Option(metavar="float|int8", help="ONNX backend: int8 is faster and about 1 % off.")] = "float",
+    activations: Annotated[
+        str,
+        typer.Option(
+            metavar="float|int8|float16|bfloat16",
+            help="ONNX backend: on a CPU float, or int8, faster and about 1 % off; on a GPU float16 (as float says), or bfloat16.",
+        ),
+    ] = "float",
     kv_cache_dtype: Annotated[
         str | None,
         typer.Option(metavar="bfloat16|float32", help="What keys and values are kept in: bfloat16 on GPUs unless told, float32 on CPUs."),

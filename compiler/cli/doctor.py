@@ -13,6 +13,7 @@ from typing import Any
 from moec import __version__
 from moec.compiler.cli.common import JsonOption, format_size, print_json
 from moec.runtime.host import available_cores, cpu_name, memory_bytes
+from moec.runtime.onnx_gpu import CUDA
 from moec.targets import get_target
 
 GROUPS = {
@@ -21,6 +22,9 @@ GROUPS = {
     "onnx": ("onnx", "onnxruntime"),
 }
 """Packages by what needs them; an extra has the group's name, the base install is `run`."""
+
+_NAMES = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu")}
+"""Packages that come under several names."""
 
 
 def command(json: JsonOption = False) -> None:
@@ -70,6 +74,7 @@ def examine() -> dict[str, Any]:
         "can": {
             "run artifacts of the tvm backend on this processor": complete["run"],
             "run artifacts of the onnx backend": complete["run"] and bool(providers),
+            "run artifacts of the onnx backend on a GPU": complete["run"] and CUDA in providers and bool(_gpus()),
             "compile with the tvm backend": complete["run"] and complete["compile"],
             "compile for NVIDIA GPUs": complete["run"] and complete["compile"] and _cuda_compiler(),
             "compile with the onnx backend": complete["run"] and complete["compile"] and complete["onnx"],
@@ -80,10 +85,12 @@ def examine() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    for name in _NAMES.get(package, (package,)):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def _tvm_runtime() -> str | None:

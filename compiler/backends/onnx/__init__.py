@@ -34,9 +34,12 @@ GROW = "grow.onnx"
 
 Activations = Literal["float", "int8", "float16", "bfloat16"]
 
-_HALVES = {"float": "bf16", "bfloat16": "bf16", "float16": "f16"}
+_HALVES = {"float": "f16", "bfloat16": "bf16", "float16": "f16"}
 """What GPUs compute with, by the name of activations. Unless told they take the wider range: experts of large models reach numbers beyond
 float16's 65504."""
+
+_NAMES = {"bf16": "bfloat16", "f16": "float16", None: "float32"}
+"""What they and their caches are called; None: on CPUs."""
 
 
 class OnnxBackend:
@@ -47,8 +50,8 @@ class OnnxBackend:
         target: a CPU or an NVIDIA GPU.
         portable: standard operators only, for CPUs.
         activations: what products compute with. On a CPU `float` (float32), or `int8` with a scale a block where weights are integers,
-            which is faster and costs about 1 % of accuracy a product. On a GPU `bfloat16` (which `float` means), or `float16`, which is
-            8 times as exact where its range is enough.
+            which is faster and costs about 1 % of accuracy a product. On a GPU `float16` (which `float` means), or `bfloat16`, which is
+            an eighth as exact, for models whose activations are beyond 65504 within a layer.
         terms: with float activations, 8-bit linear layers compute with two int8 terms (see `linear`). None: on x86-64.
     """
 
@@ -127,11 +130,11 @@ class OnnxBackend:
             **(self._for_gpu(folder) if self.half else {}),
             "portable": self.portable,
             "onnxruntime": "1.23" if self.portable else "1.31",
-            "activations": {"bf16": "bfloat16", "f16": "float16"}[self.half] if self.half else self.activations,
+            "activations": _NAMES[self.half] if self.half else self.activations,
             "activation_quantised": self.activation_quantised(),
             "terms": self.terms,
             "inputs": [i.name for i in model.graph.input],
-            "cache_dtype": "float32",
+            "cache_dtype": _NAMES[self.half],
             "cache": [[c.heads, c.key_size, c.value_size] for c in lowering.caches],
         }
 
@@ -171,14 +174,13 @@ def activation_quantised(graph: Graph, target: Target, activations: Activations 
     return OnnxBackend(graph, target, activations=activations).activation_quantised()
 
 
-def cache_dtypes(target: Target) -> tuple[str, ...]:
-    """Types of cached keys and values: the attention operators for processors take float32."""
-    del target
-    return ("float32",)
+def cache_dtypes(target: Target, activations: str = "float") -> tuple[str, ...]:
+    """Types of cached keys and values: the attention operators take what queries are, float32 on CPUs, and what a GPU computes with."""
+    return (_NAMES[_HALVES.get(activations, "bf16") if target.kind == "cuda" else None],)
 
 
 def make(
-    graph: Graph, target: Target, portable: bool, cache_dtype: str = "float32",  # noqa: ARG001  # the only one
+    graph: Graph, target: Target, portable: bool, cache_dtype: str = "float32",  # noqa: ARG001  # there is no choice
     activations: Activations = "float", terms: bool | None = None,
 ) -> OnnxBackend:  # fmt: skip
     """The backend for a graph."""

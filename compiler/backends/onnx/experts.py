@@ -37,20 +37,20 @@ def lower_experts(low: Lowering, node: Node) -> str:
     assert isinstance(width, int)
     router = direct(low.graph, node, plan)
     x = low.value(node.inputs[0])
-    whole = rank <= 3 and (mode == "qmoe" or router is not None)  # QMoE and MoE also take [B, T, D]
-    if not whole and rank != 2:
+    whole = not plan.rows and rank <= 3 and (mode == "qmoe" or router is not None)  # QMoE and MoE also take [B, T, D]
+    if not whole and not plan.rows and rank != 2:
         x = e.op("Reshape", x, e.const([-1, width]))
     if mode == "unrolled":
         result = _unrolled(low, node, x, scattered(low, node))
     elif plan.rows:
-        result, whole = _by_rows(low, node, mode, x, width), False
+        result = _by_rows(low, node, mode, x, width)
     else:
         routing = _routing(low, node, mode) if router is None else direct_routing(low, router)
         result = _OPERATORS[mode](low, node, x, routing)
         result = e.op("Mul", result, routing.factor) if routing.factor else result
-    if whole or rank == 2:
+    if whole or (rank == 2 and not plan.rows):
         return result
-    if rank == 3:
+    if rank <= 3:
         return e.op("Reshape", result, e.op("Shape", low.value(node.inputs[0])))
     return e.op("Reshape", result, low.shapes.vector(shape))
 
@@ -65,7 +65,7 @@ def _routing(low: Lowering, node: Node, mode: str) -> Routing:
 
 
 def _by_rows(low: Lowering, node: Node, mode: str, x: str, width: int) -> str:
-    """[tokens, D], each choice of a token a row of its own; x [..., D]."""
+    """[tokens, 1, D], each choice of a token a row of its own; x [..., D]."""
     e, (ids, weights) = low.e, choices(low, node)
     top_k, count = _choices_of(low, node), fixed(low.graph.params[node.inputs[3]].type.shape)[0]
     once = e.op("Reshape", low.narrow(x), e.const([-1, 1, width]))
@@ -73,8 +73,7 @@ def _by_rows(low: Lowering, node: Node, mode: str, x: str, width: int) -> str:
     chosen = e.op("Equal", e.op("Reshape", ids, e.const([-1, 1])), e.const(np.arange(count)))
     routing = Routing(low.cast_value(chosen, low.kind), "", True, "", 1)
     results = e.op("Reshape", _OPERATORS[mode](low, node, rows, routing), e.const([-1, top_k, width]))
-    mixed = e.op("MatMul", e.op("Reshape", weights, e.const([-1, 1, top_k])), results)
-    return e.op("Reshape", mixed, e.const([-1, width]))
+    return e.op("MatMul", e.op("Reshape", weights, e.const([-1, 1, top_k])), results)
 
 
 def _attrs(node: Node, top_k: int) -> dict[str, Any]:

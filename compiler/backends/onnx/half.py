@@ -6,7 +6,8 @@ bfloat16, norms and routing. What one of these operators reads is narrowed, and 
     %q: linear(%n, @q)       n16 = Cast(n)      q16 = MatMulNBits(n16, ...)      q = Cast(q16)
 
 A value that was widened and only moved since is not rounded again: the moves are repeated on what it was widened from. What is then
-read by nothing is left out of the model (`Emitter.prune`).
+read by nothing is left out of the model (`Emitter.prune`). Norms of such values (of q and k) read and give 16 bits as well; they compute
+in float32 all the same.
 
 Two kinds of linear layers stay float32 throughout: those that routing depends on, so that the experts chosen are those that would be
 chosen on a processor, and those that give the logits, among which 8 or 11 bits would make ties.
@@ -47,9 +48,9 @@ class Halves:
 
     def narrow(self, x: str) -> str:
         """A float32 value in 16 bits: rounded, unless it has no more."""
-        return self._source(x) or self.e.op("Cast", x, to=ONNX_TYPES[self.dtype])
+        return self.source(x) or self.e.op("Cast", x, to=ONNX_TYPES[self.dtype])
 
-    def _source(self, x: str) -> str | None:
+    def source(self, x: str) -> str | None:
         """The 16-bit value that x is, widened and moved; None if it has more bits."""
         if x in self._sources:
             return self._sources[x]
@@ -58,7 +59,7 @@ class Halves:
             return None
         if node.op_type == "Cast" and self.e.stored_type(node.input[0]) == ONNX_TYPES[self.dtype]:
             return str(node.input[0])
-        if node.op_type not in _MOVES or (source := self._source(node.input[0])) is None:
+        if node.op_type not in _MOVES or (source := self.source(node.input[0])) is None:
             return None
         attrs = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         moved = self.e.multi(node.op_type, [source, *node.input[1:]], len(node.output), node.domain, **attrs)

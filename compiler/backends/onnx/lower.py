@@ -125,6 +125,10 @@ class Lowering:
         """What one of them gives, in float32."""
         return value if self._halves is None else self._halves.widen(value)
 
+    def half_of(self, value: str) -> str | None:
+        """The 16-bit value that an ONNX float32 value was widened from; None if it has more bits."""
+        return None if self._halves is None else self._halves.source(value)
+
     @property
     def context(self) -> int:
         """The most tokens of a sequence."""

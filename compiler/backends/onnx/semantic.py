@@ -34,7 +34,10 @@ def lower_rms_norm(low: Lowering, node: Node) -> str:
     weight, eps = _norm_weight(low, node), float(node.attrs["eps"])
     added = low.pending.pop(x, None)
     if added is None:
-        return e.op("RMSNormalization", low.value(x), weight, axis=-1, epsilon=eps, stem=node.name)
+        value = low.value(x)
+        if (half := low.half_of(value)) is None:
+            return e.op("RMSNormalization", value, weight, axis=-1, epsilon=eps, stem=node.name)
+        return low.widen(e.op("RMSNormalization", half, low.narrow(weight), axis=-1, epsilon=eps, stem=node.name))
     result, total = e.name(node.name), e.name(x)
     e.named("SkipSimplifiedLayerNormalization", (*added, weight), (result, "", "", total), CONTRIB, epsilon=eps)
     low.set_value(x, total)

@@ -22,7 +22,7 @@ def make(
     return TvmBackend(graph, target, cache_dtype)
 
 
-def cache_dtypes(target: Target) -> tuple[str, ...]:
+def cache_dtypes(target: Target, activations: str = "float") -> tuple[str, ...]:  # noqa: ARG001  # an option of other backends
     """Types of cached keys and values, the usual one first.
 
     On GPUs that is bfloat16, half the memory and time of float32: it costs a trained model 5e-5 nats a token

@@ -73,11 +73,16 @@ def test_who_has_which() -> None:
     gpu, cpu = get_target("h100-sxm"), get_target("cpu")
     assert [cache_dtype("tvm", gpu, asked) for asked in (None, "bfloat16", "float32")] == ["bfloat16", "bfloat16", "float32"]
     assert [cache_dtype(name, cpu, asked) for name in ("tvm", "onnx") for asked in (None, "float32")] == ["float32"] * 4
+    assert [cache_dtype("onnx", gpu, None, kind) for kind in ("float", "bfloat16", "float16")] == ["bfloat16", "bfloat16", "float16"]
+    with pytest.raises(MoecError, match="--kv-cache-dtype float32: the onnx backend keeps keys and values in float16 on target h100-sxm"):
+        cache_dtype("onnx", gpu, "float32", "float16")
     for name in ("tvm", "onnx"):
         refused = f"--kv-cache-dtype bfloat16: the {name} backend keeps keys and values in float32 on target cpu; leave the option out"
         with pytest.raises(MoecError, match=refused):
             cache_dtype(name, cpu, "bfloat16")
-    with pytest.raises(MoecError, match="unknown type of key/value cache 'bfloat': did you mean 'bfloat16'. Choices: bfloat16, float32"):
+    with pytest.raises(
+        MoecError, match="unknown type of key/value cache 'bfloat': did you mean 'bfloat16'. Choices: bfloat16, float16, float32"
+    ):
         cache_dtype("tvm", gpu, "bfloat")
 
 
@@ -107,8 +112,10 @@ def test_a_plan_says_the_type_and_its_bytes(capsys: Capture) -> None:
         ({"target": "h100-sxm", "kv_cache_dtype": "float32"}, "64 B a token in float32"),
         ({"target": "cpu"}, "64 B a token in float32"),
         ({"target": "cpu", "backend": "onnx"}, "64 B a token in float32"),
+        ({"target": "h100-sxm", "backend": "onnx"}, "32 B a token in bfloat16"),
+        ({"target": "h100-sxm", "backend": "onnx", "activations": "float16"}, "32 B a token in float16"),
     ],
-    ids=["gpu", "gpu float32", "cpu", "onnx"],
+    ids=["gpu", "gpu float32", "cpu", "onnx", "onnx gpu", "onnx gpu float16"],
 )
 def test_an_artifact_says_it(options: dict[str, str], said: str, emulated: Gpu, tmp_path: Path, capsys: Capture) -> None:
     del emulated  # no compiler for GPUs is needed

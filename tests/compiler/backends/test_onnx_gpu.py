@@ -162,6 +162,21 @@ def test_routing(router: str, skip: str, tmp_path: Path) -> None:
     assert error_of(built, tokens_of(23)) < 2e-3
 
 
+def test_experts_of_tokens_in_one_row_each(tmp_path: Path) -> None:
+    text = TEXT.replace("SKIP", "").replace("K]", "2]").replace("=K,", "=2,").replace("ROUTER", 'score="softmax"')
+    text = text.replace("EXPERTS", 'activation="silu"').replace("ATTENTION", "scale=0.3")
+    text = text.replace(
+        "  %scores: f32[B, T, 6] = linear(%n2,",
+        '  %f: f32[B*T, 64] = aten.view.default(%n2) {size=["B*T", 64]}\n  %scores: f32[B*T, 6] = linear(%f,',
+    )
+    text = text.replace("%w: f32[B, T, 2], %i: i64[B, T, 2]", "%w: f32[B*T, 2], %i: i64[B*T, 2]")
+    text = text.replace("%e: f32[B, T, 64] = experts(%n2,", "%e0: f32[B*T, 64] = experts(%f,")
+    text = text.replace("  %es:", '  %e: f32[B, T, 64] = aten.view.default(%e0) {size=["B", "T", 64]}\n  %es:')
+    for experts in ("int4_g32", "bf16"):
+        built = compiled(quantized(parse_graph(text), Quantize(experts=experts, linear="int4_g32")), tmp_path / experts)
+        assert error_of(built, tokens_of(23)) < 2e-3
+
+
 @pytest.mark.parametrize("experts", ['activation="swiglu_oai", limit=1.5', 'activation="gelu"', 'activation="silu", limit=0.5'])
 @pytest.mark.parametrize("attention", ["scale=0.3, window=7", "scale=0.3, chunk=8", "scale=0.2, softcap=5.0"])
 def test_attributes(experts: str, attention: str, tmp_path: Path) -> None:
@@ -190,8 +205,10 @@ def test_what_stays_float32(tmp_path: Path) -> None:
     for node in model.graph.node:
         if node.op_type == "MatMulNBits":
             assert (node.output[0] == "logits.1") == (produced[node.input[0]].op_type == "RMSNormalization"), node
-        if node.op_type in ("RMSNormalization", "Softmax", "TopK", "Add", "MatMul"):
+        if node.op_type in ("SkipSimplifiedLayerNormalization", "Softmax", "TopK", "Add", "MatMul") or node.output[0] == "n":
             assert not halves & set(node.input), node
+    assert produced["q5"].input[1] in halves  # the norm of what was widened reads and gives 16 bits
+    assert not any(n.op_type == "Cast" and set(n.input) & {"q", "q5"} for n in model.graph.node)
     kinds = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)}
     assert kinds["logits"] == onnx.TensorProto.FLOAT
     assert kinds["past_key.0"] == kinds["present_value.0"] == onnx.TensorProto.FLOAT16
@@ -202,7 +219,7 @@ def test_what_stays_float32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", [Quantize(experts="int4_g32", linear="int4_g32", embedding="int8_g64"), Quantize(experts="bf16")])
 def test_types_of_a_bfloat16_model_fit(step: Quantize, tmp_path: Path) -> None:
-    built = compiled(quantized(layer(), step), tmp_path, "float")
+    built = compiled(quantized(layer(), step), tmp_path, "bfloat16")
     assert (built.executor_section["activations"], built.executor_section["cache_type"]) == ("bfloat16", onnx.TensorProto.BFLOAT16)
     onnx.checker.check_model(tmp_path / "model.onnx")
     options = ort.SessionOptions()
