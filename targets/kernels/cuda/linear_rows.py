@@ -13,7 +13,7 @@ from moec.targets.kernels.cuda.loads import load4
 from moec.targets.kernels.cuda.matrix import descriptor, proxy_fence, wgmma_wait
 
 MOST_HELD = 8
-"""Pieces of 8 columns that a thread asks for before it writes the first of them: 64 registers."""
+"""Pieces of 8 columns that a thread asks for before it writes the first of them: 64 registers, or half of that beside sums."""
 
 _TERMS = (
     SPLIT
@@ -85,8 +85,9 @@ class Rows:
         """Write so many blocks from the first on, as far as there are."""
         turns = ceil_div(self.shape.tokens, self._per)
         items = [(stage, turn) for stage in range(count) for turn in range(turns)]
-        for done in range(0, len(items), MOST_HELD):
-            some = items[done : done + MOST_HELD]
+        held = MOST_HELD if self._whole else MOST_HELD // 2
+        for done in range(0, len(items), held):
+            some = items[done : done + held]
             values = local(8 * len(some), "float32")
             for i, item in enumerate(some):
                 self._load(values, 8 * i, first, *item)

@@ -40,7 +40,8 @@ PADDING = 4  # words after the sums of a token: lanes of a warp write to differe
 MOST_TOKENS = 64  # of a block
 MOST_CALL = 256  # tokens of a call, beyond which there are blocks enough
 MOST_GROUPS = 4  # warpgroups of a block
-HELD = 32  # registers of a thread for weights on their way
+HELD = {1: 32, 2: 32, 3: 32, 4: 8}  # registers of a thread for weights on their way: of so many warpgroups, a thread has 128 in all
+WIDE = 8  # words of a lane beyond which making operands of them takes registers too (6 and 7 bits)
 
 # What `clocks` counts with: of a multiprocessor, bytes out of the L2 cache and multiply-adds of the tensor cores; and clocks from the
 # start of a block to its products and from there to its results, of a cluster that adds up and of a block alone.
@@ -65,7 +66,7 @@ class TokensSpec:
     groups: int = 2
     splits: int = 1
     stages: int = 1
-    held: int = HELD
+    held: int = HELD[2]
 
     def __post_init__(self) -> None:
         assert len({matrix.layout.k for matrix in self.matrices}) == 1, self.matrices
@@ -118,7 +119,8 @@ class TokensSpec:
 
     def shape(self, layout: FragmentLayout) -> Shape:
         """The product of a warpgroup with weights of a format: as many as may be are on their way, and one set more is being used."""
-        sets = min(self.share * layout.units, max(1, self.held // layout.unit_words)) + 1
+        most = self.held // layout.unit_words if layout.unit_words <= WIDE else 1
+        sets = min(self.share * layout.units, max(1, most)) + 1
         whole = sets // layout.units * layout.units  # fewer blocks until the sets are used in the same order again
         return Shape(self.tokens, 1, self.stages, TERMS, depth=max(2, whole))
 
@@ -160,7 +162,7 @@ class TokensSpec:
         for groups in range(1, MOST_GROUPS + 1):
             for splits in (1, 2, 4, MOST):
                 if splits <= matrices[0].layout.blocks:
-                    one = cls(tuple(matrices), tokens, groups, splits)
+                    one = cls(tuple(matrices), tokens, groups, splits, held=HELD[groups])
                     stage = tokens * BLOCK * TERMS // 2  # words
                     stages = min(one.share, (gpu.shared_bytes // 4 - one.words) // stage + 1)
                     if stages > 0:
