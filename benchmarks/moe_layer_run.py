@@ -17,7 +17,7 @@ from benchmarks.moe_layer import print_row, write_json
 from benchmarks.moe_layer_build import Entry, format_of, read_plan
 from benchmarks.moe_layer_peers import Peer, PeerWeights, load_peers
 from moec.compiler.measure.cases import Index
-from moec.compiler.measure.device import Ceilings, check_gpu, measure_ceilings, time_eager, time_graph
+from moec.compiler.measure.device import Ceilings, check_gpu, measure_ceilings, time_eager, time_graph, torch_stream
 from moec.compiler.measure.layer import LayerWeights, Runner, Tokens, expected_result, random_tokens, random_weights, relative_error
 from moec.compiler.measure.sweep import Bench, Results, rotated, run_sweep, summary, tasks
 from moec.runtime.errors import MoecError
@@ -169,7 +169,7 @@ def check(runner: Runner, weights: LayerWeights) -> float:
     errors = []
     for tokens in routings(runner.case.layer, runner.tokens):
         runner.poison()
-        with runner.ffi.use_torch_stream():
+        with torch_stream(runner.ffi):
             found = runner.bind(weights, tokens)()
         torch.cuda.synchronize()
         errors.append(relative_error(found, expected_result(weights, tokens, runner.case.activation)))

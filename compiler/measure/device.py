@@ -8,8 +8,8 @@ import statistics
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -111,18 +111,35 @@ def load_library(folder: Path, name: str) -> Any:
     return ffi.load_module(str(path))
 
 
+@contextmanager
+def torch_stream(ffi: Any) -> Iterator[None]:
+    """The kernels of TVM on torch's current stream.
+
+    Not `ffi.use_torch_stream`, which is missing where `tvm_ffi` was imported without torch, as the runtime does.
+
+    Args:
+        ffi: `tvm_ffi`; None: nothing is TVM's.
+    """
+    if ffi is None:
+        yield
+        return
+    stream = torch.cuda.current_stream()
+    with ffi.use_raw_stream(ffi.device(str(stream.device)), stream.cuda_stream):
+        yield
+
+
 def time_graph(calls: Sequence[Callable[[], object]], repetitions: int, ffi: Any = None) -> float:
     """Median microseconds of a call: all in one CUDA graph, which is replayed, each time with other things in the L2 cache.
 
     Args:
         ffi: `tvm_ffi`, if the calls are of kernels that TVM launches.
     """
-    with ffi.use_torch_stream() if ffi is not None else nullcontext():
+    with torch_stream(ffi):
         calls[0]()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     capture: Any = torch.cuda.graph(graph)
-    with ffi.use_torch_stream(capture) if ffi is not None else capture:
+    with capture, torch_stream(ffi):
         for call in calls:
             call()
     return _median(graph.replay, repetitions) / len(calls)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moec.compiler.measure.cases import KERNELS, Case, Index
-from moec.compiler.measure.device import Ceilings, time_graph
+from moec.compiler.measure.device import Ceilings, time_graph, torch_stream
 from moec.compiler.measure.layer import LayerWeights, Runner, Tokens, expected_result, random_tokens, random_weights, relative_error
 from moec.targets import Target
 from moec.targets.kernels.cuda.space import (
@@ -142,7 +142,7 @@ class Bench:
         weights, inputs = self._prepare(task)
         runner = Runner.load(self._folder, task.case, self._index.files[task.case], task.tokens)
         _fill_hidden(task, runner)
-        with runner.ffi.use_torch_stream():
+        with torch_stream(runner.ffi):
             runner.bind(weights[0], inputs[0])()
         torch.cuda.synchronize()
         error = self._check(task, runner, weights[0], inputs[0])
