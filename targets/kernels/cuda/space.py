@@ -227,11 +227,12 @@ def needs(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int]) ->
     (512, 28672)
     """
     if kernel == "prefill":
-        count = min(options["stages"], ceil_div(max(layer.d, layer.f), BLOCK))
+        count = min(options["stages"], max(ceil_div(max(layer.d, layer.f), BLOCK), 3))  # as `Shape.for_columns`
         stages = count * (options["terms"] * options["tokens"] * BLOCK * 2 + (16 if options.get("cluster") else 0)) + 1024
         unit = max(layout.unit_words for stack in (layer.layout.gate_up, layer.layout.down) for layout in stack.classes)
         ring = options.get("ring", 0) * options["tiles"] * unit * 1024
-        return 256, stages + ring + 8 * options["tokens"] * ((32 if layer.dtype == "bfloat16" else 64) + 4)
+        taken = 16 if options.get("multiprocessors") and options.get("cluster", 0) < 2 else 0
+        return 256, stages + ring + taken + 8 * options["tokens"] * ((32 if layer.dtype == "bfloat16" else 64) + 4)
     columns = tokens * layer.terms
     fragments, slots = ceil_div(columns, 8), tokens * layer.top_k
     routing = 0 if tokens == 1 else sum(ceil_div(n, 4) * 4 for n in (layer.experts * layer.top_k, slots, slots * tokens, 1))
