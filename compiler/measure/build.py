@@ -29,6 +29,9 @@ from moec.runtime.executors.tvm import CUDA_RUNTIME, RUNTIME
 from moec.targets import Target
 from moec.targets.kernels.cuda.space import FAMILIES, FAMILY, fingerprint
 
+TASKS = 50
+"""Libraries that a process compiles before another one takes its place."""
+
 
 def tvm_version() -> str:
     """The version of TVM that compiles.
@@ -115,13 +118,17 @@ def build(folder: Path, cases: Sequence[Case], target: Target, jobs: int) -> Ite
     missing = [case for case in dict.fromkeys(cases) if not (folder / f"{name_of(case)}.so").is_file()]
     files |= {case: name_of(case) for case in cases if case not in missing}
     kernels = {family: fingerprint(family) for family in FAMILIES}
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=50) as pool:
-        running = {pool.submit(compile_case, case, str(folder), name_of(case), target, compiler): case for case in missing}
-        for done in as_completed(running):
-            case, problem = running[done], done.result()
-            if problem is None:
-                files[case] = name_of(case)
-            yield case, problem
+    # New processes now and then, as TVM keeps what it made; not by `max_tasks_per_child`, with which Python 3.11 waits for ever
+    # (https://github.com/python/cpython/issues/115634).
+    for first in range(0, len(missing), TASKS * jobs):
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+            some = missing[first : first + TASKS * jobs]
+            running = {pool.submit(compile_case, case, str(folder), name_of(case), target, compiler): case for case in some}
+            for done in as_completed(running):
+                case, problem = running[done], done.result()
+                if problem is None:
+                    files[case] = name_of(case)
+                yield case, problem
     Index(target.name, arch, tvm, kernels, files).write(folder)
 
 
