@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +34,15 @@ LAYERS += [make_layer((4, 2, 136, 72, True), "fp8_block128+fp8_channel+int4_g64/
 NAMES = {torch.bfloat16: ("bfloat16", "uint16"), torch.uint16: ("uint16",), torch.uint32: ("uint32",)}
 
 
+STREAM = 42
+
+
+@pytest.fixture(autouse=True)
+def stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's current stream, which a machine without a GPU does not have."""
+    monkeypatch.setattr("torch.cuda.current_stream", lambda: SimpleNamespace(device="cuda:0", cuda_stream=STREAM))
+
+
 class Ffi:
     """In the place of `tvm_ffi`: tensors stay torch's."""
 
@@ -41,7 +51,12 @@ class Ffi:
         return x
 
     @staticmethod
-    def use_torch_stream(_: object = None) -> Any:
+    def device(name: str) -> str:
+        return name
+
+    @staticmethod
+    def use_raw_stream(_: object, stream: int) -> Any:
+        assert stream == STREAM
         return nullcontext()
 
 

@@ -213,7 +213,7 @@ def test_records_that_ship_are_used(record: Record) -> None:
     for m in record.measurements:
         assert m.us > 0
         assert {"prefill": m.tokens > MOST_DECODE}.get(m.kernel, m.tokens <= MOST_DECODE)
-        assert set(dict(m.options)) <= {*default(m.kernel, layer, m.tokens), "cluster"}, (
+        assert set(dict(m.options)) <= {*default(m.kernel, layer, m.tokens), "cluster", "ring"}, (
             "what is not named has the value of the spec's default"
         )
     for tokens in {m.tokens for m in record.measurements}:
