@@ -146,7 +146,7 @@ def test_what_should_cost_least_is_among_the_best_that_were_measured() -> None:
         for tokens, found in times.items():
             measured = [dict(m.options) for m in record.measurements if (m.kernel, m.tokens) == ("prefill", tokens)]
             first = order([], "prefill", layer, tokens, measured)[:8]
-            assert min(found[str(options)] for options in first) <= 1.05 * min(found.values()), (layer.name, tokens)
+            assert min(found[str(options)] for options in first) <= 1.1 * min(found.values()), (layer.name, tokens)
             cells += 1
     assert cells
 
