@@ -130,16 +130,17 @@ class TokensSpec:
         return self.shape(self.matrices[0].layout).words + self.tokens * (self.rows + PADDING)
 
     def clocks(self, most: int, multiprocessors: int) -> float:
-        """About how long so many tokens take: turns of blocks, each limited by the tensor cores or the L2 cache, and what is around that.
+        """About how long so many tokens take: turns of blocks, each of activations and then products or weights, and what is around that.
 
-        The blocks of a cluster are in one part of the GPU, which has 16 multiprocessors or a few more, so that some are left over.
+        The blocks of a cluster are in one part of the GPU, whose multiprocessors are no multiple of theirs, so that some are left over: on
+        an H100 with 132, 96 blocks in clusters of 4 run at once, and 128 do not.
         """
-        places = multiprocessors if self.splits == 1 else max(multiprocessors // MOST * MOST, self.splits)
+        places = multiprocessors if self.splits == 1 else max(multiprocessors * 7 // 8 // self.splits * self.splits, self.splits)
         turns = ceil_div(self.grid * ceil_div(most, self.tokens), places)
         bits = max(matrix.layout.bits for matrix in self.matrices)
         weights, activations = self.rows * BLOCK * bits // 8, self.tokens * BLOCK * 4
         products = self.rows * BLOCK * self.tokens * TERMS / MULTIPLY_ADDS
-        block = max(products, (weights + activations) / CACHE_BYTES)
+        block = max(products, weights / CACHE_BYTES) + activations / CACHE_BYTES  # terms are made before products begin
         rounds = ceil_div(self.share, self.stages)
         return turns * (self.share * block + rounds * ALONE + (TOGETHER - ALONE if self.splits > 1 else 0))
 
@@ -156,7 +157,7 @@ class TokensSpec:
 
     @classmethod
     def of(cls, matrices: Sequence[Projection], gpu: Gpu, most: int) -> TokensSpec:
-        """The kernel that takes the fewest clocks for the most tokens there are."""
+        """The kernel that takes the fewest clocks for the most tokens there are and for as many as a block has, together."""
         tokens = ceil_div(ceil_div(most, ceil_div(most, MOST_TOKENS)), 8) * 8
         found = list[TokensSpec]()
         for groups in range(1, MOST_GROUPS + 1):
@@ -167,7 +168,7 @@ class TokensSpec:
                     stages = min(one.share, (gpu.shared_bytes // 4 - one.words) // stage + 1)
                     if stages > 0:
                         found.append(replace(one, stages=stages))
-        return min(found, key=lambda spec: spec.clocks(most, gpu.multiprocessors))
+        return min(found, key=lambda spec: sum(spec.clocks(count, gpu.multiprocessors) for count in (tokens, most)))
 
 
 class _Kernel:
