@@ -29,21 +29,22 @@ def check(spec: ProjectionsSpec, seed: int = 0) -> None:
     norm, k, tokens = spec.norm, spec.k, spec.tokens
     rows, inputs, results = rows_of(norm, k, tokens, rng)
     arrays: list[NDArray[Any]] = []
-    biases, expected, outputs = [], [], [(tokens, k)] * len(results)
+    biases, expected, scales, outputs = [], [], [], [(tokens, k)] * len(results)
     for matrix in spec.matrices:
         parts, weight = packed(matrix.layout, rng)
         arrays += parts.values()
         bias = rng.standard_normal(matrix.layout.n).astype(np.float32)
         biases += [bias] if matrix.bias else []
         expected.append(rows @ weight.T + (bias if matrix.bias else 0))
+        scales.append(np.abs(rows) @ np.abs(weight.T) + (np.abs(bias) if matrix.bias else 0))  # of what is added up
         outputs.append((tokens, matrix.layout.n))
     if spec.written:
         results.append(rows)
         outputs.insert(len(results) - 1, (tokens, k))
     found = CudaKernel(projections_func(spec))(*inputs, *arrays, *biases, outputs=[(shape, "float32") for shape in outputs])
-    for got, wanted in zip(found, [*results, *expected], strict=True):
+    for got, wanted, scale in zip(found, [*results, *expected], [*results, *scales], strict=True):
         for token in range(tokens):
-            assert np.linalg.norm(got[token] - wanted[token]) < 2e-5 * np.linalg.norm(wanted[token])
+            assert np.linalg.norm(got[token] - wanted[token]) < 2e-5 * np.linalg.norm(scale[token])
 
 
 def rows_of(
