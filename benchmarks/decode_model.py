@@ -24,9 +24,6 @@ FILE = "decode.json"
 SPREAD = 0.02
 """Standard deviation of random weights, the `initializer_range` of the published configurations."""
 
-TABLE = "table"
-"""The array that says where experts of several formats are."""
-
 ALIGNED = 64
 """Bytes at whose multiples arrays begin in a file."""
 
@@ -48,6 +45,7 @@ def build(
     """
     from moec.compiler.backends import cache_dtype, takes_mixed_experts
     from moec.compiler.backends.tvm.backend import TvmBackend
+    from moec.compiler.backends.tvm.storage import experts_layout
     from moec.compiler.context import Context
     from moec.compiler.frontend import huggingface
     from moec.compiler.model import Model
@@ -71,12 +69,12 @@ def build(
         section = backend.build(folder, {})
         own = [name for name in backend.graph.params if name.rpartition(".")[2] == "inv_freq"]  # the frontend's, not the checkpoint's
         constants = [(name, "data", model.weights.load(name).numpy().tolist()) for name in own]
-    arrays = []
-    for param in backend.graph.params.values():
-        stored = backend.storage(param)
-        if TABLE in stored:
-            constants.append((param.name, TABLE, _table(stored)))
-        arrays += [(param.name, name, list(a.shape), a.dtype, _scale(param, a)) for name, a in stored.items()]
+    for node in (node for node in backend.graph.nodes if node.op == "experts"):
+        stacks = experts_layout(backend.graph, node, backend.platform).stacks()
+        named = ((name, stacks[part]) for name, part in zip(node.inputs[3:5], ("gate_up", "down"), strict=True))
+        constants += [(name, "table", stack.table().tolist()) for name, stack in named if stack.mixed]
+    params = backend.graph.params.values()
+    arrays = [(p.name, name, list(a.shape), a.dtype, _scale(p, a)) for p in params for name, a in backend.storage(p).items()]
     found = {"section": section, "arrays": arrays, "constants": constants, "bytes_per_token": plan.bytes_per_token}
     found |= {"vocab_size": int(config["vocab_size"]), "context_length": context, "recipe": recipe, "experts": list(experts)}
     (folder / FILE).write_text(json.dumps(found))
@@ -87,15 +85,6 @@ def _with_experts(model: Any, formats: Sequence[str]) -> Any:
     stacks = [model.graph.params[name] for node in model.graph.nodes if node.op == "experts" for name in node.inputs[3:5]]
     mixed = (replace(p, format=tuple(islice(cycle(formats), int(p.type.shape[0])))) for p in stacks)
     return replace(model, graph=model.graph.with_params(mixed))
-
-
-def _table(stored: Mapping[str, StoredArray]) -> list[list[int]]:
-    """The class of each expert and its place there, where experts of several formats have arrays for each."""
-    rows = {}
-    for name, array in stored.items():
-        for place, expert in enumerate(array.members or ()):
-            rows[expert] = [int(name.rpartition("_")[2]), place]
-    return [rows[expert] for expert in sorted(rows)]
 
 
 def _scale(param: Param, array: StoredArray) -> float:

@@ -38,8 +38,9 @@ from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.layout import FragmentLayout
 from moec.targets.kernels.cuda.linear import few_tokens, linear
 from moec.targets.kernels.cuda.linear_tokens import TokensSpec, linear_tokens_func
+from moec.targets.kernels.cuda.matrices import Projection
 from moec.targets.kernels.cuda.norm import norm_func
-from moec.targets.kernels.cuda.projections import Projection, ProjectionsSpec, projections_func
+from moec.targets.kernels.cuda.projections import ProjectionsSpec, projections_func
 from moec.targets.kernels.cuda.projections_columns import TOKENS
 from moec.targets.kernels.cuda.rope import rope_func
 from moec.targets.kernels.cuda.router import router_func, topk_func

@@ -14,6 +14,7 @@ from moec.targets.kernels.cuda.intrinsics import call
 from moec.targets.kernels.cuda.layout import ROWS, FragmentLayout, ceil_div
 from moec.targets.kernels.cuda.linear_rows import Rows
 from moec.targets.kernels.cuda.loads import load4
+from moec.targets.kernels.cuda.matrices import SameFormat
 from moec.targets.kernels.cuda.product import Product
 from moec.targets.kernels.cuda.projections_matrix import pick
 from moec.targets.kernels.cuda.stored import Place
@@ -40,7 +41,7 @@ class _Picked(Product):
         self.layout, self._buffers = layout, buffers
 
 
-class Matrices:
+class Matrices(SameFormat):
     """Some matrices of a format, whose tiles of 16 rows follow each other: a warp has one of them.
 
     Args:
@@ -52,10 +53,8 @@ class Matrices:
         self, spec: TokensSpec, members: Sequence[int], arrays: Sequence[dict[str, Any]], biases: Sequence[Buffer | None],
         outs: Sequence[Buffer],
     ) -> None:  # fmt: skip
-        self.spec, self.members = spec, members
-        self._arrays, self._biases = [arrays[i] for i in members], [biases[i] for i in members]
-        self._outs, self._layouts = [outs[i] for i in members], [spec.matrices[i].layout for i in members]
-        self._layout = max(self._layouts, key=lambda layout: layout.n)
+        super().__init__(spec, members, arrays, biases, outs)
+        self.spec = spec
         self._tiles = sum(layout.tiles for layout in self._layouts)
 
     def _place(self, tile: Expr) -> tuple[Expr, Expr, Expr]:

@@ -19,21 +19,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.calls import Gpu
 from moec.targets.kernels.cuda.cluster import MOST, cluster_sync
-from moec.targets.kernels.cuda.emit import Expr, Shared, argument, kernel, local, sync, when
+from moec.targets.kernels.cuda.emit import Expr, Shared, argument, kernel, local, sync
 from moec.targets.kernels.cuda.gathered import Shape
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import BLOCK, ROWS, FragmentLayout, ceil_div
 from moec.targets.kernels.cuda.linear_matrices import Matrices
 from moec.targets.kernels.cuda.linear_rows import Rows
-from moec.targets.kernels.cuda.projections import Projection
+from moec.targets.kernels.cuda.matrices import MatricesSpec, Projection, in_ranges
 
 TERMS = 2
 PADDING = 4  # words after the sums of a token: lanes of a warp write to different banks
@@ -50,7 +48,7 @@ TOGETHER, ALONE = 900, 600
 
 
 @dataclass(frozen=True)
-class TokensSpec:
+class TokensSpec(MatricesSpec):
     """The kernel for some matrices [N_i, K] and any number of tokens.
 
     Args:
@@ -61,7 +59,6 @@ class TokensSpec:
         held: registers of a thread for weights that are on their way.
     """
 
-    matrices: tuple[Projection, ...]
     tokens: int
     groups: int = 2
     splits: int = 1
@@ -69,18 +66,8 @@ class TokensSpec:
     held: int = HELD[2]
 
     def __post_init__(self) -> None:
-        assert len({matrix.layout.k for matrix in self.matrices}) == 1, self.matrices
+        super().__post_init__()
         assert self.splits <= min(self.blocks, MOST) and self.tokens % 8 == 0, self
-
-    @cached_property
-    def k(self) -> int:
-        """Columns."""
-        return self.matrices[0].layout.k
-
-    @cached_property
-    def blocks(self) -> int:
-        """Blocks of 128 columns."""
-        return self.matrices[0].layout.blocks
 
     @property
     def share(self) -> int:
@@ -101,12 +88,6 @@ class TokensSpec:
     def columns(self) -> tuple[int, ...]:
         """How many tokens products are made for, the fewest that are enough."""
         return tuple(range(self.tokens % 16 or 16, self.tokens + 1, 16)) if self.tokens <= 48 else (self.tokens // 16 * 8, self.tokens)
-
-    @property
-    def by_format(self) -> list[list[int]]:
-        """The matrices that are one piece of code."""
-        formats = [matrix.layout.format for matrix in self.matrices]
-        return [[i for i, found in enumerate(formats) if found == name] for name in dict.fromkeys(formats)]
 
     def parts(self, members: Sequence[int]) -> int:
         """Blocks of threads, or clusters, that the rows of matrices of a format take."""
@@ -179,12 +160,8 @@ class _Kernel:
         """Declare the parameters -> T."""
         spec, tokens = self.spec, T.int64()
         self.x = argument("x", (tokens, spec.k), "float32")
-        arrays: list[dict[str, Any]] = [
-            {name: argument(f"{name}{i}", shape, dtype) for name, (shape, dtype) in matrix.layout.arrays().items()}
-            for i, matrix in enumerate(spec.matrices)
-        ]
-        biases = [argument(f"bias{i}", (m.layout.n,), "float32") if m.bias else None for i, m in enumerate(spec.matrices)]
-        outs = [argument(f"out{i}", (tokens, matrix.layout.n), "float32") for i, matrix in enumerate(spec.matrices)]
+        arrays, biases = spec.weights()
+        outs = spec.results(tokens)
         self._matrices = [Matrices(spec, members, arrays, biases, outs) for members in spec.by_format]
         return tokens
 
@@ -203,31 +180,23 @@ class _Kernel:
         share = spec.share if spec.blocks % spec.splits == 0 else T.Bind(stop - start)
         rows = Rows(shape, spec.threads, ring, self.x, spec.share, thread)
         rows.locate(first, count, start, share)
-        begin = 0
-        for matrices in self._matrices:
-            end = begin + spec.parts(matrices.members)
 
-            def run(matrices: Matrices = matrices, begin: int = begin) -> None:
-                sums = local(shape.sums, "float32")
-                matrices.begin(part - begin, start, share, thread)
-                grid_wait()
-                grid_launch()
-                rows.begin()
-                self._by_columns(count, spec.columns, lambda columns: matrices.multiply(rows, sums, columns, partial))
-                if spec.splits > 1:
-                    cluster_sync()
-                else:
-                    sync()
-                matrices.finish(partial, rank, first, count)
-                if spec.splits > 1:
-                    cluster_sync()  # others read this block's memory
-
-            if len(self._matrices) == 1:
-                run()
+        def run(number: int, begin: int) -> None:
+            matrices, sums = self._matrices[number], local(shape.sums, "float32")
+            matrices.begin(part - begin, start, share, thread)
+            grid_wait()
+            grid_launch()
+            rows.begin()
+            self._by_columns(count, spec.columns, lambda columns: matrices.multiply(rows, sums, columns, partial))
+            if spec.splits > 1:
+                cluster_sync()
             else:
-                with when(T.And(part >= begin, part < end)):
-                    run()
-            begin = end
+                sync()
+            matrices.finish(partial, rank, first, count)
+            if spec.splits > 1:
+                cluster_sync()  # others read this block's memory
+
+        in_ranges(part, [spec.parts(matrices.members) for matrices in self._matrices], run)
 
     def _by_columns(self, count: Expr, columns: Sequence[int], act: Callable[[int], None]) -> None:
         """Act for the fewest tokens that are enough."""

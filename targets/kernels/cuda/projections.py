@@ -24,16 +24,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from tvm import tirx
-from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.calls import Gpu
-from moec.targets.kernels.cuda.emit import WARP, Expr, Shared, argument, kernel, sync, when
+from moec.targets.kernels.cuda.emit import WARP, Expr, Shared, argument, kernel, sync
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
-from moec.targets.kernels.cuda.layout import ROWS, FragmentLayout, ceil_div
+from moec.targets.kernels.cuda.layout import ROWS, ceil_div
+from moec.targets.kernels.cuda.matrices import MatricesSpec, Projection, in_ranges
 from moec.targets.kernels.cuda.projections_columns import TOKENS
 from moec.targets.kernels.cuda.projections_matrix import Matrices
 from moec.targets.kernels.cuda.projections_row import Row
@@ -45,15 +44,7 @@ MOST_TILES = 12  # of a block, beyond which two blocks a multiprocessor are bett
 
 
 @dataclass(frozen=True)
-class Projection:
-    """One of the matrices."""
-
-    layout: FragmentLayout
-    bias: bool = False
-
-
-@dataclass(frozen=True)
-class ProjectionsSpec:
+class ProjectionsSpec(MatricesSpec):
     """The kernel for some matrices [N_i, K].
 
     Args:
@@ -66,7 +57,6 @@ class ProjectionsSpec:
         tokens: T, one of `TOKENS`.
     """
 
-    matrices: tuple[Projection, ...]
     norm: NormSpec | None = None
     written: bool = False
     warps: int = MOST_WARPS
@@ -76,21 +66,11 @@ class ProjectionsSpec:
     tokens: int = 1
 
     def __post_init__(self) -> None:
-        assert len({matrix.layout.k for matrix in self.matrices}) == 1, self.matrices
+        super().__post_init__()
         assert self.splits <= self.blocks and self.warps % self.splits == 0, self
         assert self.norm is None or (self.norm.groups, self.norm.size) == (1, self.k), self.norm
         assert self.norm is not None or not self.written
         assert self.tokens in TOKENS, self.tokens
-
-    @cached_property
-    def k(self) -> int:
-        """Columns."""
-        return self.matrices[0].layout.k
-
-    @cached_property
-    def blocks(self) -> int:
-        """Blocks of 128 columns."""
-        return self.matrices[0].layout.blocks
 
     @property
     def threads(self) -> int:
@@ -106,12 +86,6 @@ class ProjectionsSpec:
     def outputs(self) -> int:
         """Rows of a block of threads."""
         return self.block_tiles * ROWS
-
-    @property
-    def by_format(self) -> list[list[int]]:
-        """The matrices that are one piece of code."""
-        formats = [matrix.layout.format for matrix in self.matrices]
-        return [[i for i, found in enumerate(formats) if found == name] for name in dict.fromkeys(formats)]
 
     def blocks_of(self, index: int) -> int:
         """Blocks of threads that a matrix has."""
@@ -181,14 +155,10 @@ class ProjectionsKernel:
         residual = argument("residual", wide, "float32") if norm and norm.residual else None
         weight = argument("weight", (spec.k,), "float32") if norm and norm.weight else None
         bias = argument("bias", (spec.k,), "float32") if norm and norm.bias else None
-        arrays: list[dict[str, Any]] = [
-            {name: argument(f"{name}{i}", shape, dtype) for name, (shape, dtype) in matrix.layout.arrays().items()}
-            for i, matrix in enumerate(spec.matrices)
-        ]
-        biases = [argument(f"bias{i}", (m.layout.n,), "float32") if m.bias else None for i, m in enumerate(spec.matrices)]
+        arrays, biases = spec.weights()
         total = argument("total", wide, "float32") if norm and norm.residual else None
         normal = argument("normal", wide, "float32") if spec.written else None
-        self.outs = [argument(f"out{i}", (spec.tokens, matrix.layout.n), "float32") for i, matrix in enumerate(spec.matrices)]
+        self.outs = spec.results(spec.tokens)
         self._row = Row(spec, x, residual, weight, bias, total, normal)
         self._matrices = [Matrices(spec, members, arrays, biases, self.outs) for members in spec.by_format]
 
@@ -197,28 +167,21 @@ class ProjectionsKernel:
         spec, row = self.spec, self._row
         row.take(memory)
         partial = memory.take((spec.splits, spec.outputs * spec.tokens), "float32")
-        first = 0
-        for matrices in self._matrices:
-            count = sum(spec.blocks_of(i) for i in matrices.members)
 
-            def run(matrices: Matrices = matrices, first: int = first) -> None:
-                matrices.begin(part - first, thread, row)
-                grid_wait()
-                grid_launch()
-                row.stage(part)
-                matrices.multiply(row, partial)
-                sync()
-                row.finish(thread)
-                matrices.finish(partial, row.factor)
-                self.then(thread)
-                row.write(part)
+        def run(number: int, first: int) -> None:
+            matrices = self._matrices[number]
+            matrices.begin(part - first, thread, row)
+            grid_wait()
+            grid_launch()
+            row.stage(part)
+            matrices.multiply(row, partial)
+            sync()
+            row.finish(thread)
+            matrices.finish(partial, row.factor)
+            self.then(thread)
+            row.write(part)
 
-            if len(self._matrices) == 1:
-                run()
-            else:
-                with when(T.And(part >= first, part < first + count)):
-                    run()
-            first += count
+        in_ranges(part, [sum(spec.blocks_of(i) for i in matrices.members) for matrices in self._matrices], run)
 
     def then(self, thread: Expr) -> None:
         """What is done once a block has written its results, in front of the row."""

@@ -11,6 +11,7 @@ from tvm.tirx.script import builder as T
 from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, when
 from moec.targets.kernels.cuda.intrinsics import call
 from moec.targets.kernels.cuda.layout import FragmentLayout, ceil_div
+from moec.targets.kernels.cuda.matrices import SameFormat
 from moec.targets.kernels.cuda.projections_columns import Columns
 from moec.targets.kernels.cuda.projections_product import Activations, Bfloat16, FixedPoint, Part, clear
 from moec.targets.kernels.cuda.projections_row import Row
@@ -42,7 +43,7 @@ def pick(which: Expr, buffers: Sequence[Buffer], shape: tuple[int, ...], dtype: 
     return T.decl_buffer(shape, dtype, data=found, layout=None)
 
 
-class Matrices:
+class Matrices(SameFormat):
     """Some matrices of a format: their products with a row of each token, tile by tile.
 
     A warp has `tiles` tiles and `share` blocks of columns of each. It goes through them in rounds, each of `wide` tiles and `deep` blocks,
@@ -58,11 +59,8 @@ class Matrices:
         self, spec: ProjectionsSpec, members: Sequence[int], arrays: Sequence[dict[str, Buffer]], biases: Sequence[Buffer | None],
         outs: Sequence[Buffer],
     ) -> None:  # fmt: skip
-        self.spec, self.members = spec, members
-        self._arrays, self._biases = [arrays[i] for i in members], [biases[i] for i in members]
-        self._outs = [outs[i] for i in members]
-        self._layouts = [spec.matrices[i].layout for i in members]
-        self._layout = max(self._layouts, key=lambda layout: layout.n)
+        super().__init__(spec, members, arrays, biases, outs)
+        self.spec = spec
         self._words, self._groups = self._layout.block_words // 32, self._layout.block_groups
         share, depth = ceil_div(spec.blocks, spec.splits), max(1, spec.unroll // (4 * self._words))
         self._turns = ceil_div(share, depth)

@@ -18,7 +18,8 @@ from moec.targets.kernels.cuda.arrival import SEMAPHORES, last_warp
 from moec.targets.kernels.cuda.calls import Gpu
 from moec.targets.kernels.cuda.emit import WARP, Buffer, Expr, argument, store, when
 from moec.targets.kernels.cuda.layout import ceil_div
-from moec.targets.kernels.cuda.projections import Projection, ProjectionsKernel, ProjectionsSpec
+from moec.targets.kernels.cuda.matrices import Projection
+from moec.targets.kernels.cuda.projections import ProjectionsKernel, ProjectionsSpec
 from moec.targets.kernels.cuda.projections_columns import TOKENS
 from moec.targets.kernels.cuda.router import Router
 from moec.targets.kernels.cuda.skip import skip_slots

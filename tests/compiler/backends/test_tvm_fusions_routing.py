@@ -16,7 +16,7 @@ from moec.compiler.text import parse_graph, print_graph
 from moec.runtime.tvm_device import Gpu
 from moec.targets import get_target
 from moec.targets.kernels.cuda.layout import FragmentLayout
-from moec.targets.kernels.cuda.projections import Projection
+from moec.targets.kernels.cuda.matrices import Projection
 from moec.targets.kernels.cuda.routing_step import RoutingSpec
 from moec.targets.kernels.specs import RouterSpec
 from tests.compiler.backends.test_tvm import with_format

@@ -18,7 +18,8 @@ from moec.runtime.tvm_device import Gpu
 from moec.runtime.tvm_functions import Function
 from moec.targets import get_target
 from moec.targets.kernels.cuda.layout import FragmentLayout
-from moec.targets.kernels.cuda.projections import Projection, ProjectionsSpec
+from moec.targets.kernels.cuda.matrices import Projection
+from moec.targets.kernels.cuda.projections import ProjectionsSpec
 from tests.compiler.backends.test_tvm import with_format
 from tests.compiler.backends.test_tvm_cuda import emulated, whole
 from tests.compiler.backends.tvm_model import Compiled

@@ -26,7 +26,8 @@ from moec.compiler.ir import Graph, Node
 from moec.targets.kernels.cuda.calls import Gpu
 from moec.targets.kernels.cuda.layout import FragmentLayout
 from moec.targets.kernels.cuda.linear_tokens import TokensSpec
-from moec.targets.kernels.cuda.projections import Projection, ProjectionsSpec
+from moec.targets.kernels.cuda.matrices import Projection
+from moec.targets.kernels.cuda.projections import ProjectionsSpec
 from moec.targets.kernels.specs import NormSpec
 
 if TYPE_CHECKING:

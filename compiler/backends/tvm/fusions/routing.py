@@ -21,7 +21,7 @@ from moec.compiler.backends.tvm.semantic import norm_spec, residual_norm, router
 from moec.compiler.backends.tvm.storage import experts_layout, matrix_layout
 from moec.compiler.ir import Graph, Node
 from moec.targets.kernels.cuda.calls import Gpu
-from moec.targets.kernels.cuda.projections import Projection
+from moec.targets.kernels.cuda.matrices import Projection
 from moec.targets.kernels.cuda.router import MOST_EXPERTS, MOST_SLOTS
 from moec.targets.kernels.cuda.routing_step import RoutingSpec
 

@@ -18,7 +18,8 @@ from moec.targets import Target, get_target
 from moec.targets.kernels.cuda import tuned
 from moec.targets.kernels.cuda.layout import FragmentLayout
 from moec.targets.kernels.cuda.linear import LinearSpec, prefill_func, split_func
-from moec.targets.kernels.cuda.projections import Projection, ProjectionsSpec, projections_func
+from moec.targets.kernels.cuda.matrices import Projection
+from moec.targets.kernels.cuda.projections import ProjectionsSpec, projections_func
 from moec.targets.kernels.cuda.space import Layer, candidates, default, needs
 from tests.targets.kernels.cuda.packed import MULTIPROCESSORS
 

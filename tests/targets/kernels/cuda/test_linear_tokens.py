@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moec.targets.kernels.cuda.calls import Gpu
 from moec.targets.kernels.cuda.layout import FragmentLayout
 from moec.targets.kernels.cuda.linear_tokens import MOST_CALL, MOST_TOKENS, TokensSpec, linear_tokens_func
-from moec.targets.kernels.cuda.projections import Projection
+from moec.targets.kernels.cuda.matrices import Projection
 from tests.targets.kernels.cuda.packed import MULTIPROCESSORS, packed
 from tests.targets.kernels.emulator import needs_emulator
 from tests.targets.kernels.run_cuda import CudaKernel

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from moec.targets.kernels.cuda.layout import FragmentLayout
-from moec.targets.kernels.cuda.projections import Projection, ProjectionsSpec, projections_func
+from moec.targets.kernels.cuda.matrices import Projection
+from moec.targets.kernels.cuda.projections import ProjectionsSpec, projections_func
 from moec.targets.kernels.specs import NormSpec
 from tests.targets.kernels.cuda.packed import MULTIPROCESSORS, packed
 from tests.targets.kernels.emulator import needs_emulator

@@ -18,7 +18,7 @@ from moec.compiler import ops
 from moec.targets.kernels.cuda.arrival import SEMAPHORES
 from moec.targets.kernels.cuda.calls import Gpu
 from moec.targets.kernels.cuda.layout import FragmentLayout
-from moec.targets.kernels.cuda.projections import Projection
+from moec.targets.kernels.cuda.matrices import Projection
 from moec.targets.kernels.cuda.routing_step import RoutingSpec, routing_step_func
 from moec.targets.kernels.cuda.routing_tokens import routing_tokens_func
 from moec.targets.kernels.specs import NormSpec, RouterSpec, SkipSpec

@@ -152,9 +152,8 @@ def test_default_options(name: str) -> None:
     check(spec, StepOptions.of(spec, "float32", 160 << 10, MULTIPROCESSORS), [3, 255])
 
 
-@settings(max_examples=4, deadline=None)
-@given(data=st.data())
-def test_any_shape(data: st.DataObject) -> None:
+def any_shape(data: st.DataObject) -> tuple[AttentionSpec, list[NormSpec | None], StepOptions]:
+    """Attention of any shape, the norms of its queries and keys, and options."""
     kv_heads, group = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 2, 3, 4, 7, 8, 12, 17]))
     d, dv = 2 * data.draw(st.integers(2, 50)), data.draw(st.integers(3, 140))
     heads = kv_heads * group
@@ -167,5 +166,12 @@ def test_any_shape(data: st.DataObject) -> None:
         data.draw(st.sampled_from([2, 4, 8])), data.draw(st.sampled_from([4, 8])), data.draw(st.integers(1, 3)),
         data.draw(st.sampled_from([1, 3, 12])), data.draw(st.sampled_from([8, 32, 64])),
     )  # fmt: skip
+    return attention, norms, options
+
+
+@settings(max_examples=4, deadline=None)
+@given(data=st.data())
+def test_any_shape(data: st.DataObject) -> None:
+    attention, norms, options = any_shape(data)
     positions = data.draw(st.lists(st.integers(0, PAGES * PAGE - 1), min_size=4, max_size=4))
     check(StepSpec(attention, norms[0], norms[1], data.draw(st.booleans())), options, positions, seed=data.draw(st.integers(0, 99)))

@@ -19,7 +19,7 @@ from moec.targets.kernels.cuda.step import outputs, step_func
 from moec.targets.kernels.cuda.step_spec import StepOptions, StepSpec
 from moec.targets.kernels.specs import AttentionSpec, NormSpec
 from tests.targets.kernels.cuda.packed import MULTIPROCESSORS
-from tests.targets.kernels.cuda.test_step import MANY, ODD, OLMOE, QWEN, SINKS, head_norm, rounded, row_norm
+from tests.targets.kernels.cuda.test_step import MANY, ODD, OLMOE, QWEN, SINKS, any_shape, rounded, row_norm
 from tests.targets.kernels.emulator import needs_emulator
 from tests.targets.kernels.run_cuda import CudaKernel
 
@@ -222,18 +222,7 @@ def test_options_for_many_tokens_let_thread_blocks_share_a_multiprocessor() -> N
 @settings(max_examples=3, deadline=None)
 @given(data=st.data())
 def test_any_shape(data: st.DataObject) -> None:
-    kv_heads, group = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 2, 3, 4, 7, 8, 12, 17]))
-    d, dv = 2 * data.draw(st.integers(2, 50)), data.draw(st.integers(3, 140))
-    heads = kv_heads * group
-    norms = [data.draw(st.sampled_from([None, head_norm(n, d), head_norm(n, d, 1.0), row_norm(n, d)])) for n in (heads, kv_heads)]
-    attention = AttentionSpec(
-        heads, kv_heads, d, dv, d**-0.5, data.draw(st.sampled_from([0, 0, 19, 64])), data.draw(st.sampled_from([0, 0, 48])),
-        data.draw(st.sampled_from([0.0, 0.0, 5.0])), data.draw(st.booleans()),
-    )  # fmt: skip
-    options = StepOptions(
-        data.draw(st.sampled_from([2, 4, 8])), data.draw(st.sampled_from([4, 8])), data.draw(st.integers(1, 3)),
-        data.draw(st.sampled_from([1, 3, 12])), data.draw(st.sampled_from([8, 32, 64])),
-    )  # fmt: skip
+    attention, norms, options = any_shape(data)
     tokens = data.draw(st.sampled_from([2, 4, 8]))
     calls = list[list[Part]]()
     for _ in range(3):
