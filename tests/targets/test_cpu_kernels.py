@@ -32,6 +32,7 @@ from tests.cpu_kernels import (
     draw_weight,
     features,
     target,
+    typical,
 )
 
 
@@ -118,7 +119,7 @@ def test_linear_of_one_token(name: str) -> None:
     expected, arrays = draw_weight(rng, layout)
     x = rng.standard_normal((1, layout.k), np.float32)
     run = compile_func(linear_func(layout, 1, bias=False, isa=ISA))
-    close(call(run, x, *arrays.values(), out=(1, layout.n)), x.astype(np.float64) @ expected.T, layout)
+    close(call(run, x, *arrays.values(), out=(1, layout.n)), x.astype(np.float64) @ expected.T, layout, size=typical(x, expected))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_linear_of_any_number_of_tokens(name: str) -> None:
     run = compile_func(linear_func(layout, None, bias=True, isa=ISA))
     for tokens in (1, 2, 3, 7, 33):
         x = rng.standard_normal((tokens, layout.k), np.float32)
-        close(call(run, x, *arrays.values(), bias, out=(tokens, layout.n)), x @ expected.T + bias, layout)
+        close(call(run, x, *arrays.values(), bias, out=(tokens, layout.n)), x @ expected.T + bias, layout, size=typical(x, expected))
 
 
 @given(st.sampled_from(INTEGER + FEW + FLOATS + FP8), st.integers(1, 70), st.integers(1, 300), st.integers(1, 9), st.integers(0, 2**32 - 1))
@@ -159,7 +160,7 @@ def test_linear_on_lesser_instruction_sets(mcpu: str, name: str) -> None:
     for tokens in (1, 5):
         x = rng.standard_normal((tokens, layout.k), np.float32)
         run = compile_func(linear_func(layout, tokens, bias=False, isa=Isa.of(target(mcpu))), mcpu)
-        close(call(run, x, *arrays.values(), out=(tokens, layout.n)), x @ expected.T, layout)
+        close(call(run, x, *arrays.values(), out=(tokens, layout.n)), x @ expected.T, layout, size=typical(x, expected))
 
 
 def test_compiles_for_neon() -> None:
