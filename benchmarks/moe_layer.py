@@ -9,7 +9,7 @@ GPU is: they need this repository, torch, numpy and FOLDER, but no compiler and 
 
 Shapes are E, K, D, F of real models, or `64x8x2048x1024`; `64x8x2048x1024+512` where experts in turn have so many neurons. Formats:
 `int4_g128`; `int4_g128/int2_g64` of gate_up and down; `int2_g64+int4_g64` of experts in turn; `float32:` before a format is of float32
-activations, as two terms of bfloat16.
+activations, as two terms of bfloat16, `fp8:` of those that may be rounded to E4M3.
 
 A time is the median of a CUDA graph of some layers whose weights take turns, the L2 cache flushed in between, top-k given. The floor is
 the larger of the bytes of the experts that run over the measured bandwidth, and the arithmetic over the measured rate of a bfloat16

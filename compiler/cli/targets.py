@@ -63,7 +63,7 @@ def measure(
     tokens: Annotated[str, typer.Option(metavar="T,...", help="Numbers of tokens.")] = "1,2,4,8,16,64,256,1024,4096",
     target: Annotated[str | None, typer.Option(metavar="NAME|FILE", help="What the GPU is; found by its name unless given.")] = None,
     activations: Annotated[
-        str, typer.Option(metavar="bfloat16|float32", help="Of the kernels; compiled models have float32, as two terms of bfloat16.")
+        str, typer.Option(metavar="bfloat16|float32|fp8", help="Of the kernels; compiled models have float32, as two terms of bfloat16.")
     ] = "float32",
     seconds: Annotated[float, typer.Option(metavar="S", min=1, help="After so long no new timing begins.")] = 600,
     jobs: Annotated[int | None, typer.Option(metavar="N", min=1, help="Processes that compile; all cores unless given.")] = None,

@@ -48,25 +48,25 @@ def tvm_version() -> str:
 def kernel_functions(case: Case) -> dict[str, Any]:
     """The PrimFuncs of a case by name."""
     from moec.targets.kernels.cpu.activation_functions import ExpertActivation
-    from moec.targets.kernels.cuda import experts_decode, experts_prefill, image, sort
+    from moec.targets.kernels.cuda import experts_decode, experts_prefill, image, narrow, sort
     from moec.targets.kernels.cuda.gathered import Shape
 
     layer, options = case.layer, dict(case.options)
     activation = ExpertActivation(case.activation)
     if case.kernel == "prefill":
         shape = Shape.of(options)
-        many = experts_prefill.PrefillSpec(layer.layout, activation, None, layer.top_k, "int32", case.biases, layer.dtype, shape)
-        arrange = {"arrange": image.arrange_func(many)} if shape.cluster else {}
+        many = experts_prefill.PrefillSpec(layer.layout, activation, None, layer.top_k, "int32", case.biases, layer.outside, shape)
+        arrange = {"arrange": (narrow.arrange_narrow_func if shape.narrow else image.arrange_func)(many)} if shape.cluster else {}
         return {
             "sort": sort.sort_func(layer.experts, layer.top_k, "int32", shape.tokens),
             **arrange,
             "gate_up": experts_prefill.gate_up_func(many),
             "down": experts_prefill.down_func(many),
-            "combine": sort.combine_func(layer.d, layer.top_k, layer.dtype),
+            "combine": sort.combine_func(layer.d, layer.top_k, layer.outside),
         }
     assert case.tokens is not None
     few = experts_decode.DecodeSpec(
-        layer.layout, activation, case.tokens, layer.top_k, "int32", case.biases, layer.dtype, layer.terms, counted=False, **options
+        layer.layout, activation, case.tokens, layer.top_k, "int32", case.biases, layer.outside, layer.terms, counted=False, **options
     )
     both = {"gate_up": experts_decode.gate_up_func, "down": experts_decode.down_func}
     return {name: both[name](few) for name in case.functions}

@@ -94,7 +94,7 @@ def random_tokens(layer: Layer, tokens: int, seed: int, skew: str = "uniform", s
         skipped: the share of slots, the last ones of each token, that run no expert: their id is -1.
     """
     generator = torch.Generator(device).manual_seed(1000 + seed)
-    x = torch.randn(tokens, layer.d, device=device, generator=generator).to(getattr(torch, layer.dtype))
+    x = torch.randn(tokens, layer.d, device=device, generator=generator).to(getattr(torch, layer.outside))
     share = torch.ones(layer.experts, device=device)
     if skew == "zipf":
         share = 1 / torch.arange(1, layer.experts + 1, device=device)
@@ -133,7 +133,7 @@ class Runner:
 
     def __post_init__(self) -> None:
         layer, slots = self.case.layer, self.tokens * self.case.layer.top_k
-        padded, dtype = layer.layout.padded_f, getattr(torch, layer.dtype)
+        padded, dtype = layer.layout.padded_f, getattr(torch, layer.outside)
         if self.case.kernel == "prefill":
             options = dict(self.case.options)
             most = min(slots, layer.experts) + slots // options["tokens"]
@@ -142,9 +142,13 @@ class Runner:
                 "hidden": _filled(layer.terms, slots, padded // 2).view(torch.uint16),
                 "y": torch.full((slots, layer.d), torch.nan, dtype=dtype, device=DEVICE),
             }  # fmt: skip
-            if options.get("cluster"):
-                for name, columns in (("image", layer.d), ("hidden", padded)):
-                    self.buffers[name] = _filled(most, -(-columns // BLOCK), options["tokens"] * BLOCK // 2).view(torch.uint16)
+            for name, columns in (("image", layer.d), ("hidden", padded)) if options.get("cluster") else ():
+                blocks, size = -(-columns // BLOCK), options["tokens"]
+                if "chunk" in options:
+                    self.buffers[name] = _filled(most, blocks, size * BLOCK // 4).view(torch.uint8)
+                    self.buffers[f"{name}_scale"] = _filled(most, blocks, size).view(torch.float32)
+                else:
+                    self.buffers[name] = _filled(most, blocks, size * BLOCK // 2).view(torch.uint16)
         else:
             self.buffers = {"hidden": _filled(slots, layer.terms, padded // 2).view(torch.uint32)}
         self.buffers["out"] = torch.full((self.tokens, layer.d), torch.nan, dtype=dtype, device=DEVICE)
@@ -157,12 +161,13 @@ class Runner:
         if weights.biases is not None:
             up, down = [*up, weights.biases[0]], [*down, weights.biases[1]]
         if self.case.kernel == "prefill":
-            x, image = split_terms(tokens.x, self.case.layer.terms), [b["image"]] if "image" in b else []
+            x = split_terms(tokens.x, self.case.layer.terms)
+            image, hidden = ([b[n] for n in (name, f"{name}_scale") if n in b] for name in ("image", "hidden"))
             given: dict[str, list[Tensor]] = {
                 "sort": [ids, b["order"], b["places"], b["tiles"]],
                 "arrange": [x, b["order"], b["tiles"], *image],
-                "gate_up": [x, *image, b["order"], b["tiles"], *up, b["hidden"]],
-                "down": [b["hidden"], b["order"], b["tiles"], share, *down, b["y"]],
+                "gate_up": [x, *image, b["order"], b["tiles"], *up, *hidden],
+                "down": [*hidden, b["order"], b["tiles"], share, *down, b["y"]],
                 "combine": [b["y"], b["places"], b["out"]],
             }
         else:

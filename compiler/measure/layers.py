@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moec.compiler.errors import MoecError
-from moec.targets.kernels.cuda.space import Layer
+from moec.targets.kernels.cuda.space import FP8, Layer
 
-DTYPES = ("bfloat16", "float32")
+DTYPES = ("bfloat16", "float32", FP8)
 
 
 def layers_of(model: str | None, sizes: Sequence[str], formats: Sequence[str], dtype: str) -> list[Layer]:
@@ -17,7 +17,7 @@ def layers_of(model: str | None, sizes: Sequence[str], formats: Sequence[str], d
         MoecError: there is none, or a size, a format or the type of activations is not what it should be.
     """
     if dtype not in DTYPES:
-        raise MoecError(f"--activations {dtype!r}: expected {' or '.join(DTYPES)}")
+        raise MoecError(f"--activations {dtype!r}: expected one of {', '.join(DTYPES)}")
     found = [_size(text) for text in sizes]
     if model is not None:
         from moec.compiler.frontend.huggingface import load

@@ -41,10 +41,16 @@ def expected_tiles(experts: int, top_k: int, tokens: int, size: int) -> float:
     return experts * total
 
 
+NARROW_COLUMNS = 0.5
+"""What a column of E4M3 costs, by the arithmetic of the tensor cores alone; nothing is made of its weights. Not fitted to measurements."""
+
+
 def cost(experts: int, top_k: int, tokens: int, options: Mapping[str, int]) -> float:
     """The cost of options of `gathered.Shape`, in products of one column with a tile's rows."""
     size, columns = options["tokens"], options["tokens"] * options["terms"]
     tiles = expected_tiles(experts, top_k, tokens, size)
+    if "chunk" in options:
+        return tiles * (BEGINNING + NARROW_COLUMNS * columns)
     if options["exact"]:
         return tiles * (EXACT_BEGINNING + EXACT_COLUMNS * columns)
     full = BEGINNING + max(LEAST, columns)

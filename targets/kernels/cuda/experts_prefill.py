@@ -18,11 +18,12 @@ from tvm.tirx.script import builder as T
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, at, kernel, local
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
-from moec.targets.kernels.cuda.experts_results import write_hidden, write_outputs
+from moec.targets.kernels.cuda.experts_results import hidden_words, write_hidden, write_narrow_hidden, write_outputs
 from moec.targets.kernels.cuda.gathered import THREADS, Activations, Shape
 from moec.targets.kernels.cuda.image import Images, cluster_ready
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import BLOCK, ROWS, ceil_div
+from moec.targets.kernels.cuda.narrow import NarrowImage, NarrowImages
 from moec.targets.kernels.cuda.product import Weights, ring_words
 from moec.targets.kernels.cuda.sort import most_tiles
 from moec.targets.kernels.cuda.tiles import Takes, Tile, each_tile
@@ -73,12 +74,14 @@ class PrefillSpec:
             work = min(work, most) if isinstance(work, int) else T.min(work, most)
         return [work * each if isinstance(work, int) else T.cast(work * each, "int32")]
 
-    def image(self, name: str, tokens: Expr, columns: int) -> Buffer:
-        """The parameter of an image of so many columns (see `image`)."""
+    def image(self, name: str, tokens: Expr, columns: int) -> Any:
+        """The parameter of an image of so many columns (see `image`), or the two of one of `narrow`."""
         most = most_tiles(tokens * self.top_k, self.layout.experts, self.shape.tokens)
+        if self.shape.narrow:
+            return NarrowImage.argument(name, most, self.shape.tokens, columns)
         return argument(name, (most, ceil_div(columns, BLOCK), self.shape.tokens * BLOCK), "uint16")
 
-    def activations(self, name: str, tokens: Expr, rows: Expr, columns: int) -> Buffer:
+    def activations(self, name: str, tokens: Expr, rows: Expr, columns: int) -> Any:
         """The parameter of activations [terms, rows, columns], or of their image."""
         if self.shape.cluster:
             assert self.shape.terms == 1 and self.shape.tiles == 2 and not self.layout.widths  # whole blocks are written
@@ -91,12 +94,10 @@ def barrier_words(shape: Shape) -> int:
     return 4 * shape.stages if shape.cluster else 0
 
 
-def _activations(
-    shape: Shape, ring: Buffer, barriers: Buffer, source: Buffer, columns: int, thread: Expr, rank: Expr
-) -> Activations | Images:
+def _activations(shape: Shape, ring: Buffer, barriers: Buffer, source: Any, columns: int, thread: Expr, rank: Expr) -> Activations | Images:
     """The ring of a block of threads."""
     if shape.cluster:
-        return Images(shape, ring, barriers, source, thread, rank)
+        return (NarrowImages if shape.narrow else Images)(shape, ring, barriers, source, thread, rank)
     return Activations(shape, ring, source, columns, thread)
 
 
@@ -107,7 +108,7 @@ def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
     """
     layout, stack, shape = spec.layout, spec.layout.gate_up, spec.shape.for_columns(spec.layout.d)
     rows = layout.f_tiles * ROWS
-    parts, staged_words = ceil_div(rows, shape.rows), 2 * shape.tokens * (2 * layout.tile_rows + 4)
+    parts, staged_words = ceil_div(rows, shape.rows), hidden_words(spec)
 
     def arguments() -> tuple[Any, ...]:
         tokens = spec.count()
@@ -115,7 +116,7 @@ def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
         if shape.cluster:
             x = spec.image("image", tokens, layout.d)
         order, tiles = spec.sorted(tokens)
-        weights = Weights(stack, "gate_up_")
+        weights = Weights(stack, "gate_up_", narrow=shape.narrow)
         bias = argument("gate_up_bias", (layout.experts, stack.n), "float32") if spec.biases else None
         return x, order, tiles, weights, bias, spec.activations("hidden", tokens, tokens * spec.top_k, layout.padded_f), tokens
 
@@ -128,6 +129,7 @@ def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
         grid_launch()
         tile, sums = Tile(tiles, parts, spec.cluster, rank, TOGETHER if shape.tiles > 1 else 1), local(shape.tiles * shape.sums, "float32")
         activations = _activations(shape, ring, barriers, x, layout.d, thread, rank)
+        write = write_narrow_hidden if shape.narrow else write_hidden
         weights.prepare(shape, thread, memory)
 
         def rows_of(part: Expr, f_tiles: Expr) -> list[Expr]:
@@ -152,7 +154,7 @@ def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
             expert, first, count, part, number = tile.kept()
             with weights.tiles(expert, part * (8 * shape.tiles)) as f_tiles:
                 base = T.Bind(shape.first_tile(part, group, warp))
-                write_hidden(spec, sums, staged, hidden, bias, expert, first, count, part, number, base, thread, f_tiles)
+                write(spec, sums, staged, hidden, bias, expert, first, count, part, number, base, thread, f_tiles)
 
         total = T.Bind(tiles[tiles.shape[0] - 1, 0] * tile.parts)
         takes = Takes(at(tiles, tiles.shape[0] - 1, 1), memory.take((2,), "int32"), thread) if shape.taken else None
@@ -178,7 +180,7 @@ def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
         hidden = spec.activations("hidden", tokens, slots, layout.padded_f)
         order, tiles = spec.sorted(tokens)
         routing_weights = argument("weights", (tokens, spec.top_k), "float32")
-        weights = Weights(stack, "down_")
+        weights = Weights(stack, "down_", narrow=shape.narrow)
         bias = argument("down_bias", (layout.experts, layout.d), "float32") if spec.biases else None
         return hidden, order, tiles, routing_weights, weights, bias, argument("y", (slots, layout.d), spec.dtype), tokens
 

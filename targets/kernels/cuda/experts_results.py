@@ -11,11 +11,13 @@ from tvm.tirx.script import builder as T
 from moec.targets.kernels.cuda.activation import gated, plain
 from moec.targets.kernels.cuda.copies import shared_address
 from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, strided, sync, when
+from moec.targets.kernels.cuda.gathered import THREADS
 from moec.targets.kernels.cuda.image import clear, place
 from moec.targets.kernels.cuda.intrinsics import term
-from moec.targets.kernels.cuda.layout import ROWS
-from moec.targets.kernels.cuda.loads import move
+from moec.targets.kernels.cuda.layout import BLOCK, ROWS, ceil_div
+from moec.targets.kernels.cuda.loads import move, read_words
 from moec.targets.kernels.cuda.matrix import store_matrix
+from moec.targets.kernels.cuda.narrow import COLUMNS, LANES, NarrowImage, narrow
 from moec.targets.kernels.cuda.warp import warp_down
 
 if TYPE_CHECKING:
@@ -64,6 +66,57 @@ def write_hidden(
                     with when(T.And(token < count, f < (f_tiles * layout.tile_rows if layout.widths else layout.f))):
                         move(at(hidden, index, first + token, f), at(memory, staged + token * width + piece * 4))
             sync()
+
+
+def hidden_words(spec: PrefillSpec) -> int:
+    """Words of shared memory by way of which hidden values are written."""
+    layout, shape = spec.layout, spec.shape
+    if shape.narrow:
+        return shape.tokens * _narrow_width(spec)
+    return 2 * shape.tokens * (2 * layout.tile_rows + 4)
+
+
+def _narrow_width(spec: PrefillSpec) -> int:
+    """Words of a token's hidden values of a block of threads, padded against conflicts."""
+    return 4 * spec.shape.tiles * spec.layout.tile_rows + 4
+
+
+def write_narrow_hidden(
+    spec: PrefillSpec, sums: Buffer, memory: Buffer, hidden: NarrowImage, bias: Buffer | None, expert: Expr, first: Expr, count: Expr,
+    part: Expr, number: Expr, base: Expr, thread: Expr, f_tiles: Expr,
+) -> None:  # fmt: skip
+    """Apply the activation function and write hidden values as E4M3, with a scale of each token and 128 of them."""
+    layout, shape, width = spec.layout, spec.shape, _narrow_width(spec)
+    warp, lane, group = thread // 32 % 4, thread % 32, thread // 128
+    del first
+    for m in range(shape.tiles):
+        tile = T.Bind(base + 4 * m)
+
+        def values(n: int, c: int, m: int = m, tile: Expr = tile) -> list[Expr]:
+            found = _hidden_values(spec, sums, m, T.min(tile, f_tiles - 1), bias, expert, lane, n, c)
+            if layout.f % (8 * shape.tiles * layout.tile_rows) == 0:
+                return found
+            return [
+                T.Bind(T.Select(tile * layout.tile_rows + half * 8 + lane // 4 < layout.f, value, const(0.0, "float32")))
+                for half, value in enumerate(found)
+            ]
+
+        column = (group * (4 * shape.tiles) + 4 * m + warp) * (layout.tile_rows // 2)
+        _store(shape.tokens // 8, 1 if layout.gated else 2, values, memory, column, width, lane)
+    sync()
+    blocks = 8 * shape.tiles * layout.tile_rows // BLOCK  # of hidden values
+    packed, words = local(COLUMNS // 2, "uint32"), local(4, "uint32")
+    each = THREADS // LANES
+    for turn in range(ceil_div(shape.tokens * blocks, each)):
+        piece = T.Bind(turn * each + thread // LANES)
+        token, block, own = T.Bind(piece // blocks), T.Bind(part * blocks + piece % blocks), thread % LANES
+        for half in range(2):
+            source = T.min(token, shape.tokens - 1) * width + piece % blocks * (BLOCK // 2) + own * (COLUMNS // 2) + 4 * half
+            read_words(at(packed, 4 * half), at(memory, source))
+        scale = narrow(words, packed)
+        with when(T.And(token < count, block * BLOCK < layout.padded_f)):
+            hidden.write(number, block, token, own, words, scale)
+    sync()
 
 
 def _hidden_values(

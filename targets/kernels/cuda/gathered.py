@@ -50,8 +50,14 @@ class Shape:
 
     @classmethod
     def of(cls, options: Mapping[str, int]) -> Shape:
-        """The shape that options of `space` are; what they leave out has its default."""
-        return cls(**{**options, "exact": bool(options["exact"])})  # type: ignore[arg-type]
+        """The shape that options of `space` are, a `NarrowShape` if they say how many columns it has at a time."""
+        fields = {**options, "exact": bool(options["exact"])}
+        return NarrowShape(**fields) if "chunk" in options else cls(**fields)  # type: ignore[arg-type]
+
+    @property
+    def narrow(self) -> bool:
+        """Whether activations are E4M3 (`narrow`) and not bfloat16."""
+        return False
 
     @property
     def rows(self) -> int:
@@ -94,6 +100,43 @@ class Shape:
     def row_tiles(self, first: Expr, last: int) -> list[Expr]:
         """All tiles of a warp; beyond the last there are none, and it takes that one again."""
         return [T.Bind(T.min(first + 4 * m, last)) for m in range(self.tiles)]
+
+
+@dataclass(frozen=True)
+class NarrowShape(Shape):
+    """The size of a block's product of weights and activations that are both E4M3.
+
+    Sums of a block of columns get their scales in float32, as many columns (tokens) at a time as there are registers for.
+
+    Args:
+        chunk: columns at a time.
+        buffers: sets of registers for them, 1 or 2; of 2, one is scaled while the other is summed up.
+    """
+
+    chunk: int = 64
+    buffers: int = 2
+
+    @property
+    def narrow(self) -> bool:
+        return True
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of the numbers of a stage."""
+        return self.tokens * BLOCK
+
+    @property
+    def stage_bytes(self) -> int:
+        """Bytes of a stage: numbers, and a scale of each token."""
+        return self.data_bytes + 4 * self.tokens
+
+    @property
+    def words(self) -> int:
+        return self.stages * self.stage_bytes // 4 + 256
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        return (self.tokens,)
 
 
 class Staged(Protocol):

@@ -63,6 +63,24 @@ def cluster_ready() -> None:
     call("moec_cluster_ready", _BULK)
 
 
+def wait(barrier: Expr, parity: Expr) -> None:
+    """Wait until a barrier's phase of this parity is over."""
+    call("moec_barrier_wait", _BULK, barrier, parity)
+
+
+def expect(barrier: Expr, count: Expr) -> None:
+    """So many bytes come before the phase is over."""
+    call("moec_barrier_expect", _BULK, barrier, count)
+
+
+def bulk(target: Expr, source: Expr, count: Expr, barrier: Expr, cluster: int) -> None:
+    """Copy bytes to shared memory, of both blocks of a cluster of 2; barriers there are told."""
+    if cluster == 2:
+        call("moec_bulk_all", _BULK, target, source, count, barrier, 3)
+    else:
+        call("moec_bulk", _BULK, target, source, count, barrier)
+
+
 def place(image: Buffer, tokens: int, tile: Expr, token: Expr, column: Expr) -> Expr:
     """The address of 8 columns of a token, the first a multiple of 8, in an image."""
     inner = column % BLOCK
@@ -114,16 +132,13 @@ class Images:
         shape, (stage, turn) = self.shape, self._stage(block)
         half_bytes = shape.tokens * 128
         with when(self._thread == 0):
-            call("moec_barrier_wait", _BULK, self._barrier(stage, 1), (turn + 1) % 2)
+            wait(self._barrier(stage, 1), (turn + 1) % 2)
             size, full = T.Bind(self._rows[0] * 128), T.Bind(self._barrier(stage, 0))
-            call("moec_barrier_expect", _BULK, full, size * 2)
+            expect(full, size * 2)
             for half in [self._rank] if shape.cluster == 2 else range(2):
                 target = self._base + T.cast(stage * shape.stage_bytes + half * half_bytes, "uint32")
                 source = at(self._source, self._tile[0], block, half * (shape.tokens * 64))
-                if shape.cluster == 2:
-                    call("moec_bulk_all", _BULK, target, source, size, full, 3)
-                else:
-                    call("moec_bulk", _BULK, target, source, size, full)
+                bulk(target, source, size, full, shape.cluster)
 
     def step(self, block: Expr, blocks: int) -> Expr:
         """Wait for a block's stage, and ask for a later one's: the stage."""
@@ -131,7 +146,7 @@ class Images:
         with when(block + ahead < blocks):
             self.fetch(block + ahead)
         stage, turn = self._stage(block)
-        call("moec_barrier_wait", _BULK, self._barrier(stage, 0), turn % 2)
+        wait(self._barrier(stage, 0), turn % 2)
         return stage
 
     def release(self, block: Expr) -> None:

@@ -14,15 +14,15 @@ from moec.targets.kernels.cuda.intrinsics import call
 
 
 @lru_cache(maxsize=32)
-def _wgmma(columns: int) -> str:
+def _wgmma(name: str, columns: int, kind: str, rest: str) -> str:
     count = columns // 2
     outs = ", ".join(f"%{i}" for i in range(count))
     registers = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     a = ", ".join(f"%{count + i}" for i in range(4))
     return f"""
-__device__ __forceinline__ void moec_wgmma{columns}(float* d, const unsigned int* a, unsigned long long b, int add) {{
+__device__ __forceinline__ void {name}(float* d, const unsigned int* a, unsigned long long b, int add) {{
   asm volatile("{{.reg .pred p; setp.ne.b32 p, %{count + 5}, 0; "
-    "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 {{{outs}}}, {{{a}}}, %{count + 4}, p, 1, 1, 0;}}"
+    "wgmma.mma_async.sync.aligned.m64n{columns}{kind} {{{outs}}}, {{{a}}}, %{count + 4}, p, 1, 1{rest};}}"
     : {registers} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }}
 """
@@ -30,7 +30,14 @@ __device__ __forceinline__ void moec_wgmma{columns}(float* d, const unsigned int
 
 def wgmma(columns: int, d: Expr, a: Expr, b: Expr, add: Expr) -> None:
     """d[columns / 2] = A[64, 16] B[16, columns] (+ d where `add`), asynchronously: A fragments in registers, B by its descriptor."""
-    call(f"moec_wgmma{columns}", _wgmma(columns), d, a, b, add)
+    name = f"moec_wgmma{columns}"
+    call(name, _wgmma(name, columns, "k16.f32.bf16.bf16", ", 0"), d, a, b, add)
+
+
+def wgmma_e4m3(columns: int, d: Expr, a: Expr, b: Expr, add: Expr) -> None:
+    """The same of A[64, 32] and B[32, columns] that are E4M3: of a row of A, register r has columns 4 t to 4 t + 3, of r = 2, 3 plus 16."""
+    name = f"moec_wgmma_e4m3_{columns}"
+    call(name, _wgmma(name, columns, "k32.f32.e4m3.e4m3", ""), d, a, b, add)
 
 
 _ORDER = r"""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from math import lcm
+from typing import Any
 
 from tvm.tirx.script import builder as T
 
@@ -22,6 +23,7 @@ from moec.targets.kernels.cuda.gathered import THREADS, Shape, Staged
 from moec.targets.kernels.cuda.intrinsics import scale
 from moec.targets.kernels.cuda.loads import read_words
 from moec.targets.kernels.cuda.matrix import pin, wgmma, wgmma_commit, wgmma_fence, wgmma_wait
+from moec.targets.kernels.cuda.product_narrow import WORDS, NarrowProduct
 from moec.targets.kernels.cuda.stored import Classes, Place, Stored
 
 STEPS = 8  # products of 16 columns in a block
@@ -30,14 +32,19 @@ PRECISE_BITS = 8  # of weights from which on rounding their scales would be much
 
 def ring_words(stack: Stack, shape: Shape) -> int:
     """Words of shared memory of a ring of weights."""
-    return shape.ring * shape.tiles * THREADS * max(layout.unit_words for layout in stack.classes)
+    lane = WORDS if shape.narrow else max(layout.unit_words for layout in stack.classes)
+    return shape.ring * shape.tiles * THREADS * lane
 
 
-class Weights(Classes["Product"]):
-    """The parameters of a stack of weights, and how a block multiplies with them, a tile after the other: `begin`, then `run`."""
+class Weights(Classes[Any]):
+    """The parameters of a stack of weights, and how a block multiplies with them, a tile after the other: `begin`, then `run`.
 
-    def __init__(self, stack: Stack, prefix: str) -> None:
-        super().__init__(stack, prefix, Product)
+    Args:
+        narrow: whether activations are E4M3 too.
+    """
+
+    def __init__(self, stack: Stack, prefix: str, *, narrow: bool = False) -> None:
+        super().__init__(stack, prefix, NarrowProduct if narrow else Product)
 
     def prepare(self, shape: Shape, thread: Expr, memory: Shared | None = None) -> None:
         """Take the registers, and the memory of a ring, of `ring_words`."""

@@ -42,6 +42,17 @@ may be left out.
 PREFILL_TERMS = ((64, 1, 4, 1, 1, 2, 1, 0), (64, 1, 4, 1, 1, 2, 1, 1), (96, 1, 3, 1, 1, 2, 1, 1))
 """What else it tries where activations are two terms, whose stages take twice the memory."""
 
+NARROW_OPTIONS = (*PREFILL_OPTIONS, "chunk", "buffers")
+PREFILL_NARROW = (
+    (32, 2, 4, 0, 1, 3, 1, 1, 1, 0, 32, 2), (64, 2, 4, 0, 1, 2, 1, 1, 1, 0, 64, 1), (64, 2, 4, 0, 1, 2, 1, 1, 1, 3, 64, 2),
+    (64, 2, 4, 0, 1, 2, 1, 1, 2, 3, 64, 2), (96, 2, 4, 0, 1, 2, 1, 1, 1, 3, 48, 2), (96, 2, 4, 0, 1, 2, 1, 1, 2, 3, 48, 2),
+    (128, 2, 4, 0, 1, 2, 1, 1, 1, 3, 64, 1), (128, 2, 4, 0, 1, 2, 1, 1, 2, 3, 64, 1),
+)  # fmt: skip
+"""What else it tries where activations may be E4M3: fields of `NarrowShape`."""
+
+FP8 = "fp8"
+"""The type of activations that are bfloat16 outside and may be multiplied as E4M3."""
+
 MULTIPROCESSORS = 132
 """Of an H100, which a GPU is taken for unless its target says otherwise."""
 
@@ -86,7 +97,7 @@ class Layer:
     Args:
         experts, top_k, d, f: E, K, D, F.
         gate_up, down: the format of all experts, or of each.
-        dtype: of activations, `bfloat16`, or `float32` as two terms of it.
+        dtype: of activations, `bfloat16`, `float32` as two terms of it, or `fp8`: bfloat16 that may be rounded to E4M3.
         gated: whether there is a gate projection.
         widths: F of each expert where they differ; f is the largest.
     """
@@ -109,7 +120,23 @@ class Layer:
     @property
     def terms(self) -> int:
         """Terms of bfloat16 that an activation is."""
-        return 1 if self.dtype == "bfloat16" else 2
+        return 2 if self.dtype == "float32" else 1
+
+    @property
+    def outside(self) -> str:
+        """The type of x and of the result."""
+        return "bfloat16" if self.dtype == FP8 else self.dtype
+
+    @property
+    def most_error(self) -> float:
+        """Of the result, relative to float64, beyond which options are not chosen."""
+        return 5e-2 if self.dtype == FP8 else 5e-3
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the kernels of `narrow` can run it."""
+        formats = {f for names in (self.gate_up, self.down) for f in ((names,) if isinstance(names, str) else names)}
+        return self.dtype == FP8 and not self.widths and all(f.startswith("fp8_") for f in formats)
 
     @property
     def formats(self) -> str:
@@ -199,6 +226,8 @@ def _all(kernel: str, layer: Layer, size: int) -> list[Options]:
         return [{"down_warps": warps, "down_unroll": unroll} for warps, unroll in product((16, 32), (32, 64, 128))]
     shapes = PREFILL if layer.terms == 1 else (*PREFILL, *PREFILL_TERMS)
     found = [dict(zip(PREFILL_OPTIONS, shape, strict=False)) | {"terms": layer.terms} for shape in shapes]
+    if layer.narrow:
+        found += [dict(zip(NARROW_OPTIONS, shape, strict=True)) | {"terms": 1} for shape in PREFILL_NARROW]
     return [options | {"multiprocessors": options["multiprocessors"] * size} for options in found]
 
 
@@ -211,6 +240,8 @@ def fits(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int], lim
     if threads > 1024 or shared > limit:
         return False
     if kernel == "prefill":
+        if "chunk" in options and not layer.narrow:
+            return False
         if options.get("cluster") and (options["terms"] > 1 or options["tiles"] != 2 or layer.widths):
             return False
         each = tokens * layer.top_k / layer.experts  # tiles of which next to nothing would be used
@@ -228,11 +259,16 @@ def needs(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int]) ->
     """
     if kernel == "prefill":
         count = min(options["stages"], max(ceil_div(max(layer.d, layer.f), BLOCK), 3))  # as `Shape.for_columns`
-        stages = count * (options["terms"] * options["tokens"] * BLOCK * 2 + (16 if options.get("cluster") else 0)) + 1024
-        unit = max(layout.unit_words for stack in (layer.layout.gate_up, layer.layout.down) for layout in stack.classes)
+        narrow = "chunk" in options
+        column = BLOCK + 4 if narrow else options["terms"] * BLOCK * 2  # bytes
+        stages = count * (options["tokens"] * column + (16 if options.get("cluster") else 0)) + 1024
+        unit = 16 if narrow else max(layout.unit_words for stack in (layer.layout.gate_up, layer.layout.down) for layout in stack.classes)
         ring = options.get("ring", 0) * options["tiles"] * unit * 1024
         taken = 16 if options.get("multiprocessors") and options.get("cluster", 0) < 2 else 0
-        return 256, stages + ring + taken + 8 * options["tokens"] * ((32 if layer.dtype == "bfloat16" else 64) + 4)
+        staged = 2 * ((64 if layer.outside == "float32" else 32) + 4)
+        if narrow:
+            staged = max(staged, 4 * options["tiles"] * layer.layout.tile_rows + 4)
+        return 256, stages + ring + taken + 4 * options["tokens"] * staged
     columns = tokens * layer.terms
     fragments, slots = ceil_div(columns, 8), tokens * layer.top_k
     routing = 0 if tokens == 1 else sum(ceil_div(n, 4) * 4 for n in (layer.experts * layer.top_k, slots, slots * tokens, 1))

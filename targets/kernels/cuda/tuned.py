@@ -2,7 +2,7 @@
 
 A record of the same layer decides; where T was not measured, its nearest T does. Without one, the record of the most alike layer lends its
 options, if they fit here (the same layer with other activations is an octave away); without that, options are defaults. Results that are
-off by more than `MOST_ERROR` are not chosen.
+off by more than `Layer.most_error` are not chosen.
 """
 
 from __future__ import annotations
@@ -29,9 +29,6 @@ from moec.targets.kernels.cuda.space import (
     shared_memory,
 )
 from moec.targets.measured import Measurement, Record, read_records
-
-MOST_ERROR = 5e-3
-"""Of the result, relative to float64."""
 
 FAR = 2.0
 """Octaves in T beyond which the kernels of many tokens are not chosen by a measurement."""
@@ -149,7 +146,7 @@ class _Chooser:
                 return Choice(kernel, options, None, f"measured on {record.device} for T = {best.tokens}{age}", measured=True)
         for distance, other, record in sorted(((_distance(self.layer, o), o, r) for o, r in self.records), key=lambda entry: entry[0]):
             best = self.best(record.measurements, kernel, tokens) if distance <= ALIKE else None
-            if best is not None and (other.dtype == self.layer.dtype or best == _fastest(record.measurements, best)):
+            if best is not None and (other.dtype == self.layer.dtype or best == _fastest(other, record.measurements, best)):
                 why = f"lent by {other.name}, T = {best.tokens}, measured on {record.device}{_age(record, kernel, self.tvm)}"
                 return Choice(kernel, self.suited(best), None, why, measured=False)
         options = default(kernel, self.layer, tokens, self.limit, self.size)
@@ -159,7 +156,7 @@ class _Chooser:
         """The fastest of the measured T nearest to this one, of what fits and is right."""
         usable = [
             m for m in measurements
-            if m.kernel == kernel and (m.error is None or m.error < MOST_ERROR) and self.fits(kernel, tokens, self.suited(m))
+            if m.kernel == kernel and (m.error is None or m.error < self.layer.most_error) and self.fits(kernel, tokens, self.suited(m))
         ]  # fmt: skip
         if not usable:
             return None
@@ -178,9 +175,10 @@ class _Chooser:
         return fits(kernel, self.layer, tokens, options, self.limit)
 
 
-def _fastest(measurements: Iterable[Measurement], like: Measurement) -> Measurement:
+def _fastest(layer: Layer, measurements: Iterable[Measurement], like: Measurement) -> Measurement:
     """The fastest of a kernel and T, whether it could run here or not: what it gave is worth little where others were far better."""
-    same = (m for m in measurements if (m.kernel, m.tokens) == (like.kernel, like.tokens) and (m.error is None or m.error < MOST_ERROR))
+    alike = (m for m in measurements if (m.kernel, m.tokens) == (like.kernel, like.tokens))
+    same = (m for m in alike if m.error is None or m.error < layer.most_error)
     return min(same, key=lambda m: m.us)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -51,6 +51,16 @@ def stack(layout: Stack, rng: np.random.Generator) -> tuple[dict[str, NDArray[An
     return {**arrays, "table": layout.table()} if layout.mixed else arrays, values
 
 
+def as_e4m3(x: NDArray[Any]) -> NDArray[np.float64]:
+    """Rounded to bfloat16, then in blocks of 128 to E4M3 times the scale with which the largest is 448."""
+    found = np.zeros(-(-x.size // BLOCK) * BLOCK)
+    found[: x.size] = x.astype(ml_dtypes.bfloat16).astype(np.float64)
+    blocks = found.reshape(-1, BLOCK)
+    scale = np.maximum(np.abs(blocks).max(1, keepdims=True), 1e-30) / 448
+    values: NDArray[np.float64] = (blocks / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * scale
+    return values.reshape(-1)[: x.size]
+
+
 def relative(found: NDArray[Any], expected: NDArray[Any]) -> float:
     """|found - expected| / |expected|."""
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
@@ -63,16 +73,18 @@ def silu_experts(
     x: NDArray[Any],
     ids: NDArray[Any],
     routing: NDArray[Any],
+    rounded: Callable[[NDArray[Any]], NDArray[Any]] = lambda x: x.astype(np.float64),
 ) -> NDArray[np.float64]:
     """What experts with silu compute, by the definition [T, D].
 
     Args:
         up, down: the values of each expert, [parts F, D] (all of gate, then all of up) and [D, F].
+        rounded: what becomes of tokens and of hidden values before they are multiplied.
     """
     out = np.zeros((len(x), layout.d))
     for token, slot in np.ndindex(*ids.shape):
         if 0 <= (e := int(ids[token, slot])) < layout.experts:
-            y = (up[e] @ x[token].astype(np.float64)).reshape(layout.parts, -1)
+            y = (up[e] @ rounded(x[token])).reshape(layout.parts, -1)
             hidden = y[0] / (1 + np.exp(-y[0])) * (y[1] if layout.gated else 1)
-            out[token] += routing[token, slot] * (down[e] @ hidden)
+            out[token] += routing[token, slot] * (down[e] @ rounded(hidden))
     return out

@@ -30,6 +30,7 @@ FP8 = Layer(4, 2, 264, 200, ("fp8_block128", "fp8_channel", "int4_g128", "bf16")
 RAGGED = Layer(4, 2, 264, 200, ("int4_g64", "fp8_block128", "bf16", "int4_g64"), "int3_g32_asym", widths=(40, 200, 8, 136))
 MIXED = Layer(4, 2, 264, 200, UP, DOWN)
 WIDE = Layer(4, 2, 264, 200, "int3_g32", "int4_g64", "float32")
+NARROW = Layer(4, 2, 264, 200, ("fp8_block128", "fp8_channel", "fp8_channel", "fp8_block128"), "fp8_block128", "fp8")
 PLAIN = Layer(3, 1, 128, 72, "int4_g128", "int4_g128", gated=False)
 
 needs_compiler = pytest.mark.skipif(cuda_compiler() is None, reason="neither nvcc nor NVRTC is installed")
@@ -52,6 +53,11 @@ FOR_HOPPER = [
     case("prefill", FP8, 32),
     case("decode", RAGGED, 3, biases=True),
     case("prefill", RAGGED, 24, biases=True),
+    *(
+        Case.of("prefill", NARROW, options, biases=True)
+        for options in candidates("prefill", NARROW, 256)
+        if options.get("chunk") and (options["tokens"], options["cluster"]) in ((64, 2), (128, 1))
+    ),
 ]
 
 
@@ -127,7 +133,7 @@ def test_needs_are_what_the_kernels_take(kernel: str, layer: Layer, tokens: int)
         assert needs(kernel, layer, tokens, options) == shape_of(function)
 
 
-@pytest.mark.parametrize("layer", [MIXED, WIDE, PLAIN])
+@pytest.mark.parametrize("layer", [MIXED, WIDE, PLAIN, NARROW])
 def test_needs_of_many_tokens_are_the_larger_kernel_s(layer: Layer) -> None:
     for options in candidates("prefill", layer, 256)[::4]:
         functions = kernel_functions(Case.of("prefill", layer, options))

@@ -19,6 +19,20 @@ inline void fma_bf16x2(uint32_t& d, uint32_t a, uint32_t b, uint32_t c) {  // a 
 inline void pick(uint32_t& d, uint32_t x, uint32_t mask, uint32_t y) { d = (x & mask) | y; }
 inline void pick_not(uint32_t& d, uint32_t x, uint32_t mask, uint32_t y) { d = (~x & mask) | y; }
 inline void pack_bf16x2(uint32_t& d, float upper, float lower) { d = pack(lower, upper); }
+// E4M3 (OCP 8-bit floating point): a bias of 7, no infinity, NaN where all 7 bits are set, 448 the largest.
+inline double e4m3(uint8_t x) {
+  const int exponent = x >> 3 & 15, mantissa = x & 7;
+  const double found = exponent ? ldexp(8 + mantissa, exponent - 10) : ldexp(mantissa, -9);
+  return (x & 0x7f) == 0x7f ? NAN : x & 0x80 ? -found : found;
+}
+inline uint8_t to_e4m3(float x) {
+  if (x != x) return 0x7f;
+  const double size = std::min(fabs(double(x)), 448.0);
+  const int exponent = std::max(size > 0 ? ilogb(size) : -6, -6);
+  const int code = int(std::nearbyint(ldexp(size, 3 - exponent)));  // 8 to 16, or less where it is subnormal
+  return uint8_t((std::signbit(x) ? 0x80 : 0) | ((exponent + 6) * 8 + code));
+}
+inline void pack_e4m3x2(uint16_t& d, float upper, float lower) { d = uint16_t(to_e4m3(upper) << 8 | to_e4m3(lower)); }
 inline void unpack_f16x2(float& lower, float& upper, uint32_t pair) {
   half parts[2];
   memcpy(parts, &pair, 4);
@@ -74,20 +88,33 @@ inline void mma(int& d0, int& d1, int& d2, int& d3, uint32_t a0, uint32_t a1, ui
   });
 }
 
-// An mbarrier of a cluster of one block. Copies are done at once, so that bytes are not waited for.
-struct MBarrier { uint16_t phase; int16_t count, pending; };
-inline MBarrier& mbarrier(uint32_t b) { return *(MBarrier*)(emulator::shared + b); }
-inline void barrier_init(uint32_t b, int count) { mbarrier(b) = {0, int16_t(count), int16_t(count)}; }
-inline void barrier_arrive(uint32_t b, int) {
-  MBarrier& barrier = mbarrier(b);
-  if (--barrier.pending == 0) barrier.pending = barrier.count, ++barrier.phase;
+// An mbarrier in the memory of a block of the cluster: a phase is over when all have arrived and as many bytes have come as were expected.
+// Copies are done at once; those of another block may come before they are expected.
+struct MBarrier { int32_t bytes; int16_t pending; uint8_t count, phase; };
+inline MBarrier& mbarrier(uint32_t b, int rank) { return *(MBarrier*)(emulator::memory + rank * emulator::SHARED + b); }
+inline int own_rank() { return emulator::current / emulator::block_size; }
+inline void barrier_init(uint32_t b, int count) { mbarrier(b, own_rank()) = {0, int16_t(count), uint8_t(count), 0}; }
+inline void barrier_change(uint32_t b, int rank, int arrivals, int bytes) {
+  MBarrier& barrier = mbarrier(b, rank);
+  barrier.pending -= arrivals, barrier.bytes += bytes;
+  if (barrier.pending == 0 && barrier.bytes == 0) barrier.pending = barrier.count, ++barrier.phase;
   ++emulator::progress;
 }
-inline void barrier_expect(uint32_t b, int) { barrier_arrive(b, 0); }
+inline void barrier_arrive(uint32_t b, int rank) { barrier_change(b, rank, 1, 0); }
+inline void barrier_expect(uint32_t b, int bytes) { barrier_change(b, own_rank(), 1, bytes); }
 inline void barrier_wait(uint32_t b, int parity) {
-  while ((mbarrier(b).phase & 1) == parity) emulator::yield();
+  while ((mbarrier(b, own_rank()).phase & 1) == parity) emulator::yield();
 }
-inline void bulk_copy(uint32_t d, const void* p, int bytes, uint32_t) { memcpy(emulator::shared + d, p, bytes); }
+inline void copy_to(int rank, uint32_t d, const void* p, int bytes, uint32_t b) {
+  if (d % 16 || uintptr_t(p) % 16 || bytes % 16 || bytes <= 0) unknown("a bulk copy that is no multiple of 16 bytes");
+  memcpy(emulator::memory + rank * emulator::SHARED + d, p, bytes);
+  barrier_change(b, rank, 0, -bytes);
+}
+inline void bulk_copy(uint32_t d, const void* p, int bytes, uint32_t b) { copy_to(own_rank(), d, p, bytes, b); }
+inline void bulk_copy_all(uint32_t d, const void* p, int bytes, uint32_t b, int mask) {
+  for (int rank = 0; mask >> rank; ++rank)
+    if (mask >> rank & 1) copy_to(rank, d, p, bytes, b);
+}
 inline void cluster_wait() { emulator::arrive(emulator::cluster); }
 
 // Memory of a block of the cluster is where `memory` has it.
@@ -99,6 +126,10 @@ inline void read_cluster(float& a, float& b, float& c, float& d, uint32_t there)
   if (there % 16) unknown("a load of 16 bytes that are not aligned");
   float* target[4] = {&a, &b, &c, &d};
   for (int i = 0; i < 4; ++i) memcpy(target[i], emulator::memory + there + 4 * i, 4);
+}
+
+inline void read_shared(float& a, float& b, uint32_t p) {
+  memcpy(&a, emulator::shared + p, 4), memcpy(&b, emulator::shared + p + 4, 4);
 }
 
 inline void atomic_inc(uint32_t& before, uint32_t* p, uint32_t most) { before = atomicInc(p, most); }
@@ -140,6 +171,21 @@ inline void wgmma(float** d, int count, uint32_t a0, uint32_t a1, uint32_t a2, u
       uint16_t y;
       memcpy(&y, emulator::shared + first / 128 * 128 + token * 128 + piece * 16 + k % 8 * 2, 2);
       sum += double(k % 2 ? high(x) : low(x)) * low(y);
+    }
+    *d[i] = float(sum);
+  }
+}
+// wgmma.m64nNk32 of E4M3: of a row of A, register r has columns 4 t to 4 t + 3, of r = 2 and 3 plus 16.
+inline void wgmma_e4m3(float** d, int count, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t descriptor, int add) {
+  int me = emulator::current, g = me % 32 / 4, t = me % 4;
+  const Fragments* warp = share({{a0, a1, a2, a3}, {}});
+  const uint32_t first = uint32_t(descriptor & 0x3fff) << 4, column = first % 128;
+  for (int i = 0; i < count; ++i) {
+    const int token = i / 4 * 8 + 2 * t + i % 2;
+    double sum = add ? *d[i] : 0;
+    for (int k = 0; k < 32; ++k) {
+      const uint32_t x = warp[4 * g + k % 16 / 4].a[k / 16 * 2 + i % 4 / 2], piece = ((column + k) / 16) ^ (token % 8);
+      sum += e4m3(x >> k % 4 * 8) * e4m3(emulator::shared[first / 128 * 128 + token * 128 + piece * 16 + k % 16]);
     }
     *d[i] = float(sum);
   }

@@ -23,12 +23,15 @@ KNOWN = {
     "st.global.v4.f32 [%0], {%1,%2,%3,%4};": "store",
     "fma.rn.bf16x2 %0, %1, %2, %3;": "fma_bf16x2",
     "cvt.rn.bf16x2.f32 %0, %1, %2;": "pack_bf16x2",
+    "cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;": "pack_e4m3x2",
+    "ld.shared.v2.f32 {%0,%1}, [%2];": "read_shared",
     "{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}": "unpack_f16x2",
     "mbarrier.init.shared::cta.b64 [%0], %1;": "barrier_init",
     "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;": "barrier_expect",
     "{.reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra done; bra again; done: }": "barrier_wait",
     "{.reg .b32 r; mapa.shared::cluster.u32 r, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [r];}": "barrier_arrive",
     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];": "bulk_copy",
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;": "bulk_copy_all",
     "barrier.cluster.wait.aligned;": "cluster_wait",
     "mapa.shared::cluster.u32 %0, %1, %2;": "map_rank",
     "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];": "read_cluster",
@@ -85,7 +88,8 @@ def _call(inside: str) -> str:
     if "wgmma.mma_async.sync.aligned.m64n" in text:
         count = len(operands) - 6  # sums, four registers of A, the descriptor of B, whether to add
         sums = ", ".join(f"&({each})" for each in operands[:count])
-        return f"{{ float* sums[] = {{{sums}}}; ptx::wgmma(sums, {count}, {', '.join(operands[count:])}); }}"
+        name = "wgmma_e4m3" if ".e4m3.e4m3 " in text else "wgmma"
+        return f"{{ float* sums[] = {{{sums}}}; ptx::{name}(sums, {count}, {', '.join(operands[count:])}); }}"
     if text not in KNOWN:
         return f'ptx::unknown("{text}")'
     return f"ptx::{KNOWN[text]}({', '.join(operands)})"
