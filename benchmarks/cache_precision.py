@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -20,7 +20,7 @@ from moec.compiler.errors import MoecError
 from moec.compiler.evaluate import read_windows, window_length
 from moec.compiler.frontend import huggingface
 from moec.compiler.frontend.tokenizer import load_tokenizer
-from moec.compiler.interpreter import Interpreter, evaluate
+from moec.compiler.interpreter import Interpreter, Observer, evaluate
 from moec.compiler.ir import Node
 from moec.compiler.model import Model
 from moec.compiler.reference import pooled
@@ -50,20 +50,33 @@ class RoundedCache:
         return evaluate(node, [q, k.bfloat16().to(k), v.bfloat16().to(v), *sinks], {}, q.dtype, q.device)
 
 
-def distance(model: Model, ids: Tensor, targets: Tensor) -> Distance:
-    """What rounding does to a model on windows [W, T], whose next tokens are `targets`."""
+def distance(model: Model, observer: Observer, ids: Tensor, targets: Tensor) -> Distance:
+    """What an observer that rounds does to a model on windows [W, T], whose next tokens are `targets`."""
     interpreter, tally, done = Interpreter(model.graph, model.weights), Tally(), 0
     parts = batches(ids)
     for start in range(0, len(parts), GROUP):
         group, truth = parts[start : start + GROUP], dict[int, Tensor]()
         interpreter.run(group, lambda index, out: truth.update({index: out[0].log_softmax(-1)}))  # noqa: B023  # run at once
         found = dict[int, Tensor]()
-        interpreter.run(group, lambda index, out: found.update({index: out[0]}), observer=RoundedCache(model))  # noqa: B023
+        interpreter.run(group, lambda index, out: found.update({index: out[0]}), observer=observer)  # noqa: B023
         for index, part in enumerate(group):
             wanted = targets[done : done + len(part["ids"])]
             tally.add(truth[index], found[index], wanted)
             done += len(wanted)
     return tally.distance()
+
+
+def table(found: Mapping[str, Distance], kind: str) -> str:
+    """What rounding to a type did, by text, as a Markdown table."""
+    lines = [
+        f"| text | tokens | perplexity, float32 | {kind} | change | KL, nats a token | same best token |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, each in found.items():
+        before = Distance(each.tokens, each.reference_nll, 0, 1, each.reference_nll).perplexity
+        cells = name, each.tokens, f"{before:.4f}", f"{each.perplexity:.4f}", f"{each.perplexity / before - 1:+.4%}"
+        lines.append(f"| {' | '.join(map(str, cells))} | {each.kl_divergence:.2e} | {each.top1_agreement:.3%} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -77,18 +90,13 @@ def main() -> None:
     try:
         model, tokenizer = Model(*huggingface.load(args.checkpoint)), load_tokenizer(args.checkpoint)
         context = window_length(args.context, int(model.graph.meta["context_length"]))
-        found = {path.stem: distance(model, *read_windows(path, tokenizer, context, args.tokens)) for path in args.data}
+        found = {
+            path.stem: distance(model, RoundedCache(model), *read_windows(path, tokenizer, context, args.tokens)) for path in args.data
+        }
     except MoecError as error:
         parser.exit(2, f"{error}\n")
     found["all"] = pooled(list(found.values()))
-    if args.json:
-        print(json.dumps({name: each.to_json() for name, each in found.items()}))
-        return
-    print("| text | tokens | perplexity, float32 | bfloat16 | change | KL, nats a token | same best token |\n|---|---|---|---|---|---|---|")
-    for name, each in found.items():
-        before = Distance(each.tokens, each.reference_nll, 0, 1, each.reference_nll).perplexity
-        change, kl = each.perplexity / before - 1, each.kl_divergence
-        print(f"| {name} | {each.tokens} | {before:.4f} | {each.perplexity:.4f} | {change:+.4%} | {kl:.2e} | {each.top1_agreement:.3%} |")
+    print(json.dumps({name: each.to_json() for name, each in found.items()}) if args.json else table(found, "bfloat16"))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 
 import moec
 from moec.compiler.artifact import ArtifactWriter, Shard, plan_shards, weight_table
-from moec.compiler.backends import cache_dtype, make_backend, takes_mixed_experts
+from moec.compiler.backends import cache_dtype, check_activations, make_backend, takes_mixed_experts
 from moec.compiler.backends.base import Backend
 from moec.compiler.calibration.text import Files, calibration_text
 from moec.compiler.context import Context
@@ -81,8 +81,9 @@ def compile_model(
         resume: keep what an interrupted run of the same work finished: weight files in `OUT.part`, and in `OUT.work` what passes keep.
         dry_run: stop after planning; works from `config.json` alone.
         portable: the ONNX backend writes standard operators only.
-        activations: what the ONNX backend multiplies packed weights with: for a CPU `float`, or `int8` (faster, about 1 % off a product);
-            for a GPU `float16`, which `float` means there, or `bfloat16`.
+        activations: what products are computed with. TVM on GPUs: `float` (16 bits or more), or where tokens are many `bfloat16`, or `fp8`
+            with weights in it. ONNX Runtime: on a CPU `float`, or `int8` (faster, about 1 % off a product); on a GPU `float16`, which
+            `float` means there, or `bfloat16`.
         kv_cache_dtype: what keys and values of attention are kept in, `float32`, or `bfloat16` on GPUs, which take it unless told; the ONNX
             backend has what it computes with.
 
@@ -101,6 +102,7 @@ def compile_model(
     progress, place = progress or Progress(), on_device(device)
     chosen = load_recipe(recipe) if recipe is not None else NOTHING
     hardware = get_target(target)
+    check_activations(backend, hardware, activations)
     cached = cache_dtype(backend, hardware, kv_cache_dtype, activations)
     with progress.step("trace"):
         checkpoint = huggingface.resolve(model) if isinstance(model, str | Path) else None

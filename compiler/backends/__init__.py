@@ -1,7 +1,8 @@
-"""Backends: a folder each, found by its name, with a `make(graph, target, portable, cache_dtype)` that returns a `base.Backend`.
+"""Backends: a folder each, found by its name, with a `make(graph, target, portable, cache_dtype, activations)`: a `base.Backend`.
 
-Its `cache_dtypes(target, activations)` are the types that keys and values can be kept in, the one that it takes unless told first. It may
-also have a `takes_mixed_experts(target)`, where a layer whose experts differ in format can be one node.
+Its `activation_kinds(target)` are what it can compute products with, and its `cache_dtypes(target, activations)` the types that keys and
+values can be kept in, in both the one that it takes unless told first. It may also have a `takes_mixed_experts(target)`, where a layer
+whose experts differ in format can be one node.
 """
 
 from __future__ import annotations
@@ -48,6 +49,27 @@ def cache_dtype(name: str, target: Target, asked: str | None = None, activations
     )
 
 
+ACTIVATIONS = ("float", "int8", "float16", "bfloat16", "fp8")
+"""What backends compute products with."""
+
+
+def check_activations(name: str, target: Target, asked: str) -> None:
+    """Whether a backend computes with these activations on a target.
+
+    Raises:
+        MoecError: there is no such backend or kind, or the backend does not have it on this target.
+    """
+    offered: tuple[str, ...] = load_file(__name__, "backend", name, folders=True).activation_kinds(target)
+    if asked in offered:
+        return
+    if asked not in ACTIVATIONS:
+        raise unknown("kind of activations", asked, ACTIVATIONS)
+    raise MoecError(
+        f"--activations {asked}: the {name} backend computes with {' or '.join(offered)} on target {target.name}; "
+        "leave the option out, or choose another --target or --backend"
+    )
+
+
 def make_backend(
     name: str, graph: Graph, target: Target, portable: bool = False, activations: str = "float", terms: bool | None = None,
     kv_cache_dtype: str | None = None,
@@ -55,7 +77,8 @@ def make_backend(
     """The backend of this name, made for a graph, which it lowers.
 
     Args:
-        portable, activations: options of the ONNX backend: standard operators only; what packed weights are multiplied with.
+        portable: of the ONNX backend: standard operators only.
+        activations: what products are computed with, see the backend's `activation_kinds`.
         terms: of the ONNX backend, as an artifact states it. None: what the target is best served with.
         kv_cache_dtype: what keys and values are kept in, see `cache_dtype`.
 
@@ -65,10 +88,8 @@ def make_backend(
     module = load_file(__name__, "backend", name, folders=True)
     if portable and name != "onnx":
         raise MoecError(f"--portable is an option of the onnx backend, not of {name}")
-    if activations not in (kinds := ("float", "int8", "float16", "bfloat16")):
-        raise unknown("kind of activations", activations, kinds)
-    if activations != "float" and name != "onnx":
-        raise MoecError(f"--activations {activations} is an option of the onnx backend; {name} computes with 16-bit activations or better")
-    options = {"activations": activations, "terms": terms} if name == "onnx" else {}
-    backend: Backend = module.make(graph, target, portable, cache_dtype(name, target, kv_cache_dtype, activations), **options)
+    check_activations(name, target, activations)
+    options = {"terms": terms} if name == "onnx" else {}
+    cached = cache_dtype(name, target, kv_cache_dtype, activations)
+    backend: Backend = module.make(graph, target, portable, cached, activations, **options)
     return backend

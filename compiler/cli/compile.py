@@ -34,8 +34,9 @@ def command(
     activations: Annotated[
         str,
         typer.Option(
-            metavar="float|int8|float16|bfloat16",
-            help="ONNX backend: on a CPU float, or int8, faster and about 1 % off; on a GPU float16 (as float says), or bfloat16.",
+            metavar="float|int8|float16|bfloat16|fp8",
+            help="Of products. TVM on GPUs: float (16 bits or more), or for prompts bfloat16, or fp8 with weights in it. ONNX Runtime: on a"
+            " CPU float, or int8, about 1 % off; on a GPU float16 (as float says), or bfloat16.",
         ),
     ] = "float",
     kv_cache_dtype: Annotated[

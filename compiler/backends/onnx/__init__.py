@@ -173,6 +173,11 @@ def activation_quantised(graph: Graph, target: Target, activations: Activations 
     return OnnxBackend(graph, target, activations=activations).activation_quantised()
 
 
+def activation_kinds(target: Target) -> tuple[str, ...]:
+    """What products may be computed with, the usual one first."""
+    return ("float", "float16", "bfloat16") if target.kind == "cuda" else ("float", "int8")
+
+
 def cache_dtypes(target: Target, activations: str = "float") -> tuple[str, ...]:
     """Types of cached keys and values: the attention operators take what queries are, float32 on CPUs, and what a GPU computes with."""
     return (_NAMES[_HALVES.get(activations, "bf16") if target.kind == "cuda" else None],)

@@ -15,11 +15,23 @@ def make(
     target: Target,
     portable: bool = False,  # noqa: ARG001  # an option of other backends
     cache_dtype: str | None = None,
+    activations: str = "float",
 ) -> TvmBackend:
-    """The backend for a graph and target."""
+    """The backend for a graph and target.
+
+    Args:
+        activations: of linear layers and experts. `float`: 16 bits of them or more. On GPUs, in calls of more than a few hundred tokens (of
+            experts, more than 8): `bfloat16`, rounded to it, but not where logits are computed, of tokens or of experts; `fp8`: the same,
+            and experts whose weights are E4M3 multiply E4M3.
+    """
     from moec.compiler.backends.tvm.backend import TvmBackend  # importing TVM takes a second
 
-    return TvmBackend(graph, target, cache_dtype)
+    return TvmBackend(graph, target, cache_dtype, activations)
+
+
+def activation_kinds(target: Target) -> tuple[str, ...]:
+    """What products may be computed with, the usual one first."""
+    return ("float", "bfloat16", "fp8") if target.kind == "cuda" else ("float",)
 
 
 def cache_dtypes(target: Target, activations: str = "float") -> tuple[str, ...]:  # noqa: ARG001  # an option of other backends

@@ -33,15 +33,17 @@ class TvmBackend:
 
     Args:
         cache_dtype: one of `cache_dtypes`, the type of cached keys and values. None: the first of them.
+        activations: one of `activation_kinds`.
 
     Raises:
         MoecError: the graph has ops that cannot be lowered, or mixes tokens other than by attention.
     """
 
-    def __init__(self, graph: Graph, target: Target, cache_dtype: str | None = None) -> None:
+    def __init__(self, graph: Graph, target: Target, cache_dtype: str | None = None, activations: str = "float") -> None:
+        self._activations = activations
         check_supported(graph)
         check_tokenwise(graph)
-        self.platform = platform_of(target, cache_dtype or cache_dtypes(target)[0])
+        self.platform = platform_of(target, cache_dtype or cache_dtypes(target)[0], activations)
         self.roles = _input_roles(graph)
         self.graph = select_rows(graph)
         self._storage = plan_storage(self.graph, self.platform)
@@ -72,6 +74,7 @@ class TvmBackend:
             "inputs": self.roles,
             "page_tokens": self.platform.page_tokens,
             "cache_dtype": self.platform.cache_dtype,
+            "activations": self._activations,
             "page_shapes": [list(shape) for shape in pages],
             "experts": [self._counted(node) for node in self.graph.nodes if node.op == "experts"] if self.platform.counted else [],
             "semaphores": self.platform.semaphores,

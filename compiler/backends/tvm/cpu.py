@@ -47,7 +47,8 @@ class CpuKernels:
         args, out = [ids, *weights.values()], ([count_of(ids), layout.k], "float32")
         return self.functions.call("embedding", (layout, tokens), lambda: embedding_func(layout, tokens), args, out)[0]
 
-    def linear(self, x: Expr, weights: Mapping[str, Expr], layout: LaneLayout, bias: Expr | None) -> Expr:
+    def linear(self, x: Expr, weights: Mapping[str, Expr], layout: LaneLayout, bias: Expr | None, *, exact: bool) -> Expr:
+        del exact  # it is
         tokens, args = static(x), [x, *weights.values(), *([] if bias is None else [bias])]
         key, out = (layout, tokens, bias is None), ([count_of(x), layout.n], "float32")
         return self.functions.call("linear", key, lambda: linear_func(layout, tokens, bias is not None, self.isa), args, out)[0]

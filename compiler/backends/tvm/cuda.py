@@ -36,7 +36,7 @@ from moec.targets.kernels.cuda.embedding import embedding_func
 from moec.targets.kernels.cuda.experts import experts
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.layout import FragmentLayout
-from moec.targets.kernels.cuda.linear import few_tokens, linear
+from moec.targets.kernels.cuda.linear import TERMS, few_tokens, linear
 from moec.targets.kernels.cuda.linear_tokens import TokensSpec, linear_tokens_func
 from moec.targets.kernels.cuda.matrices import Projection
 from moec.targets.kernels.cuda.norm import norm_func
@@ -74,7 +74,7 @@ class CudaKernels:
         args, out = [ids, *weights.values()], ([count_of(ids), layout.k], "float32")
         return self.functions.call("embedding", (layout, tokens, kind), lambda: embedding_func(layout, tokens, kind), args, out)[0]
 
-    def linear(self, x: Expr, weights: Mapping[str, Expr], layout: FragmentLayout, bias: Expr | None) -> Expr:
+    def linear(self, x: Expr, weights: Mapping[str, Expr], layout: FragmentLayout, bias: Expr | None, *, exact: bool) -> Expr:
         gpu, most, tokens = self._platform.gpu, self._function.most, static(x)
         if layout.in_fragments:
             matrix, inputs = [Projection(layout, bias is not None)], [x, *weights.values(), *([] if bias is None else [bias])]
@@ -86,7 +86,7 @@ class CudaKernels:
                 return self.linear_tokens(TokensSpec.of(matrix, gpu, most), inputs)[0]
         stacked = {name: self.bb.emit(relax.op.reshape(array, [1, *array.ty.shape])) for name, array in weights.items()}
         if layout.in_fragments and (self._platform.products or few_tokens(layout, bias is not None, tokens, gpu) is not None):
-            return linear(self.functions, x, stacked, layout, bias, most, gpu)
+            return linear(self.functions, x, stacked, layout, bias, most, gpu, TERMS if exact else self._platform.terms)
         if not layout.in_fragments:
             self._platform.choices.only_plain(f"weights in {layout.format}")
         return plain.linear(self.functions, x, stacked, layout, bias)
@@ -137,7 +137,8 @@ class CudaKernels:
             layers: the experts that read the normalised row, and how many of them run.
         """
         choices = [self._choice(layout, top_k) for layout, top_k in layers] if spec.tokens != 1 else []
-        return routing(self.functions, spec, inputs, any(choice is not None and choice.kernel == "prefill" for choice in choices))
+        terms = [choice.options["terms"] for choice in choices if choice is not None and choice.kernel == "prefill"]
+        return routing(self.functions, spec, inputs, terms[0] if terms else 0)
 
     def _choice(self, layout: ExpertsLayout, top_k: int) -> Choice | None:
         """What a layer of experts runs; None: plain kernels."""
@@ -198,13 +199,14 @@ class CudaPlatform:
     semaphores = SEMAPHORES
     tir_pipeline = pipeline.NAME
 
-    def __init__(self, target: Target, cache_dtype: str = "bfloat16") -> None:
-        self.cache_dtype = cache_dtype
+    def __init__(self, target: Target, cache_dtype: str = "bfloat16", activations: str = "float") -> None:
+        self.cache_dtype, self.activations = cache_dtype, activations
+        self.terms = TERMS if activations == "float" else 1
         described = json.loads(target.tvm)
         self.arch = str(described["arch"])
         self.target = TvmTarget({**described, "host": {"kind": "llvm"}})
         self.gpu, self.products = Gpu(shared_memory(target), multiprocessors(target)), self.arch == PRODUCTS
-        self.choices = Choices(target, self.products)
+        self.choices = Choices(target, self.products, activations)
         self.attention_memory = HOPPER_MEMORY if self.products else LEAST_MEMORY
 
     def functions(self, graph: Graph) -> Sequence[Function]:

@@ -7,6 +7,7 @@ where the choice for some layer changes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from moec.compiler.backends.tvm.platform import ANY, ONE
@@ -15,7 +16,7 @@ from moec.targets import Target
 from moec.targets.kernels.cuda import tuned
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.linear_tokens import MOST_TOKENS
-from moec.targets.kernels.cuda.space import MOST_DECODE, Layer
+from moec.targets.kernels.cuda.space import FP8, MOST_DECODE, Layer
 
 CHUNK = 2048
 """Tokens of a call at most: the products of more are hardly faster, and their hidden values take memory."""
@@ -33,10 +34,11 @@ class Choices:
 
     Args:
         products: whether there are kernels for the products of many tokens; without them many tokens take plain ones.
+        activations: of experts where tokens are many, see `make`; those of few tokens are exact, which costs nothing there.
     """
 
-    def __init__(self, target: Target, products: bool) -> None:
-        self._target, self._products = target, products
+    def __init__(self, target: Target, products: bool, activations: str = "float") -> None:
+        self._target, self._products, self._activations = target, products, activations
         self._tables: dict[Layer, list[tuple[int | None, tuned.Choice]]] = {}
         self._plain: dict[str, None] = {}
         self._made: dict[tuple[Layer, str], tuple[Function, tuned.Choice | None]] = {}
@@ -68,8 +70,19 @@ class Choices:
 
     def _table(self, layer: Layer) -> list[tuple[int | None, tuned.Choice]]:
         if layer not in self._tables:
-            self._tables[layer] = tuned.dispatch(self._target, layer)
+            self._tables[layer] = table = tuned.dispatch(self._target, layer)
+            if (rounded := self._rounded(layer)) != layer and self._products:
+                few = [entry for entry in table if entry[0] is not None and entry[0] <= MOST_DECODE]
+                many = [entry for entry in tuned.dispatch(self._target, rounded) if entry[0] is None or entry[0] > MOST_DECODE]
+                self._tables[layer] = [*few, *many]
         return self._tables[layer]
+
+    def _rounded(self, layer: Layer) -> Layer:
+        """The layer as it is computed where tokens are many."""
+        if self._activations == "float":
+            return layer
+        narrow = replace(layer, dtype=FP8)
+        return narrow if self._activations == FP8 and narrow.narrow else replace(layer, dtype="bfloat16")
 
     def only_plain(self, what: str) -> None:
         """Keep in mind that something has plain kernels only."""
@@ -79,7 +92,8 @@ class Choices:
         """What was chosen, and why, as JSON values."""
         found = list[dict[str, Any]]()
         for (layer, name), (function, choice) in self._made.items():
-            head: dict[str, Any] = {"layer": layer.name, "function": name, "tokens": function.most}
+            few = function.most is not None and function.most <= MOST_DECODE
+            head: dict[str, Any] = {"layer": (layer if few else self._rounded(layer)).name, "function": name, "tokens": function.most}
             if choice is None:
                 found.append({**head, "kernel": "plain", "why": f"{self._target.name} has no other kernels for so many tokens"})
             else:

@@ -123,8 +123,8 @@ class Kernels(Protocol):
         """Rows [T, K] of a weight."""
         ...
 
-    def linear(self, x: Expr, weights: Mapping[str, Expr], layout: Any, bias: Expr | None) -> Expr:
-        """x [T, K] -> [T, N]."""
+    def linear(self, x: Expr, weights: Mapping[str, Expr], layout: Any, bias: Expr | None, *, exact: bool) -> Expr:
+        """x [T, K] -> [T, N]; where it is to be `exact`, activations are not rounded to what was asked for."""
         ...
 
     def norm(self, spec: NormSpec, inputs: Sequence[Expr]) -> list[Expr]:
@@ -220,13 +220,13 @@ class Platform(Protocol):
         ...
 
 
-def platform_of(target: Target, cache_dtype: str) -> Platform:
-    """The platform of a target's kind, with a cache of this type, which it must have."""
+def platform_of(target: Target, cache_dtype: str, activations: str = "float") -> Platform:
+    """The platform of a target's kind, with a cache and activations of these types, which it must have."""
     described: Any = json.loads(target.tvm) if target.tvm.lstrip().startswith("{") else target.tvm
     if target.kind == "cuda":
         from moec.compiler.backends.tvm.cuda import CudaPlatform
 
-        return CudaPlatform(target, cache_dtype)
+        return CudaPlatform(target, cache_dtype, activations)
     from moec.compiler.backends.tvm.cpu import CpuPlatform
 
     return CpuPlatform(TvmTarget(described))

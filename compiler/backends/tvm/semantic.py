@@ -43,7 +43,10 @@ def _embedding(low: FunctionLowering, node: Node) -> None:
 
 def _linear(low: FunctionLowering, node: Node) -> None:
     weight, x = _parameter(low, node, 1), low.matrix(node.inputs[0])
-    _define(low, node, low.kernels.linear(x, low.weights(weight), matrix_layout(low.storage[weight]), _optional(low, node, 2)))
+    users = low.graph.users.get(node.name, ())
+    exact = not users or any(user.op == "router" for user in users)  # logits, by which tokens and experts are chosen
+    layout = matrix_layout(low.storage[weight])
+    _define(low, node, low.kernels.linear(x, low.weights(weight), layout, _optional(low, node, 2), exact=exact))
 
 
 def _define(low: FunctionLowering, node: Node, matrix: Expr) -> None:

@@ -3,8 +3,9 @@
 out[t] = sum over s of weights[t, s] * down[e] @ f(gate_up[e] @ x[t]),   e = ids[t, s]
 
 A slot whose id is outside of 0 to E - 1 is skipped: it adds nothing, and its weight is not read. A few tokens run two kernels
-(`experts_decode`), any number of tokens five: `linear.terms_of` and those of `experts_prefill`. Activations count as two terms of
-bfloat16. Layers that these kernels do not read, and many tokens on other GPUs, have `plain.experts`.
+(`experts_decode`), any number of tokens five or six: `linear.terms_of` and those of `experts_prefill`. Activations count as two terms of
+bfloat16, or of many tokens as one, or as E4M3, as options have it. Layers that these kernels do not read, and many tokens on other GPUs,
+have `plain.experts`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from moec.targets.kernels.cuda.calls import Functions
 from moec.targets.kernels.cuda.counting import call_counting
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.gathered import Shape
+from moec.targets.kernels.cuda.image import arrange_func
 from moec.targets.kernels.cuda.linear import TERMS, terms_of
+from moec.targets.kernels.cuda.narrow import arrange_narrow_func
 from moec.targets.kernels.cuda.sort import combine_func, most_tiles, sort_func
 from moec.targets.kernels.cuda.tuned import Choice
 
@@ -80,17 +83,26 @@ def _many(
     x, ids, routing_weights = routed
     t, top_k, dtype = tensor_shape(ids)[0], int(tensor_shape(ids)[1]), tensor_dtype(ids)
     shape = Shape.of(options)
-    spec = prefill.PrefillSpec(layout, activation, None, top_k, dtype, biases, "float32", shape)
+    spec = prefill.PrefillSpec(layout, activation, None, top_k, dtype, biases, "float32" if shape.terms > 1 else "bfloat16", shape)
     slots, experts, d = t * top_k, layout.experts, layout.d
     most = most_tiles(slots, experts, shape.tokens)
     sorted_types = [tensor_type(kind, "int32") for kind in ((slots,), (slots,), (most + 1, 4))]
-    key = (experts, top_k, dtype, shape.tokens, None, counts is not None)
-    sort = functions.get("sort", key, lambda: sort_func(*key))
+    own = (experts, top_k, dtype, shape.tokens, None, counts is not None)
+    sort = functions.get("sort", own, lambda: sort_func(*own))
     order, places, tiles = call_counting(functions.bb, sort, [ids], counts, *sorted_types)
-    arguments = [terms_of(functions, x), order, tiles, *weights[0]]
-    hidden_type = ((TERMS, slots, layout.padded_f), "uint16")
-    (hidden,) = functions.call("gate_up", spec, lambda: prefill.gate_up_func(spec), arguments, hidden_type)
-    arguments = [hidden, order, tiles, routing_weights, *weights[1]]
-    (y,) = functions.call("down", spec, lambda: prefill.down_func(spec), arguments, ((slots, d), "float32"))
-    (out,) = functions.call("combine", (d, top_k), lambda: combine_func(d, top_k, "float32"), [y, places], ((t, d), "float32"))
+    terms, images, hidden_types = (
+        terms_of(functions, x, shape.terms),
+        list[relax.Expr](),
+        [((shape.terms, slots, layout.padded_f), "uint16")],
+    )
+    if shape.cluster:
+        arrange = arrange_narrow_func if shape.narrow else arrange_func
+        types, hidden_types = spec.image_types(most, d), spec.image_types(most, layout.padded_f)
+        images = functions.call("arrange", spec, lambda: arrange(spec), [terms, order, tiles], *types)
+    arguments = [terms, *images, order, tiles, *weights[0]]
+    hidden = functions.call("gate_up", spec, lambda: prefill.gate_up_func(spec), arguments, *hidden_types)
+    arguments = [*hidden, order, tiles, routing_weights, *weights[1]]
+    (y,) = functions.call("down", spec, lambda: prefill.down_func(spec), arguments, ((slots, d), spec.dtype))
+    key = (d, top_k, spec.dtype, None, "float32")
+    (out,) = functions.call("combine", key, lambda: combine_func(*key), [y, places], ((t, d), "float32"))
     return out

@@ -38,7 +38,7 @@ class PrefillSpec:
 
     Args:
         tokens: T, None for any number.
-        dtype: of the result and of what the slots give, `float32` or `bfloat16`; x is bfloat16, `shape.terms` of them.
+        dtype: of what the slots give, `float32` or `bfloat16`; x is bfloat16, `shape.terms` of them.
         shape: the size of a block's product.
     """
 
@@ -80,6 +80,13 @@ class PrefillSpec:
         if self.shape.narrow:
             return NarrowImage.argument(name, most, self.shape.tokens, columns)
         return argument(name, (most, ceil_div(columns, BLOCK), self.shape.tokens * BLOCK), "uint16")
+
+    def image_types(self, most: Expr, columns: int) -> list[tuple[tuple[Expr, ...], str]]:
+        """Shape and type of what `image` declares, of so many tiles at most."""
+        size, blocks = self.shape.tokens, ceil_div(columns, BLOCK)
+        if self.shape.narrow:
+            return [((most, blocks, size * BLOCK), "uint8"), ((most, blocks, size), "float32")]
+        return [((most, blocks, size * BLOCK), "uint16")]
 
     def activations(self, name: str, tokens: Expr, rows: Expr, columns: int) -> Any:
         """The parameter of activations [terms, rows, columns], or of their image."""

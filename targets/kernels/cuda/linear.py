@@ -1,8 +1,8 @@
 """linear: a packed matrix times activations, x float32 [T, K] -> float32 [T, N].
 
-A few tokens read the weights as a stream (`stream`); more go through the tensor cores' large products (`product`). Either way activations
-count as two terms of bfloat16, 16 bits of them, and integer weights are not rounded. One to eight tokens have `projections` instead, and up
-to some hundred `linear_tokens`, where those suit.
+A few tokens read the weights as a stream (`stream`); more go through the tensor cores' large products (`product`). Activations count as
+two terms of bfloat16, 16 bits of them, or of many tokens as one, if so asked, and integer weights are not rounded. One to eight tokens have
+`projections` instead, and up to some hundred `linear_tokens`, where those suit.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ from moec.targets.kernels.cuda.space import MOST_DECODE
 
 TERMS = 2
 
-SPLIT = "split"
-"""The name under which the terms of a value are kept."""
+
+def split_name(terms: int) -> str:
+    """The name under which the terms of a value are kept."""
+    return f"split{terms}"
+
 
 LANE_BYTES = 64
 """Of weights that a lane of the kernel of a few tokens has under way."""
@@ -127,13 +130,13 @@ def _outputs(
             store(out, total[0] if bias is None else total[0] + bias[row], token, row)
 
 
-def split_func(k: int) -> tirx.PrimFunc:
-    """PrimFunc (x f32 [T, K], out uint16 [TERMS, T, K]): float32 as terms of bfloat16."""
+def split_func(k: int, terms: int = TERMS) -> tirx.PrimFunc:
+    """PrimFunc (x f32 [T, K], out uint16 [terms, T, K]): float32 as terms of bfloat16."""
     threads = 256
 
     def arguments() -> tuple[Buffer, Buffer, Expr]:
         tokens = T.int64()
-        return argument("x", (tokens, k), "float32"), argument("out", (TERMS, tokens, k), "uint16"), tokens
+        return argument("x", (tokens, k), "float32"), argument("out", (terms, tokens, k), "uint16"), tokens
 
     def body(operands: tuple[Buffer, Buffer, Expr], memory: Shared, token: Expr, thread: Expr) -> None:
         x, out, _ = operands
@@ -141,17 +144,18 @@ def split_func(k: int) -> tirx.PrimFunc:
         grid_wait()
         grid_launch()
         with strided(thread, k // 2, threads) as pair:
-            for index in range(TERMS):
+            for index in range(terms):
                 store_word(at(out, index, token, 2 * pair), term(x[token, 2 * pair], x[token, 2 * pair + 1], index))
 
     return kernel("split", threads, arguments, lambda operands: [operands[-1]], body)
 
 
-def terms_of(functions: Functions, x: relax.Expr) -> relax.Expr:
-    """Emit x [T, K] as terms of bfloat16: uint16 [TERMS, T, K]. All that read them have the same."""
+def terms_of(functions: Functions, x: relax.Expr, terms: int) -> relax.Expr:
+    """Emit x [T, K] as terms of bfloat16: uint16 [terms, T, K]. All that read them have the same."""
     t, k = tensor_shape(x)
-    out = (TERMS, t, k), "uint16"
-    return functions.once(SPLIT, x, lambda: functions.call("split", k, lambda: split_func(int(k)), [x], out)[0])
+    out = (terms, t, k), "uint16"
+    make = lambda: functions.call("split", (k, terms), lambda: split_func(int(k), terms), [x], out)[0]  # noqa: E731
+    return functions.once(split_name(terms), x, make)
 
 
 def prefill_func(spec: LinearSpec) -> tirx.PrimFunc:
@@ -218,7 +222,7 @@ def few_tokens(layout: FragmentLayout, bias: bool, tokens: int | None, gpu: Gpu)
 
 def linear(
     functions: Functions, x: relax.Expr, weights: Mapping[str, relax.Expr], layout: FragmentLayout, bias: relax.Expr | None,
-    most: int | None, gpu: Gpu,
+    most: int | None, gpu: Gpu, terms: int = TERMS,
 ) -> relax.Expr:  # fmt: skip
     """Emit x @ W^T (+ bias): float32 [T, N].
 
@@ -227,6 +231,7 @@ def linear(
         weights: the arrays of `layout.arrays()` by name, each with a leading axis of 1.
         bias: float32 [N].
         most: the most tokens, where T is a variable; None for any number.
+        terms: of bfloat16 that an activation counts as, where tokens are many.
     """
     t, _ = tensor_shape(x)
     arrays = [weights[name] for name in layout.arrays()]
@@ -235,5 +240,5 @@ def linear(
     if few is not None:
         return functions.call("linear", ("few", few), lambda: decode_func(few), [x, *arrays, *rest], out)[0]
     size = min(64, ceil_div(most or 64, 8) * 8)
-    spec = LinearSpec(layout, bias is not None, shape=Shape(size, 1, 4, TERMS))
-    return functions.call("linear", ("many", spec), lambda: prefill_func(spec), [terms_of(functions, x), *arrays, *rest], out)[0]
+    spec = LinearSpec(layout, bias is not None, shape=Shape(size, 1, 4, terms))
+    return functions.call("linear", ("many", spec), lambda: prefill_func(spec), [terms_of(functions, x, terms), *arrays, *rest], out)[0]

@@ -118,7 +118,7 @@ class Row:
         def write(i: int, column: Expr) -> None:
             for j in range(2):
                 store(buffer, value(2 * i + j), self._places[token], column + j)
-            for index in range(BF16_TERMS) if last and self._terms is not None else ():
+            for index in range(int(self._terms.shape[0])) if last and self._terms is not None else ():
                 pair = term(value(2 * i), value(2 * i + 1), index)
                 store_word(at(self._terms, index, self._places[token], column), pair)
 

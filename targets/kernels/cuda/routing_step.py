@@ -42,14 +42,14 @@ class RoutingSpec:
         product: the row's part and the product with the router's weights.
         router, skip: what becomes of the logits; `skip` has no counts.
         tokens: T, None for any number up to `SEMAPHORES`; of several, `product.tokens` share a block of threads (`routing_tokens`).
-        terms: whether the normalised rows are a result in bfloat16 too, of several tokens.
+        terms: of bfloat16, as which the normalised rows are a result too, of several tokens; 0 if they are not.
     """
 
     product: ProjectionsSpec
     router: RouterSpec
     skip: SkipSpec | None = None
     tokens: int | None = 1
-    terms: bool = False
+    terms: int = 0
 
     def __post_init__(self) -> None:
         assert not self.terms or (self.product.written and self.tokens != 1), self

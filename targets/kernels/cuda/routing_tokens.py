@@ -20,7 +20,7 @@ from moec.targets.kernels.cuda.calls import Functions
 from moec.targets.kernels.cuda.emit import WARP, Buffer, Expr, Shared, argument, kernel, local, store, sync, when
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import ROWS, ceil_div
-from moec.targets.kernels.cuda.linear import SPLIT, TERMS
+from moec.targets.kernels.cuda.linear import split_name
 from moec.targets.kernels.cuda.projections_matrix import Matrices
 from moec.targets.kernels.cuda.projections_row import Row
 from moec.targets.kernels.cuda.router import Router
@@ -80,7 +80,7 @@ class _RoutingTokens:
         gate_bias = argument("bias0", (spec.router.experts,), "float32") if gate.bias else None
         total = argument("total", wide, "float32") if norm and norm.residual else None
         normal = argument("normal", wide, "float32") if product.written else None
-        terms = argument("terms", (TERMS, *wide), "uint16") if spec.terms else None
+        terms = argument("terms", (spec.terms, *wide), "uint16") if spec.terms else None
         self.logits = argument("logits", (count, spec.router.experts), "float32")
         self.outs = argument("weights", slots, "float32"), argument("ids", slots, "int64")
         self.rows, self.matrix = (x, residual, weight, bias, total, normal, terms), _Matrix(spec, arrays, gate_bias, self.logits)
@@ -130,11 +130,11 @@ def routing_tokens_func(spec: RoutingSpec) -> tirx.PrimFunc:
     return kernel("routing_tokens", spec.product.threads, step.arguments, step.grid, step.body, words=spec.product.words)
 
 
-def routing(functions: Functions, spec: RoutingSpec, inputs: Sequence[relax.Expr], split: bool) -> list[relax.Expr]:
+def routing(functions: Functions, spec: RoutingSpec, inputs: Sequence[relax.Expr], terms: int) -> list[relax.Expr]:
     """Emit the kernel of a layer: the inputs and results of `routing_step_func`.
 
     Args:
-        split: of several tokens, make the normalised rows' terms too, for whoever asks for them (`linear.terms_of`).
+        terms: of several tokens, make so many terms of the normalised rows too, for whoever asks for them (`linear.terms_of`).
     """
     product, (count, _) = spec.product, tensor_shape(inputs[1 + spec.router.bias])  # after the bias and the semaphores
     rows, slots = int(product.norm is not None and product.norm.residual) + product.written, (count, spec.router.top_k)
@@ -142,11 +142,11 @@ def routing(functions: Functions, spec: RoutingSpec, inputs: Sequence[relax.Expr
     outs += [((count, spec.router.experts), "float32"), (slots, "float32"), (slots, "int64")]
     if spec.tokens == 1:
         return functions.call("routing_step", spec, lambda: routing_step_func(spec), inputs, *outs)
-    if not split or not product.written:
+    if not terms or not product.written:
         return functions.call("routing_tokens", spec, lambda: routing_tokens_func(spec), inputs, *outs)
-    spec = replace(spec, terms=True)
-    outs.insert(rows, ((TERMS, count, product.k), "uint16"))
+    spec = replace(spec, terms=terms)
+    outs.insert(rows, ((terms, count, product.k), "uint16"))
     found = functions.call("routing_tokens", spec, lambda: routing_tokens_func(spec), inputs, *outs)
-    terms = found.pop(rows)
-    functions.once(SPLIT, found[rows - 1], lambda: terms)
+    made = found.pop(rows)
+    functions.once(split_name(terms), found[rows - 1], lambda: made)
     return found

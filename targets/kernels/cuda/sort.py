@@ -125,10 +125,13 @@ def sort_func(
     return kernel("sort", THREADS, arguments, lambda _: [experts], body, words=ceil_div(experts, 4) * 4 + 4 * warps)
 
 
-def combine_func(d: int, top_k: int, dtype: str, tokens: int | None = None) -> tirx.PrimFunc:
+def combine_func(d: int, top_k: int, dtype: str, tokens: int | None = None, result: str | None = None) -> tirx.PrimFunc:
     """PrimFunc (y [S, D], places [S], out [T, D]): the sum of what the slots of each token give, in their order.
 
-    A thread has 16 bytes of the output at a time (D is a multiple of 8), and asks for those of all slots before it adds up the first.
+    A thread has 16 bytes of a slot at a time (D is a multiple of 8), and asks for those of all slots before it adds up the first.
+
+    Args:
+        dtype, result: of y, and of the output, if that is another.
     """
     threads, each = 256, 8 if dtype == "bfloat16" else 4
     assert d % each == 0, d
@@ -137,7 +140,7 @@ def combine_func(d: int, top_k: int, dtype: str, tokens: int | None = None) -> t
         t = tokens if tokens is not None else T.int64()
         slots = t * top_k
         y, places = argument("y", (slots, d), dtype), argument("places", (slots,), "int32")
-        return y, places, argument("out", (t, d), dtype), t
+        return y, places, argument("out", (t, d), result or dtype), t
 
     def body(operands: tuple[Any, ...], memory: Shared, token: Expr, thread: Expr) -> None:
         y, places, out, _ = operands
@@ -157,8 +160,10 @@ def combine_func(d: int, top_k: int, dtype: str, tokens: int | None = None) -> t
                 store(totals, const(0.0, "float32"), i)
                 for slot in range(top_k):
                     store(totals, totals[i] + T.Select(own[slot] >= 0, values[slot * each + i], const(0.0, "float32")), i)
-            if dtype == "float32":
-                write_words(at(out, token, piece * 4), [T.reinterpret("uint32", totals[i]) for i in range(4)])
+            if (result or dtype) == "float32":
+                for part in range(0, each, 4):
+                    words = [T.reinterpret("uint32", totals[part + i]) for i in range(4)]
+                    write_words(at(out, token, piece * each + part), words)
             else:
                 write_words(at(out, token, piece * 8), [term(totals[i], totals[i + 1], 0) for i in range(0, 8, 2)])
 

@@ -145,6 +145,8 @@ class _Chooser:
                     return Choice(kernel, options, best.us, f"measured on {record.device}{age}", measured=True)
                 return Choice(kernel, options, None, f"measured on {record.device} for T = {best.tokens}{age}", measured=True)
         for distance, other, record in sorted(((_distance(self.layer, o), o, r) for o, r in self.records), key=lambda entry: entry[0]):
+            if kernel == "prefill" and self.layer.narrow and other.dtype != self.layer.dtype:
+                continue  # it knows nothing of kernels that only these activations have
             best = self.best(record.measurements, kernel, tokens) if distance <= ALIKE else None
             if best is not None and (other.dtype == self.layer.dtype or best == _fastest(other, record.measurements, best)):
                 why = f"lent by {other.name}, T = {best.tokens}, measured on {record.device}{_age(record, kernel, self.tvm)}"

@@ -31,13 +31,14 @@ class Compiled:
     Args:
         sizes: tokens of calls: functions that none of these takes are not compiled, which takes long; of any number unless given.
         cache_dtype: of keys and values. None: what the target has unless told, which on a GPU is less exact.
+        activations: what products are computed with.
     """
 
     def __init__(
         self, graph: Graph, weights: WeightSource, folder: Path, target: str = "cpu", device: Device | None = None,
-        sizes: Sequence[int] = (), cache_dtype: str | None = "float32",
+        sizes: Sequence[int] = (), cache_dtype: str | None = "float32", activations: str = "float",
     ) -> None:  # fmt: skip
-        self.folder, self.backend = folder, TvmBackend(graph, get_target(target), cache_dtype)
+        self.folder, self.backend = folder, TvmBackend(graph, get_target(target), cache_dtype, activations)
         if sizes:
             every = self.backend.platform.functions(self.backend.graph)
             taken = dict.fromkeys(next(f for f in every if f.most is None or size <= f.most) for size in sizes)

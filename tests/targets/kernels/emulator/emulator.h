@@ -40,6 +40,13 @@ struct __nv_bfloat16 {
     return x;
   }
 };
+inline float __bfloat162float(__nv_bfloat16 x) { return x; }
+inline __nv_bfloat16 __float2bfloat16(float x) { return x; }
+struct nv_bfloat162 {
+  __nv_bfloat16 x, y;
+  nv_bfloat162() = default;
+  nv_bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) : x(x), y(y) {}
+};
 struct __half2 { half x, y; };
 inline bool __hgt(half a, half b) { return a > b; }
 inline bool __hlt(half a, half b) { return a < b; }
