@@ -27,6 +27,7 @@ from moec.targets.kernels.cuda.space import (
     candidates,
     default,
     fingerprint,
+    has_clusters,
     has_many,
     multiprocessors,
     shared_memory,
@@ -75,11 +76,15 @@ def tasks(layers: Sequence[Layer], tokens: Sequence[int], target: Target, known:
         for t in tokens:
             kernels = (*(("gate_up", "down") if t <= MOST_DECODE else ()), *(many if t >= MOST_DECODE else ()))
             for kernel in kernels:
-                found = candidates(kernel, layer, t, shared_memory(target), multiprocessors(target))
+                found = candidates(kernel, layer, t, *_limits(target))
                 ordered = [found[0], *order(known, kernel, layer, t, found[1:])]
                 for place, options in enumerate(ordered if every else ordered[:MOST]):
                     rounds[place >= FIRST].append(Task(kernel, t, Case.of(kernel, layer, options, t)))
     return [*rounds[0], *rounds[1]]
+
+
+def _limits(target: Target) -> tuple[int, int, bool]:
+    return shared_memory(target), multiprocessors(target), has_clusters(target)
 
 
 class Results:
@@ -217,7 +222,7 @@ def run_sweep(
 
 def summary(record: Record, target: Target) -> list[Mapping[str, object]]:
     """For each kernel and T: the best options, and how much longer the defaults take; both kernels of few tokens are `decode`."""
-    layer, limits = Layer.from_json(record.layer), (shared_memory(target), multiprocessors(target))
+    layer, limits = Layer.from_json(record.layer), _limits(target)
     groups: dict[tuple[str, int], list[Measurement]] = {}
     for m in record.measurements:
         if m.error is None or m.error < layer.most_error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from moec.targets.kernels.cuda.space import has_clusters
+
 if TYPE_CHECKING:
     from moec.compiler.backends.tvm.backend import TvmBackend
     from moec.compiler.ir import Graph
@@ -22,7 +24,7 @@ def make(
     Args:
         activations: of linear layers and experts. `float`: 16 bits of them or more. On GPUs, in calls of more than a few hundred tokens (of
             experts, more than 8): `bfloat16`, rounded to it, but not where logits are computed, of tokens or of experts; `fp8`: the same,
-            and experts whose weights are E4M3 multiply E4M3.
+            and experts whose weights are E4M3 multiply E4M3, on GPUs of compute capability 9.0.
     """
     from moec.compiler.backends.tvm.backend import TvmBackend  # importing TVM takes a second
 
@@ -31,7 +33,9 @@ def make(
 
 def activation_kinds(target: Target) -> tuple[str, ...]:
     """What products may be computed with, the usual one first."""
-    return ("float", "bfloat16", "fp8") if target.kind == "cuda" else ("float",)
+    if target.kind != "cuda":
+        return ("float",)
+    return ("float", "bfloat16", "fp8") if has_clusters(target) else ("float", "bfloat16")
 
 
 def cache_dtypes(target: Target, activations: str = "float") -> tuple[str, ...]:  # noqa: ARG001  # an option of other backends

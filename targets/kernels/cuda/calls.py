@@ -32,7 +32,9 @@ class Gpu:
     Args:
         shared_bytes: the most shared memory of a block of threads.
         multiprocessors: how many there are.
+        clusters: whether blocks can read each other's memory.
     """
 
     shared_bytes: int
     multiprocessors: int
+    clusters: bool = True

@@ -4,8 +4,7 @@ out[t] = sum over s of weights[t, s] * down[e] @ f(gate_up[e] @ x[t]),   e = ids
 
 A slot whose id is outside of 0 to E - 1 is skipped: it adds nothing, and its weight is not read. A few tokens run two kernels
 (`experts_decode`), any number of tokens five or six: `linear.terms_of` and those of `experts_prefill`. Activations count as two terms of
-bfloat16, or of many tokens as one, or as E4M3, as options have it. Layers that these kernels do not read, and many tokens on other GPUs,
-have `plain.experts`.
+bfloat16, or of many tokens as one, or as E4M3, as options have it. Layers that these kernels do not read have `plain.experts`.
 """
 
 from __future__ import annotations

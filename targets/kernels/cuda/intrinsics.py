@@ -20,7 +20,7 @@ def call(name: str, source: str, *args: Expr, result: str | None = None) -> Expr
     return None
 
 
-_MMA = r"""
+MMA = r"""
 #ifndef MOEC_MMA
 #define MOEC_MMA
 __device__ __forceinline__ void moec_mma(float* d, const unsigned int* a, unsigned int b0, unsigned int b1) {
@@ -37,7 +37,7 @@ __device__ __forceinline__ void moec_mma_first(float* d, const unsigned int* a, 
 
 def mma(d: Expr, a: Expr, b0: Expr, b1: Expr, first: bool = False) -> None:
     """d[4] += A[16, 16] B[16, 8] on a warp's fragments; where it is the first product, d is only written."""
-    call("moec_mma_first" if first else "moec_mma", _MMA, d, a, b0, b1)
+    call("moec_mma_first" if first else "moec_mma", MMA, d, a, b0, b1)
 
 
 _SCALE = r"""

@@ -239,6 +239,7 @@ def linear(
     few = few_tokens(layout, bias is not None, int(t) if isinstance(t, tirx.IntImm) else None, gpu)
     if few is not None:
         return functions.call("linear", ("few", few), lambda: decode_func(few), [x, *arrays, *rest], out)[0]
-    size = min(64, ceil_div(most or 64, 8) * 8)
-    spec = LinearSpec(layout, bias is not None, shape=Shape(size, 1, 4, terms))
+    sizes = (min(size, ceil_div(most or size, 8) * 8) for size in (64, 32, 16))
+    shapes = (Shape(size, 1, stages, terms) for size in sizes for stages in (4, 3))
+    spec = LinearSpec(layout, bias is not None, shape=next(shape for shape in shapes if 4 * shape.words <= gpu.shared_bytes))
     return functions.call("linear", ("many", spec), lambda: prefill_func(spec), [terms_of(functions, x, terms), *arrays, *rest], out)[0]

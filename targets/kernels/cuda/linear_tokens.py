@@ -134,7 +134,7 @@ class TokensSpec(MatricesSpec):
         """
         fits = 4 * cls(tuple(matrices), MOST_TOKENS, 1).words <= gpu.shared_bytes
         rows = sum(matrix.layout.tiles for matrix in matrices) * ROWS
-        return fits and most is not None and most <= MOST_CALL and ceil_div(rows, 128) <= gpu.multiprocessors
+        return fits and gpu.clusters and most is not None and most <= MOST_CALL and ceil_div(rows, 128) <= gpu.multiprocessors
 
     @classmethod
     def of(cls, matrices: Sequence[Projection], gpu: Gpu, most: int) -> TokensSpec:

@@ -22,7 +22,7 @@ from moec.targets.kernels.cuda.experts_layout import Stack
 from moec.targets.kernels.cuda.gathered import THREADS, Shape, Staged
 from moec.targets.kernels.cuda.intrinsics import scale
 from moec.targets.kernels.cuda.loads import read_words
-from moec.targets.kernels.cuda.matrix import pin, wgmma, wgmma_commit, wgmma_fence, wgmma_wait
+from moec.targets.kernels.cuda.matrix import multiply, pin, wgmma_commit, wgmma_fence, wgmma_wait
 from moec.targets.kernels.cuda.product_narrow import WORDS, NarrowProduct
 from moec.targets.kernels.cuda.stored import Classes, Place, Stored
 
@@ -199,11 +199,10 @@ class Product(Stored):
             wgmma_fence()
             for inner in range(batch):
                 begins = (step + inner) * groups % STEPS == 0
-                for m in range(count):
-                    for index in range(shape.terms):
-                        add = const(int(not (exact and begins and index == 0)), "int32")
-                        b = activations.operand(stage, step + inner, index)
-                        wgmma(self._columns, at(parts, m * shape.sums), at(own, 4 * (inner * count + m)), b, add)
+                for index in range(shape.terms):
+                    add = const(int(not (exact and begins and index == 0)), "int32")
+                    b = activations.operand(stage, step + inner, index)
+                    multiply(self._columns, count, at(parts, 0), shape.sums, at(own, 4 * inner * count), b, add)
             wgmma_commit()
             if exact and (step + batch) * groups % STEPS == 0:
                 wgmma_wait(0)

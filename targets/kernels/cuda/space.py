@@ -170,8 +170,13 @@ def shared_memory(target: Target) -> int:
 
 
 def has_many(target: Target) -> bool:
-    """Whether a target can run the kernels of many tokens: they use what only compute capability 9.0 has."""
-    return str(json.loads(target.tvm)["arch"]).startswith("sm_90")
+    """Whether a target can run the kernels of many tokens: they need what came with compute capability 8.0."""
+    return int(re.sub(r"\D", "", str(json.loads(target.tvm)["arch"]))) >= 80
+
+
+def has_clusters(target: Target) -> bool:
+    """Whether a target can run those of them whose blocks share what they read, and `linear_tokens`: compute capability 9.0."""
+    return str(json.loads(target.tvm)["arch"]) == "sm_90a"
 
 
 def multiprocessors(target: Target) -> int:
@@ -179,10 +184,12 @@ def multiprocessors(target: Target) -> int:
     return target.multiprocessors or MULTIPROCESSORS
 
 
-def default(kernel: str, layer: Layer, tokens: int, limit: int = MOST_SHARED, size: int = MULTIPROCESSORS) -> Options:
+def default(
+    kernel: str, layer: Layer, tokens: int, limit: int = MOST_SHARED, size: int = MULTIPROCESSORS, clusters: bool = True
+) -> Options:
     """Options that are right for want of measurements: those that should cost least, and not fewer warps than hide latency."""
     if kernel == "prefill":
-        fitting = [options for options in _all(kernel, layer, size) if fits(kernel, layer, tokens, options, limit)]
+        fitting = [options for options in _all(kernel, layer, size) if fits(kernel, layer, tokens, options, limit, clusters)]
         if not fitting:
             return {"tokens": 8, "tiles": 1, "stages": 3, "terms": layer.terms, "exact": 1, "residency": 1, "depth": 2, "batch": 1,
                     "multiprocessors": 0}  # fmt: skip
@@ -199,10 +206,12 @@ def default(kernel: str, layer: Layer, tokens: int, limit: int = MOST_SHARED, si
     return {"gate_up": gate_up, "down": down, "decode": {**gate_up, **down}}[kernel]
 
 
-def candidates(kernel: str, layer: Layer, tokens: int, limit: int = MOST_SHARED, size: int = MULTIPROCESSORS) -> list[Options]:
+def candidates(
+    kernel: str, layer: Layer, tokens: int, limit: int = MOST_SHARED, size: int = MULTIPROCESSORS, clusters: bool = True
+) -> list[Options]:
     """What a sweep tries on a GPU of `size` multiprocessors: all that fits, the default first."""
-    fitting = (options for options in _all(kernel, layer, size) if fits(kernel, layer, tokens, options, limit))
-    found = [default(kernel, layer, tokens, limit, size), *fitting]
+    fitting = (options for options in _all(kernel, layer, size) if fits(kernel, layer, tokens, options, limit, clusters))
+    found = [default(kernel, layer, tokens, limit, size, clusters), *fitting]
     unique: dict[tuple[tuple[str, int], ...], Options] = {}
     for options in found:
         unique.setdefault(tuple(sorted(_effective(layer, options).items())), options)
@@ -231,7 +240,7 @@ def _all(kernel: str, layer: Layer, size: int) -> list[Options]:
     return [options | {"multiprocessors": options["multiprocessors"] * size} for options in found]
 
 
-def fits(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int], limit: int = MOST_SHARED) -> bool:
+def fits(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int], limit: int = MOST_SHARED, clusters: bool = True) -> bool:
     """Whether a block has the threads and the shared memory (`limit` bytes) that the options ask for, and a use for them.
 
     Weights are not rounded, which `exact` says, where activations are more than bfloat16.
@@ -240,7 +249,7 @@ def fits(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int], lim
     if threads > 1024 or shared > limit:
         return False
     if kernel == "prefill":
-        if "chunk" in options and not layer.narrow:
+        if ("chunk" in options and not layer.narrow) or (options.get("cluster") and not clusters):
             return False
         if options.get("cluster") and (options["terms"] > 1 or options["tiles"] != 2 or layer.widths):
             return False

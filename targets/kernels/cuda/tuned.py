@@ -24,6 +24,7 @@ from moec.targets.kernels.cuda.space import (
     default,
     fingerprint,
     fits,
+    has_clusters,
     has_many,
     multiprocessors,
     shared_memory,
@@ -108,6 +109,7 @@ class _Chooser:
     many: bool
     limit: int
     size: int
+    clusters: bool
     layer: Layer
     records: Sequence[tuple[Layer, Record]]
     tvm: str | None
@@ -116,7 +118,7 @@ class _Chooser:
     def of(cls, target: Target, layer: Layer, folders: Sequence[Path] | None, tvm: str | None) -> _Chooser:
         found = [record for record in read_records(target.name, folders) if record.operator == "experts"]
         known = [(Layer.from_json(record.layer), record) for record in found]
-        return cls(target.name, has_many(target), shared_memory(target), multiprocessors(target), layer, known, tvm)
+        return cls(target.name, has_many(target), shared_memory(target), multiprocessors(target), has_clusters(target), layer, known, tvm)
 
     def few(self, tokens: int) -> bool:
         """Whether the kernels of a few tokens can run so many: there may be too many, or rows that are too wide."""
@@ -151,7 +153,7 @@ class _Chooser:
             if best is not None and (other.dtype == self.layer.dtype or best == _fastest(other, record.measurements, best)):
                 why = f"lent by {other.name}, T = {best.tokens}, measured on {record.device}{_age(record, kernel, self.tvm)}"
                 return Choice(kernel, self.suited(best), None, why, measured=False)
-        options = default(kernel, self.layer, tokens, self.limit, self.size)
+        options = default(kernel, self.layer, tokens, self.limit, self.size, self.clusters)
         return Choice(kernel, options, None, f"default: nothing like it was measured on {self.target}", measured=False)
 
     def best(self, measurements: Iterable[Measurement], kernel: str, tokens: int) -> Measurement | None:
@@ -174,7 +176,7 @@ class _Chooser:
 
     def fits(self, kernel: str, tokens: int, options: Options) -> bool:
         """Whether the target can run them."""
-        return fits(kernel, self.layer, tokens, options, self.limit)
+        return fits(kernel, self.layer, tokens, options, self.limit, self.clusters)
 
 
 def _fastest(layer: Layer, measurements: Iterable[Measurement], like: Measurement) -> Measurement:

@@ -87,7 +87,7 @@ def test_experts_have_choices_of_their_activations() -> None:
 def test_who_has_which() -> None:
     gpu, cpu = get_target("h100-sxm"), get_target("cpu")
     for name, target, kinds in (
-        ("tvm", gpu, ("float", "bfloat16", "fp8")), ("tvm", cpu, ("float",)),
+        ("tvm", gpu, ("float", "bfloat16", "fp8")), ("tvm", get_target("l4"), ("float", "bfloat16")), ("tvm", cpu, ("float",)),
         ("onnx", gpu, ("float", "float16", "bfloat16")), ("onnx", cpu, ("float", "int8")),
     ):  # fmt: skip
         for kind in kinds:

@@ -121,6 +121,16 @@ def check_many_and_one(model: Compiled, tokens: int) -> None:
 
 
 @needs_emulator
+@pytest.mark.parametrize(("target", "arch"), [("rtx-4090", "sm_89"), ("a100-80g", "sm_80")])
+def test_other_gpus(target: str, arch: str, whole: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emulator, "ARCH", arch)
+    graph = mixed()
+    model = Compiled(graph, random_weights(graph), tmp_path, target, whole, (1, 2048))
+    assert [choice["kernel"] for choice in model.section["choices"]] == ["decode", "prefill"]
+    check_many_and_one(model, 60)
+
+
+@needs_emulator
 @pytest.mark.parametrize("kind", ["f32", "factors", "only factors"])
 def test_what_has_plain_kernels_only(kind: str, emulated: Gpu, tmp_path: Path) -> None:
     graph = with_format(moe(), "f32" if kind == "f32" else "int4_g32")

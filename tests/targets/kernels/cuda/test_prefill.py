@@ -15,6 +15,7 @@ from moec.targets.kernels.cuda.gathered import NarrowShape, Shape
 from moec.targets.kernels.cuda.image import arrange_func
 from moec.targets.kernels.cuda.narrow import arrange_narrow_func
 from moec.targets.kernels.cuda.sort import combine_func, most_tiles, sort_func
+from tests.targets.kernels import emulator
 from tests.targets.kernels.cuda.packed import as_e4m3, relative, silu_experts, stack
 from tests.targets.kernels.emulator import needs_emulator
 from tests.targets.kernels.run_cuda import CudaKernel
@@ -89,6 +90,20 @@ def run_narrow(
     ("E4M3", 264, NarrowShape(32, 2, 3, multiprocessors=1, cluster=1, ring=3, chunk=8, buffers=2), 5e-2),
 ])  # fmt: skip
 def test_the_experts_of_many_tokens(kind: str, d: int, shape: Shape, limit: float) -> None:
+    check(kind, d, shape, limit)
+
+
+@pytest.mark.parametrize(("kind", "d", "shape", "limit"), [
+    ("folded", 264, Shape(24, 1, 4, 2, multiprocessors=0), 2e-5),
+    ("folded", 392, Shape(16, 2, 3, 1, exact=False, depth=3, multiprocessors=2, ring=4), 8e-3),
+    ("at the end", 264, Shape(8, 1, 16, 1, multiprocessors=1), 8e-3),
+])  # fmt: skip
+def test_without_products_of_warpgroups(kind: str, d: int, shape: Shape, limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emulator, "ARCH", "sm_80")
+    check(kind, d, shape, limit)
+
+
+def check(kind: str, d: int, shape: Shape, limit: float) -> None:
     rng = np.random.default_rng(0)
     layout, top_k, tokens = ExpertsLayout(5, d, 72, FORMATS[kind], FORMATS[kind]), 2, 21
     spec = PrefillSpec(layout, ExpertActivation("silu"), tokens, top_k, shape=shape)

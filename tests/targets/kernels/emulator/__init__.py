@@ -30,6 +30,10 @@ FLAGS = ("-std=c++17", "-O0", "-fPIC", "-w")  # compiling takes longer than what
 DIMENSIONS = [*(f"{kind}.{axis}" for kind in ("blockIdx", "threadIdx") for axis in "xyz"), "clusterCtaIdx.x"]
 
 
+ARCH = "sm_90a"
+"""What the emulated GPU is."""
+
+
 def launched(run: Callable[[], object]) -> None:
     """What becomes of a launch: it runs at once, unless a driver takes it by replacing this function."""
     run()
@@ -66,13 +70,19 @@ def _load(data: Any) -> Any:
     source = re.sub(r"^\s*#include <(cuda|cuda_fp16|cuda_bf16|mma|cooperative_groups)\.h>", "", source, flags=re.MULTILINE)
     source = re.sub(r"extern __shared__ \S+\(\d+\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)emulator::shared;", source)
     source = re.sub(r"__shared__ (alignas\(\d+\))", r"\1 static", source)
-    source = ptx.translate(source)
+    source = _architecture(ARCH) + ptx.translate(source)
     entries = "\n".join(f'extern "C" void run_{f.name}(void* p) {{ emulator::call(&{f.name}, (void**)p); }}' for f in functions)
     own = _prepared()
     text = f'#include "ptx.h"\n{source}\n#include "entry.h"\n{entries}\n'
     library = ctypes.CDLL(str(_compile(text, [f"-I{own}", f"-I{HERE}", str(own / "emulator.o")])))
     kept = {f.name: tvm_ffi.convert(_launcher(library, f)) for f in functions}
     return tvm_ffi.get_global_func("emulator.module")(lambda name: kept.get(str(name)))
+
+
+def _architecture(arch: str) -> str:
+    """What the compiler for an architecture defines."""
+    number = re.sub(r"\D", "", arch)
+    return f"#define __CUDA_ARCH__ {number}0\n" + (f"#define __CUDA_ARCH_FEAT_SM{number}_ALL\n" if arch.endswith("a") else "")
 
 
 def _launcher(library: ctypes.CDLL, function: Function) -> Any:

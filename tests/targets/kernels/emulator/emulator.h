@@ -157,6 +157,7 @@ inline float __int_as_float(int x) { float y; memcpy(&y, &x, 4); return y; }
 inline float __uint_as_float(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
 inline unsigned __float_as_uint(float x) { unsigned y; memcpy(&y, &x, 4); return y; }
 inline float __half2float(half x) { return float(x); }
+inline half __float2half(float x) { return half(x); }
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 using std::max;
 using std::min;

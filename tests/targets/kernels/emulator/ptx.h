@@ -157,6 +157,16 @@ inline void store_matrix(uint32_t d, uint32_t a) { store_tiles(d, {{a, 0, 0, 0},
 inline void store_matrix(uint32_t d, uint32_t a, uint32_t b) { store_tiles(d, {{a, b, 0, 0}, {}}, 2); }
 inline void store_matrix(uint32_t d, uint32_t a, uint32_t b, uint32_t c, uint32_t e) { store_tiles(d, {{a, b, c, e}, {}}, 4); }
 
+// ldmatrix: lane 8 i + j says where row j of tile i is, of which lane 4 j + t gets elements 2 t and 2 t + 1.
+inline void read_tiles(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& e, uint32_t p) {
+  if (p % 16) unknown("a row of ldmatrix that is not aligned");
+  const int lane = emulator::current % 32;
+  const Fragments* warp = share({{p, 0, 0, 0}, {}});
+  uint32_t* target[4] = {&a, &b, &c, &e};
+  for (int i = 0; i < 4; ++i) memcpy(target[i], emulator::shared + warp[8 * i + lane / 4].a[0] + lane % 4 * 4, 4);
+}
+inline void store2(uint32_t p, uint16_t x) { memcpy(emulator::shared + p, &x, 2); }
+
 // wgmma.m64nNk16 of bfloat16: a warp has 16 of the rows, A like that of mma; B is rows of 128 bytes in shared memory, their 16-byte pieces
 // exchanged (piece i of row r is at i ^ (r mod 8)).
 inline void wgmma(float** d, int count, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t descriptor, int add) {

@@ -41,13 +41,15 @@ KNOWN = {
     },
     **{f"cp.async.cg.shared.global{ahead} [%0], [%1], 16, %2;": "copy16" for ahead in ("", ".L2::128B")},
     "cp.async.ca.shared.global [%0], [%1], 8;": "copy8",
+    "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];": "read_tiles",
+    "st.shared.u16 [%0], %1;": "store2",
     "atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;": "atomic_inc",
 }
 """The function of each text of instructions."""
 
 ORDER = (
     "", "cp.async.commit_group;", "cp.async.wait_group %0;", "fence.proxy.async.shared::cta;", "fence.mbarrier_init.release.cluster;",
-    "barrier.cluster.arrive.aligned;", "wgmma.fence.sync.aligned;",
+    "barrier.cluster.arrive.aligned;", "wgmma.fence.sync.aligned;", "griddepcontrol.wait;", "griddepcontrol.launch_dependents;",
     "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;", "wgmma.wait_group.sync.aligned 1;",
 )  # fmt: skip
 """What only says when something is done, where everything is done at once."""
