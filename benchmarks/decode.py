@@ -3,7 +3,7 @@
     python -m benchmarks.decode run MODEL... [--batch 1,32] [-n 128] [--context 128] [--prompt 2048] [--repetitions 3]
                                     [--portion 1] [--load] [--transformers CHECKPOINT] [--kernels] [--json]
     python -m benchmarks.decode build FOLDER --shape olmoe-1b-7b [--recipe int4] [--experts int2_g128,int3_g128]
-                                    [--target h100-sxm] [--kv-cache-dtype float32]
+                                    [--target h100-sxm] [--kv-cache-dtype float32] [--activations bfloat16]
 
 MODEL is an artifact, or a folder of `build`, which compiles a published shape without weights: `run` makes random ones, so that a large
 model's speed is measured on a machine that needs neither the compiler nor the checkpoint. `--experts` are formats that the experts of a
@@ -216,7 +216,7 @@ def build(args: argparse.Namespace) -> None:
     """Compile a shape."""
     experts = [] if args.experts is None else args.experts.split(",")
     config = json.loads((args.config / "config.json").read_text()) if args.config else SHAPES[args.shape]
-    decode_model.build(args.folder, config, args.recipe, experts, args.target, args.context_length, args.kv_cache_dtype)
+    decode_model.build(args.folder, config, args.recipe, experts, args.target, args.context_length, args.kv_cache_dtype, args.activations)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -261,6 +261,7 @@ def main() -> None:
     builds.add_argument("--experts", metavar="FORMAT,...")
     builds.add_argument("--target", default="h100-sxm")
     builds.add_argument("--kv-cache-dtype", metavar="bfloat16|float32", help="as of moec compile")
+    builds.add_argument("--activations", default="float", metavar="float|bfloat16|fp8", help="as of moec compile")
     builds.add_argument("--context-length", type=int, default=4096)
     args = parser.parse_args()
     try:

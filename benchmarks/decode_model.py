@@ -32,7 +32,7 @@ Arrays = dict[tuple[str, str], NDArray[np.generic]]
 
 def build(
     folder: Path, config: Mapping[str, Any], recipe: str, experts: Sequence[str], target: str, context: int,
-    kv_cache_dtype: str | None = None,
+    kv_cache_dtype: str | None = None, activations: str = "float",
 ) -> None:  # fmt: skip
     """Compile a configuration into a folder: the library, its machine code and what the runtime has to know.
 
@@ -41,9 +41,9 @@ def build(
         recipe: that needs no weights, such as `int4`.
         experts: formats that the experts of a layer have in turn, instead of the recipe's.
         context: tokens that a sequence may have.
-        kv_cache_dtype: as of `compile_model`.
+        kv_cache_dtype, activations: as of `compile_model`.
     """
-    from moec.compiler.backends import cache_dtype, takes_mixed_experts
+    from moec.compiler.backends import cache_dtype, check_activations, takes_mixed_experts
     from moec.compiler.backends.tvm.backend import TvmBackend
     from moec.compiler.backends.tvm.storage import experts_layout
     from moec.compiler.context import Context
@@ -57,6 +57,7 @@ def build(
 
     chosen, hardware = load_recipe(recipe), get_target(target)
     cached = cache_dtype("tvm", hardware, kv_cache_dtype)
+    check_activations("tvm", hardware, activations)
     with tempfile.TemporaryDirectory() as name:
         Path(name, "config.json").write_text(json.dumps(dict(config)))
         source = Model(*huggingface.load(name))
@@ -64,7 +65,7 @@ def build(
         if experts:
             model = _with_experts(model, experts)
         model = uniform_experts(model, factored_only=takes_mixed_experts("tvm", hardware))
-        backend, plan = TvmBackend(model.graph, hardware, cached), make_plan(model.graph, chosen, hardware, None, cached)
+        backend, plan = TvmBackend(model.graph, hardware, cached, activations), make_plan(model.graph, chosen, hardware, None, cached)
         folder.mkdir(parents=True, exist_ok=True)
         section = backend.build(folder, {})
         own = [name for name in backend.graph.params if name.rpartition(".")[2] == "inv_freq"]  # the frontend's, not the checkpoint's

@@ -18,6 +18,8 @@ from moec.targets.kernels.cuda.space import (
     default,
     fingerprint,
     fits,
+    has_clusters,
+    multiprocessors,
     needs,
     shared_memory,
     sources,
@@ -166,7 +168,10 @@ def test_dispatch_covers_every_t(tmp_path: Path) -> None:
 
 
 def test_dispatch_ends_where_there_are_no_kernels(tmp_path: Path) -> None:
-    assert [bound for bound, _ in dispatch(get_target("a100"), LAYER, folders=[tmp_path])] == list(range(1, MOST_DECODE + 1))
+    old = replace(get_target("a100"), tvm=cuda("sm_75", 64 << 10))
+    assert [bound for bound, _ in dispatch(old, LAYER, folders=[tmp_path])] == list(range(1, MOST_DECODE + 1))
+    with pytest.raises(MoecError, match="pass fewer tokens"):
+        choose(old, LAYER, 64, [tmp_path])
 
 
 def test_what_did_well_elsewhere_is_tried_first(tmp_path: Path) -> None:
@@ -184,23 +189,19 @@ def test_what_did_well_elsewhere_is_tried_first(tmp_path: Path) -> None:
 def test_candidates_fit_and_the_default_is_one(size: tuple[int, int, int, int], dtype: str, name: str) -> None:
     layer, target = Layer(*size, "int4_g128", "int4_g128", dtype), get_target(name)
     limit = shared_memory(target)
+    limits = limit, multiprocessors(target), has_clusters(target)
     for tokens in (1, 2, 4, 8, 64, 4096):
         for kernel in ("gate_up", "down") if tokens <= MOST_DECODE else ("prefill",):
-            found = candidates(kernel, layer, tokens, limit)
-            assert found[0] == default(kernel, layer, tokens, limit)
+            found = candidates(kernel, layer, tokens, *limits)
+            assert found[0] == default(kernel, layer, tokens, *limits)
             assert len({tuple(sorted(options.items())) for options in found}) == len(found)
-            assert all(fits(kernel, layer, tokens, options, limit) for options in found[1:])
-        if tokens > MOST_DECODE and name != "h100":
-            with pytest.raises(MoecError, match="pass fewer tokens"):
-                choose(target, layer, tokens, [])
-            continue
-        try:
-            choice = choose(target, layer, tokens, [])
-        except MoecError:
-            assert needs("gate_up", layer, tokens, candidates("gate_up", layer, tokens, limit)[0])[1] > limit
-            continue
+            assert all(fits(kernel, layer, tokens, options, limit, has_clusters(target)) for options in found[1:])
+            assert has_clusters(target) or not any(options.get("cluster") for options in found)
+        choice = choose(target, layer, tokens, [])
+        if choice.kernel == "prefill" and tokens <= MOST_DECODE:
+            assert needs("gate_up", layer, tokens, candidates("gate_up", layer, tokens, *limits)[0])[1] > limit
         for kernel in ("gate_up", "down") if choice.kernel == "decode" else ("prefill",):
-            own = {name: choice.options[name] for name in default(kernel, layer, tokens, limit)}
+            own = {name: choice.options[name] for name in default(kernel, layer, tokens, *limits)}
             threads, shared = needs(kernel, layer, tokens, own)
             assert threads <= 1024
             assert shared <= limit
