@@ -10,24 +10,17 @@ linear layers have bfloat16.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.cache_precision import distance, table
+from benchmarks.cache_precision import command
 from moec.compiler.errors import MoecError
-from moec.compiler.evaluate import read_windows, window_length
-from moec.compiler.frontend import huggingface
-from moec.compiler.frontend.tokenizer import load_tokenizer
 from moec.compiler.interpreter import evaluate
 from moec.compiler.ir import Node
 from moec.compiler.model import Model
 from moec.compiler.ops import expert_activation
-from moec.compiler.reference import pooled
 
 KINDS = ("bfloat16", "fp8")
 BLOCK, LARGEST = 128, 448.0
@@ -91,22 +84,7 @@ class RoundedActivations:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--data", type=Path, nargs="+", required=True)
-    parser.add_argument("--kind", choices=KINDS, default="bfloat16")
-    parser.add_argument("--context", type=int)
-    parser.add_argument("--tokens", type=int, default=8192, help="of each text")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    try:
-        model, tokenizer = Model(*huggingface.load(args.checkpoint)), load_tokenizer(args.checkpoint)
-        context, observer = window_length(args.context, int(model.graph.meta["context_length"])), RoundedActivations(model, args.kind)
-        found = {path.stem: distance(model, observer, *read_windows(path, tokenizer, context, args.tokens)) for path in args.data}
-    except MoecError as error:
-        parser.exit(2, f"{error}\n")
-    found["all"] = pooled(list(found.values()))
-    print(json.dumps({name: each.to_json() for name, each in found.items()}) if args.json else table(found, args.kind))
+    command(__doc__, KINDS, RoundedActivations)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -79,10 +79,16 @@ def table(found: Mapping[str, Distance], kind: str) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command(description: str | None, kinds: Sequence[str], observer: Callable[[Model, str], Observer]) -> None:
+    """A command that prints what rounding to one of these kinds does to a checkpoint.
+
+    Args:
+        observer: of a model and a kind, rounds.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--data", type=Path, nargs="+", required=True)
+    parser.add_argument("--kind", choices=kinds, default=kinds[0])
     parser.add_argument("--context", type=int)
     parser.add_argument("--tokens", type=int, default=8192, help="of each text")
     parser.add_argument("--json", action="store_true")
@@ -91,12 +97,17 @@ def main() -> None:
         model, tokenizer = Model(*huggingface.load(args.checkpoint)), load_tokenizer(args.checkpoint)
         context = window_length(args.context, int(model.graph.meta["context_length"]))
         found = {
-            path.stem: distance(model, RoundedCache(model), *read_windows(path, tokenizer, context, args.tokens)) for path in args.data
+            path.stem: distance(model, observer(model, args.kind), *read_windows(path, tokenizer, context, args.tokens))
+            for path in args.data
         }
     except MoecError as error:
         parser.exit(2, f"{error}\n")
     found["all"] = pooled(list(found.values()))
-    print(json.dumps({name: each.to_json() for name, each in found.items()}) if args.json else table(found, "bfloat16"))
+    print(json.dumps({name: each.to_json() for name, each in found.items()}) if args.json else table(found, args.kind))
+
+
+def main() -> None:
+    command(__doc__, ("bfloat16",), lambda model, _: RoundedCache(model))
 
 
 if __name__ == "__main__":

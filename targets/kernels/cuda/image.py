@@ -10,6 +10,7 @@ that activations cross the L2 cache once a cluster. A stage has two barriers in 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx
@@ -23,6 +24,7 @@ from moec.targets.kernels.cuda.loads import move
 from moec.targets.kernels.cuda.matrix import descriptor
 
 WARPS = 8  # that read a stage
+ARRANGING = 256  # threads of a block that writes images
 
 _BULK = r"""
 #ifndef MOEC_BULK
@@ -175,15 +177,9 @@ class Images:
 
 def arrange_func(spec: Any) -> tirx.PrimFunc:
     """PrimFunc (x uint16 [1, T, D], order [S], tiles [most + 1, 4], image uint16 [most, D / 128, tokens * 128]) of a `PrefillSpec`."""
-    threads, size, d = 256, spec.shape.tokens, spec.layout.d
+    threads, size, d = ARRANGING, spec.shape.tokens, spec.layout.d
     pieces = ceil_div(d, BLOCK) * (BLOCK // 8)  # of 16 bytes of a token
     each = threads // 16  # tokens of a block of threads at a time
-
-    def arguments() -> tuple[Any, ...]:
-        tokens = spec.count()
-        x = argument("x", (spec.shape.terms, tokens, d), "uint16")
-        order, tiles = spec.sorted(tokens)
-        return x, order, tiles, spec.image("image", tokens, d)
 
     def body(operands: tuple[Any, ...], memory: Shared, part: Expr, tile: Expr, thread: Expr) -> None:
         x, order, tiles, image = operands
@@ -204,11 +200,23 @@ def arrange_func(spec: Any) -> tirx.PrimFunc:
                         with T.Else():
                             clear(target)
 
+    return arranging(spec, each, body)
+
+
+def arranging(spec: Any, each: int, body: Callable[..., None]) -> tirx.PrimFunc:
+    """The kernel of x, order, tiles and the image that it writes, whose blocks of threads have `each` tokens of a tile."""
+
+    def arguments() -> tuple[Any, ...]:
+        tokens = spec.count()
+        x = argument("x", (spec.shape.terms, tokens, spec.layout.d), "uint16")
+        order, tiles = spec.sorted(tokens)
+        return x, order, tiles, spec.image("image", tokens, spec.layout.d)
+
     def grid(operands: tuple[Any, ...]) -> list[Expr]:
         most = operands[2].shape[0] - 1
-        return [ceil_div(size, each), most if isinstance(most, int) else T.cast(most, "int32")]
+        return [ceil_div(spec.shape.tokens, each), most if isinstance(most, int) else T.cast(most, "int32")]
 
-    return kernel("arrange", threads, arguments, grid, body)
+    return kernel("arrange", ARRANGING, arguments, grid, body)
 
 
 _CLEAR = r"""

@@ -14,8 +14,8 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, at, const, kernel, local, store, when
-from moec.targets.kernels.cuda.image import Images, bulk, expect, wait
+from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, at, const, local, store, when
+from moec.targets.kernels.cuda.image import ARRANGING, Images, arranging, bulk, expect, wait
 from moec.targets.kernels.cuda.intrinsics import call, grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import BLOCK, ceil_div
 from moec.targets.kernels.cuda.loads import read_words, write_words
@@ -127,15 +127,9 @@ __device__ __forceinline__ void moec_shared_pair(float* d, unsigned int p) {
 
 def arrange_narrow_func(spec: Any) -> tirx.PrimFunc:
     """PrimFunc (x uint16 [1, T, D], order [S], tiles [most + 1, 4], image, its scales) of a `PrefillSpec`: bfloat16 tokens, by tiles."""
-    threads, size, d = 256, spec.shape.tokens, spec.layout.d
+    d = spec.layout.d
     blocks, together = ceil_div(d, BLOCK), 2  # blocks of a token that its lanes have at a time
-    each = threads // (together * LANES)
-
-    def arguments() -> tuple[Any, ...]:
-        tokens = spec.count()
-        x = argument("x", (spec.shape.terms, tokens, d), "uint16")
-        order, tiles = spec.sorted(tokens)
-        return x, order, tiles, spec.image("image", tokens, d)
+    each = ARRANGING // (together * LANES)
 
     def body(operands: tuple[Any, ...], memory: Shared, part: Expr, tile: Expr, thread: Expr) -> None:
         x, order, tiles, image = operands
@@ -159,8 +153,4 @@ def arrange_narrow_func(spec: Any) -> tirx.PrimFunc:
                 with when(T.And(token < count, block < blocks)):
                     image.write(tile, block, token, lane, words, scale)
 
-    def grid(operands: tuple[Any, ...]) -> list[Expr]:
-        most = operands[2].shape[0] - 1
-        return [ceil_div(size, each), most if isinstance(most, int) else T.cast(most, "int32")]
-
-    return kernel("arrange", threads, arguments, grid, body)
+    return arranging(spec, each, body)
