@@ -20,6 +20,7 @@ from moec.targets.kernels.cuda.intrinsics import call, grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import BLOCK, ceil_div
 from moec.targets.kernels.cuda.loads import read_words, write_words
 from moec.targets.kernels.cuda.matrix import descriptor
+from moec.targets.kernels.cuda.warp import sync_warp
 
 COLUMNS = 16
 """Columns of a lane: those of a block are a lane's of 8 that follow each other."""
@@ -99,6 +100,10 @@ class NarrowImages(Images):
             for target, source, size in parts:
                 index = first * size if source is image.data else first
                 bulk(target + T.cast(first * size, "uint32"), at(source, self._tile[0], block, index), rows * size, full, shape.cluster)
+
+    def release(self, block: Expr) -> None:
+        sync_warp()  # all lanes have read their scales
+        super().release(block)
 
     def _place(self, stage: Expr) -> Expr:
         return self._base + T.cast(stage * self.shape.data_bytes, "uint32")

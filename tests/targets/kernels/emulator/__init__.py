@@ -1,7 +1,8 @@
 """CUDA modules of TVM executed by the processor: memory of the "GPU" is this machine's, and kernels are compiled as C++.
 
 `install()` registers the device and the loader of modules with TVM's runtime; from then on a library with CUDA code works without a GPU,
-slowly. It checks what a kernel computes, its barriers, shuffles and small products on tensor cores included, but neither races nor speed.
+slowly. It checks what a kernel computes, its barriers, shuffles and products on tensor cores included, and with a sanitizer of GCC its
+accesses and races, but not speed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import ctypes
 import hashlib
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -26,9 +28,24 @@ from tests.targets.kernels.emulator import ptx
 
 HERE = Path(__file__).parent
 CACHE = Path(tempfile.gettempdir()) / "moec-cuda-emulator"
-FLAGS = ("-std=c++17", "-O0", "-fPIC", "-w")  # compiling takes longer than what it gives
-DIMENSIONS = [*(f"{kind}.{axis}" for kind in ("blockIdx", "threadIdx") for axis in "xyz"), "clusterCtaIdx.x"]
+SANITIZE = "MOEC_EMULATOR_SANITIZE"
+"""An environment variable. `address`: accesses beside an array, or a block's shared memory, end the process. `thread`: accesses of the
+threads of a block or cluster that no barrier orders are reported. The process needs the sanitizer from its start, `library asan` or `tsan`:
 
+    library() { for name in $1 stdc++; do gcc -print-file-name=lib$name.so; done | xargs; }
+    export MOEC_EMULATOR_SANITIZE=address ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0:detect_odr_violation=0
+    LD_PRELOAD="$(library asan)" python -m pytest tests/targets/kernels/cuda
+    export MOEC_EMULATOR_SANITIZE=thread TSAN_OPTIONS=log_path=races
+    LD_PRELOAD="$(library tsan)" setarch -R python -m pytest tests/targets/kernels/cuda
+"""
+FLAGS = ["-std=c++17", "-O0", "-fPIC", "-w"]  # compiling takes longer than what it gives
+if (kind := os.environ.get(SANITIZE)) == "address":
+    FLAGS += ["-fsanitize=address", "-g1", "--param", "asan-stack=0", "--param", "asan-globals=0"]
+elif kind == "thread":
+    FLAGS += ["-fsanitize=thread", "-g1"]
+
+SHARED = "tirx.use_dyn_shared_memory"
+DIMENSIONS = [*(f"{kind}.{axis}" for kind in ("blockIdx", "threadIdx") for axis in "xyz"), "clusterCtaIdx.x"]
 
 ARCH = "sm_90a"
 """What the emulated GPU is."""
@@ -91,7 +108,7 @@ def _launcher(library: ctypes.CDLL, function: Function) -> Any:
     def launch(*args: Any) -> None:
         count = len(function.types)
         values = [_value(argument, *kind) for argument, kind in zip(args[:count], function.types, strict=True)]
-        size = dict.fromkeys(DIMENSIONS, 1)
+        size = {**dict.fromkeys(DIMENSIONS, 1), SHARED: 0}
         size.update({tag: int(n) for tag, n in zip([t for t in function.tags if t in size], args[count:], strict=False)})
         pointers = (ctypes.c_void_p * max(count, 1))(*(ctypes.addressof(value) for value in values))
         sizes = (ctypes.c_int * len(size))(*size.values())
@@ -99,7 +116,7 @@ def _launcher(library: ctypes.CDLL, function: Function) -> Any:
         def run(_: object = values) -> None:  # to which there are pointers
             library.emulator_launch(ctypes.cast(entry, ctypes.c_void_p), pointers, sizes)
 
-        if all(n > 0 for n in size.values()):
+        if all(size[axis] > 0 for axis in DIMENSIONS):
             launched(run)
 
     return launch

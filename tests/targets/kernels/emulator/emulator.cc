@@ -1,4 +1,10 @@
 #include "emulator.h"
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(p, size)
+#define ASAN_UNPOISON_MEMORY_REGION(p, size)
+#endif
 
 Index threadIdx, blockIdx, blockDim, gridDim;
 
@@ -19,26 +25,36 @@ static void (*body)(void*);
 static void* arguments;
 constexpr size_t STACK = 1 << 20;  // pages of it exist once they are used
 
-static void take_up(int thread) {
+#ifdef __SANITIZE_THREAD__
+static void* host;  // the fiber of the scheduler
+static ucontext_t scheduling;
+#endif
+
+UNSEEN static void take_up(int thread) {
   current = thread;
   threadIdx = threads[thread].index;
   blockIdx = block().index;
   shared = memory + thread / block_size * SHARED;
 }
 
-void yield() {
+UNSEEN void yield() {
   int me = current;
+#ifdef __SANITIZE_THREAD__
+  __tsan_switch_to_fiber(host, __tsan_switch_to_fiber_no_sync);
+  swapcontext(&threads[me].context, &scheduling);
+#else
   if (!_setjmp(threads[me].place)) _longjmp(scheduler, 1);
+#endif
   take_up(me);
 }
 
-static void leave(Barrier& barrier) {  // those that returned are not waited for
+UNSEEN static void leave(Barrier& barrier) {  // those that returned are not waited for
   --barrier.size;
   ++progress;
   if (barrier.size && barrier.waiting >= barrier.size) { barrier.waiting = 0; ++barrier.generation; }
 }
 
-static void enter() {
+UNSEEN static void enter() {
   int me = current;
   take_up(me);
   body(arguments);
@@ -46,17 +62,28 @@ static void enter() {
   leave(warps[me / 32]);
   leave(blocks[me / block_size].barrier);
   leave(cluster);
+#ifdef __SANITIZE_THREAD__
+  before(&blocks);
+  __tsan_switch_to_fiber(host, __tsan_switch_to_fiber_no_sync);
+  setcontext(&scheduling);
+#else
   _longjmp(scheduler, 1);
+#endif
 }
 
-static void resume(Thread& thread) {
+UNSEEN static void resume(Thread& thread) {
+#ifdef __SANITIZE_THREAD__
+  __tsan_switch_to_fiber(thread.fiber, __tsan_switch_to_fiber_no_sync);
+  swapcontext(&scheduling, &thread.context);
+  return;
+#endif
   if (_setjmp(scheduler)) return;
   if (thread.begun) _longjmp(thread.place, 1);
   thread.begun = true;
   swapcontext(&beginning, &thread.context);
 }
 
-static void run_blocks() {
+UNSEEN static void run_blocks() {
   int count = block_size * int(blocks.size());
   cluster = {0, count, 0};
   for (auto& block : blocks) block.barrier = {0, block_size, 0};
@@ -65,6 +92,10 @@ static void run_blocks() {
     int i = at % block_size;
     Thread& thread = threads[at];
     thread.done = thread.begun = false;
+#ifdef __SANITIZE_THREAD__
+    host = __tsan_get_current_fiber();
+    thread.fiber = __tsan_create_fiber(0);
+#endif
     thread.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.get();
@@ -85,9 +116,13 @@ static void run_blocks() {
       abort();
     }
   }
+#ifdef __SANITIZE_THREAD__
+  after(&blocks);
+  for (int at = 0; at < count; ++at) __tsan_destroy_fiber(threads[at].fiber);
+#endif
 }
 
-static void launch(void (*function)(void*), void* pointer, const int* size) {
+UNSEEN static void launch(void (*function)(void*), void* pointer, const int* size) {
   body = function;
   arguments = pointer;
   gridDim = {unsigned(size[0]), unsigned(size[1]), unsigned(size[2])};
@@ -99,6 +134,8 @@ static void launch(void (*function)(void*), void* pointer, const int* size) {
     fprintf(stderr, "emulator: %u blocks of %d threads of a grid of %u are no cluster\n", together, block_size, gridDim.x);
     abort();
   }
+  ASAN_UNPOISON_MEMORY_REGION(memory, sizeof(memory));
+  for (unsigned i = 0; i < together; ++i) ASAN_POISON_MEMORY_REGION(memory + i * SHARED + size[7], SHARED - size[7]);
   blocks.resize(together);
   threads.resize(std::max<size_t>(threads.size(), count));
   for (auto& thread : threads)

@@ -68,9 +68,22 @@ VEC(ushort, unsigned short)
 struct Index { unsigned int x, y, z; };
 extern Index threadIdx, blockIdx, blockDim, gridDim;
 
+// With a thread sanitizer the threads are its fibers. What the emulator itself keeps is none of its business; `before` and `after` say what
+// barriers order.
+#ifdef __SANITIZE_THREAD__
+#include <sanitizer/tsan_interface.h>
+#define UNSEEN __attribute__((no_sanitize("thread"), noinline))
+inline void before(void* p) { __tsan_release(p); }
+inline void after(void* p) { __tsan_acquire(p); }
+#else
+#define UNSEEN
+inline void before(void*) {}
+inline void after(void*) {}
+#endif
+
 namespace emulator {
 struct Barrier { int waiting = 0, size = 0; long generation = 0; };
-struct Thread { ucontext_t context; jmp_buf place; std::unique_ptr<char[]> stack; Index index; bool begun, done; };
+struct Thread { ucontext_t context; jmp_buf place; std::unique_ptr<char[]> stack; Index index; bool begun, done; void* fiber; };
 extern std::vector<Thread> threads;
 extern std::vector<Barrier> warps;
 struct Block { Barrier barrier; int votes = 0; Index index; };
@@ -85,10 +98,15 @@ extern unsigned char memory[];  // SHARED bytes of each block of a cluster
 extern unsigned char* shared;  // what the block of the current thread has, beyond variables
 inline Block& block() { return blocks[current / block_size]; }
 void yield();
-inline void arrive(Barrier& barrier) {
+UNSEEN inline void meet(Barrier& barrier) {
   long generation = barrier.generation;
   if (++barrier.waiting >= barrier.size) { barrier.waiting = 0; ++barrier.generation; ++progress; return; }
   while (barrier.generation == generation) yield();
+}
+inline void arrive(Barrier& barrier) {
+  before(&barrier);
+  meet(barrier);
+  after(&barrier);
 }
 template <typename T> T exchange(T value, int source) {
   int me = current, warp = me / 32;
@@ -101,7 +119,7 @@ template <typename T> T exchange(T value, int source) {
 }  // namespace emulator
 
 inline void __syncthreads() { emulator::arrive(emulator::block().barrier); }
-inline int __syncthreads_or(int x) {
+UNSEEN inline int __syncthreads_or(int x) {
   emulator::block().votes |= x != 0;
   __syncthreads();
   int found = emulator::block().votes;
@@ -148,8 +166,10 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   return found;
 }
 template <typename T> T __ldg(const T* p) { return *p; }
-template <typename T> T atomicAdd(T* p, T x) { T old = *p; *p += x; return old; }
-inline unsigned atomicInc(unsigned* p, unsigned most) { unsigned old = *p; *p = old >= most ? 0 : old + 1; return old; }
+template <typename T> UNSEEN T add_to(T* p, T x) { T old = *p; *p += x; return old; }
+template <typename T> T atomicAdd(T* p, T x) { before(p); x = add_to(p, x); after(p); return x; }
+UNSEEN inline unsigned increase(unsigned* p, unsigned most) { unsigned old = *p; *p = old >= most ? 0 : old + 1; return old; }
+inline unsigned atomicInc(unsigned* p, unsigned most) { before(p); most = increase(p, most); after(p); return most; }
 inline float __expf(float x) { return expf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline int __float2int_rn(float x) { return x != x ? 0 : int(std::nearbyint(double(x))); }

@@ -55,10 +55,10 @@ inline void store(void* p, float a, float b, float c, float d) {
 // and columns 2 t and 2 t + 1 of D; a register is 2 or 4 numbers of a row or a column. What the lanes of a warp bring lies in one of two
 // places in turn, so that none is overwritten before all have read it.
 struct Fragments { uint32_t a[4], b[2]; };
-inline Fragments* share(Fragments own) {
+UNSEEN inline Fragments* share(Fragments own) {
   constexpr int MOST = 8 * 1024;
-  static std::vector<Fragments> all(2 * MOST);
-  static std::vector<int> turns(MOST);
+  static Fragments all[2 * MOST];
+  static int turns[MOST];
   int me = emulator::current;
   Fragments* warp = &all[MOST * (turns[me]++ & 1) + me / 32 * 32];
   warp[me % 32] = own;
@@ -94,16 +94,23 @@ struct MBarrier { int32_t bytes; int16_t pending; uint8_t count, phase; };
 inline MBarrier& mbarrier(uint32_t b, int rank) { return *(MBarrier*)(emulator::memory + rank * emulator::SHARED + b); }
 inline int own_rank() { return emulator::current / emulator::block_size; }
 inline void barrier_init(uint32_t b, int count) { mbarrier(b, own_rank()) = {0, int16_t(count), uint8_t(count), 0}; }
-inline void barrier_change(uint32_t b, int rank, int arrivals, int bytes) {
-  MBarrier& barrier = mbarrier(b, rank);
+UNSEEN inline void change(MBarrier& barrier, int arrivals, int bytes) {
   barrier.pending -= arrivals, barrier.bytes += bytes;
   if (barrier.pending == 0 && barrier.bytes == 0) barrier.pending = barrier.count, ++barrier.phase;
   ++emulator::progress;
 }
+inline void barrier_change(uint32_t b, int rank, int arrivals, int bytes) {
+  before(&mbarrier(b, rank));
+  change(mbarrier(b, rank), arrivals, bytes);
+}
 inline void barrier_arrive(uint32_t b, int rank) { barrier_change(b, rank, 1, 0); }
 inline void barrier_expect(uint32_t b, int bytes) { barrier_change(b, own_rank(), 1, bytes); }
+UNSEEN inline void wait(const MBarrier& barrier, int parity) {
+  while ((barrier.phase & 1) == parity) emulator::yield();
+}
 inline void barrier_wait(uint32_t b, int parity) {
-  while ((mbarrier(b, own_rank()).phase & 1) == parity) emulator::yield();
+  wait(mbarrier(b, own_rank()), parity);
+  after(&mbarrier(b, own_rank()));
 }
 inline void copy_to(int rank, uint32_t d, const void* p, int bytes, uint32_t b) {
   if (d % 16 || uintptr_t(p) % 16 || bytes % 16 || bytes <= 0) unknown("a bulk copy that is no multiple of 16 bytes");
@@ -200,6 +207,7 @@ inline void wgmma_e4m3(float** d, int count, uint32_t a0, uint32_t a1, uint32_t 
     *d[i] = float(sum);
   }
 }
+inline void wait_products() { __syncwarp(); }  // products are done at once, but only then has every lane read what it multiplies
 inline void mma_first(float& d0, float& d1, float& d2, float& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
                       float c) {
   d0 = d1 = d2 = d3 = c;

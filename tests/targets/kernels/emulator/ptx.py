@@ -33,6 +33,8 @@ KNOWN = {
     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];": "bulk_copy",
     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;": "bulk_copy_all",
     "barrier.cluster.wait.aligned;": "cluster_wait",
+    "wgmma.wait_group.sync.aligned 0;": "wait_products",
+    "wgmma.wait_group.sync.aligned 1;": "wait_products",
     "mapa.shared::cluster.u32 %0, %1, %2;": "map_rank",
     "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];": "read_cluster",
     **{
@@ -50,7 +52,7 @@ KNOWN = {
 ORDER = (
     "", "cp.async.commit_group;", "cp.async.wait_group %0;", "fence.proxy.async.shared::cta;", "fence.mbarrier_init.release.cluster;",
     "barrier.cluster.arrive.aligned;", "wgmma.fence.sync.aligned;", "griddepcontrol.wait;", "griddepcontrol.launch_dependents;",
-    "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;", "wgmma.wait_group.sync.aligned 1;",
+    "wgmma.commit_group.sync.aligned;",
 )  # fmt: skip
 """What only says when something is done, where everything is done at once."""
 
