@@ -55,7 +55,11 @@ def test_tasks_are_all_candidates_the_promising_ones_of_each_kernel_first() -> N
 
 
 def test_older_gpus_have_no_tasks_of_many_tokens() -> None:
-    assert {(task.kernel, task.tokens) for task in tasks([LAYER], [1, 64], get_target("a100"))} == {("gate_up", 1), ("down", 1)}
+    few, old = {("gate_up", 1), ("down", 1)}, Target("old", "a GPU without mma on bfloat16", "cuda", cuda("sm_75", 64 << 10))
+    assert {(task.kernel, task.tokens) for task in tasks([LAYER], [1, 64], old)} == few
+    found = tasks([LAYER], [1, 64], get_target("a100"))
+    assert {(task.kernel, task.tokens) for task in found} == few | {("prefill", 64)}
+    assert not any(dict(task.case.options).get("cluster") for task in found)
 
 
 def test_all_is_kept_and_chosen_from(tmp_path: Path) -> None:
