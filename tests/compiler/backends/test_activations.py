@@ -43,8 +43,9 @@ def in_float64(model: Compiled, tokens: NDArray[np.int64], kind: str | None) -> 
     return found[0]
 
 
-def rms(x: NDArray[np.float64]) -> float:
-    return float(np.sqrt(np.square(x).mean()))
+def typical(x: NDArray[np.float64]) -> float:
+    """The size of a token's numbers, of most tokens: where two experts are nearly as likely, rounding may change which one runs."""
+    return float(np.median(np.sqrt(np.square(x).mean(1))))
 
 
 @needs_emulator
@@ -59,7 +60,7 @@ def test_a_prompt_on_the_emulated_gpu(kind: str, name: str, whole: Gpu, tmp_path
     found = model.logits(ids).astype(np.float64)
     exact, rounded = in_float64(model, ids, None), in_float64(model, ids, kind)
     # Hidden values of experts and what experts give are rounded to bfloat16 on the way, and roundings fall on the other side now and then.
-    assert rms(found - rounded) < 0.6 * rms(rounded - exact)
+    assert typical(found - rounded) < 0.6 * typical(rounded - exact)
     np.testing.assert_allclose(model.logits(ids[:1]), exact[:1], atol=1e-4)  # a token alone is exact
 
 
