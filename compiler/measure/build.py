@@ -48,7 +48,7 @@ def tvm_version() -> str:
 def kernel_functions(case: Case) -> dict[str, Any]:
     """The PrimFuncs of a case by name."""
     from moec.targets.kernels.cpu.activation_functions import ExpertActivation
-    from moec.targets.kernels.cuda import experts_decode, experts_prefill, image, narrow, sort
+    from moec.targets.kernels.cuda import experts_decode, experts_prefill, sort
     from moec.targets.kernels.cuda.gathered import Shape
 
     layer, options = case.layer, dict(case.options)
@@ -56,7 +56,7 @@ def kernel_functions(case: Case) -> dict[str, Any]:
     if case.kernel == "prefill":
         shape = Shape.of(options)
         many = experts_prefill.PrefillSpec(layer.layout, activation, None, layer.top_k, "int32", case.biases, layer.outside, shape)
-        arrange = {"arrange": (narrow.arrange_narrow_func if shape.narrow else image.arrange_func)(many)} if shape.cluster else {}
+        arrange = {"arrange": experts_prefill.arrange_func(many)} if shape.cluster else {}
         return {
             "sort": sort.sort_func(layer.experts, layer.top_k, "int32", shape.tokens),
             **arrange,

@@ -27,10 +27,8 @@ from moec.targets.kernels.cuda.space import (
     candidates,
     default,
     fingerprint,
-    has_clusters,
     has_many,
-    multiprocessors,
-    shared_memory,
+    limits,
 )
 from moec.targets.kernels.cuda.tuned import order
 from moec.targets.measured import Measurement, Record, read_record, write_record
@@ -76,15 +74,11 @@ def tasks(layers: Sequence[Layer], tokens: Sequence[int], target: Target, known:
         for t in tokens:
             kernels = (*(("gate_up", "down") if t <= MOST_DECODE else ()), *(many if t >= MOST_DECODE else ()))
             for kernel in kernels:
-                found = candidates(kernel, layer, t, *_limits(target))
+                found = candidates(kernel, layer, t, *limits(target))
                 ordered = [found[0], *order(known, kernel, layer, t, found[1:])]
                 for place, options in enumerate(ordered if every else ordered[:MOST]):
                     rounds[place >= FIRST].append(Task(kernel, t, Case.of(kernel, layer, options, t)))
     return [*rounds[0], *rounds[1]]
-
-
-def _limits(target: Target) -> tuple[int, int, bool]:
-    return shared_memory(target), multiprocessors(target), has_clusters(target)
 
 
 class Results:
@@ -222,7 +216,7 @@ def run_sweep(
 
 def summary(record: Record, target: Target) -> list[Mapping[str, object]]:
     """For each kernel and T: the best options, and how much longer the defaults take; both kernels of few tokens are `decode`."""
-    layer, limits = Layer.from_json(record.layer), _limits(target)
+    layer = Layer.from_json(record.layer)
     groups: dict[tuple[str, int], list[Measurement]] = {}
     for m in record.measurements:
         if m.error is None or m.error < layer.most_error:
@@ -231,7 +225,7 @@ def summary(record: Record, target: Target) -> list[Mapping[str, object]]:
     times: dict[int, list[tuple[float, float]]] = {}
     for (kernel, tokens), found in groups.items():
         best = min(found, key=lambda m: m.us)
-        first = tuple(sorted(default(kernel, layer, tokens, *limits).items()))
+        first = tuple(sorted(default(kernel, layer, tokens, *limits(target)).items()))
         plain = next((m.us for m in found if m.options == first), None)
         rows.append(_row(layer, kernel, tokens, best.us, plain, len(found), json.dumps(dict(best.options))))
         if kernel in KERNELS["decode"] and plain is not None:

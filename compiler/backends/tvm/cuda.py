@@ -48,15 +48,12 @@ from moec.targets.kernels.cuda.routing_step import RoutingSpec
 from moec.targets.kernels.cuda.routing_tokens import routing
 from moec.targets.kernels.cuda.rows import layout_of
 from moec.targets.kernels.cuda.skip import skip_func
-from moec.targets.kernels.cuda.space import has_clusters, multiprocessors, shared_memory
+from moec.targets.kernels.cuda.space import has_many, limits
 from moec.targets.kernels.cuda.step_spec import StepOptions, StepSpec
 from moec.targets.kernels.cuda.tuned import Choice
 from moec.targets.kernels.specs import AttentionSpec, NormSpec, RouterSpec, SkipSpec
 
 CUBIN = "kernels.cubin"
-
-PRODUCTS = "sm_"
-"""What begins the names of architectures that have kernels for the products of many tokens; others take plain ones."""
 
 HOPPER_MEMORY, LEAST_MEMORY = 160 << 10, 96 << 10
 """Bytes of shared memory that attention takes at most; the latter every GPU's thread blocks get."""
@@ -200,12 +197,11 @@ class CudaPlatform:
     tir_pipeline = pipeline.NAME
 
     def __init__(self, target: Target, cache_dtype: str = "bfloat16", activations: str = "float") -> None:
-        self.cache_dtype, self.activations = cache_dtype, activations
-        self.terms = TERMS if activations == "float" else 1
+        self.cache_dtype, self.terms = cache_dtype, TERMS if activations == "float" else 1
         described = json.loads(target.tvm)
         self.arch = str(described["arch"])
         self.target = TvmTarget({**described, "host": {"kind": "llvm"}})
-        self.gpu, self.products = Gpu(shared_memory(target), multiprocessors(target), has_clusters(target)), self.arch.startswith(PRODUCTS)
+        self.gpu, self.products = Gpu(*limits(target)), has_many(target)
         self.choices = Choices(target, self.products, activations)
         self.attention_memory = HOPPER_MEMORY if self.gpu.clusters else LEAST_MEMORY
 

@@ -22,9 +22,7 @@ from moec.targets.kernels.cuda.calls import Functions
 from moec.targets.kernels.cuda.counting import call_counting
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.gathered import Shape
-from moec.targets.kernels.cuda.image import arrange_func
 from moec.targets.kernels.cuda.linear import TERMS, terms_of
-from moec.targets.kernels.cuda.narrow import arrange_narrow_func
 from moec.targets.kernels.cuda.sort import combine_func, most_tiles, sort_func
 from moec.targets.kernels.cuda.tuned import Choice
 
@@ -95,9 +93,8 @@ def _many(
         [((shape.terms, slots, layout.padded_f), "uint16")],
     )
     if shape.cluster:
-        arrange = arrange_narrow_func if shape.narrow else arrange_func
         types, hidden_types = spec.image_types(most, d), spec.image_types(most, layout.padded_f)
-        images = functions.call("arrange", spec, lambda: arrange(spec), [terms, order, tiles], *types)
+        images = functions.call("arrange", spec, lambda: prefill.arrange_func(spec), [terms, order, tiles], *types)
     arguments = [terms, *images, order, tiles, *weights[0]]
     hidden = functions.call("gate_up", spec, lambda: prefill.gate_up_func(spec), arguments, *hidden_types)
     arguments = [*hidden, order, tiles, routing_weights, *weights[1]]

@@ -20,10 +20,10 @@ from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, at, k
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.experts_results import hidden_words, write_hidden, write_narrow_hidden, write_outputs
 from moec.targets.kernels.cuda.gathered import THREADS, Activations, Shape
-from moec.targets.kernels.cuda.image import Images, cluster_ready
+from moec.targets.kernels.cuda.image import Images, arrange_image_func, cluster_ready
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import BLOCK, ROWS, ceil_div
-from moec.targets.kernels.cuda.narrow import NarrowImage, NarrowImages
+from moec.targets.kernels.cuda.narrow import NarrowImage, NarrowImages, arrange_narrow_func
 from moec.targets.kernels.cuda.product import Weights, ring_words
 from moec.targets.kernels.cuda.sort import most_tiles
 from moec.targets.kernels.cuda.tiles import Takes, Tile, each_tile
@@ -76,10 +76,9 @@ class PrefillSpec:
 
     def image(self, name: str, tokens: Expr, columns: int) -> Any:
         """The parameter of an image of so many columns (see `image`), or the two of one of `narrow`."""
-        most = most_tiles(tokens * self.top_k, self.layout.experts, self.shape.tokens)
-        if self.shape.narrow:
-            return NarrowImage.argument(name, most, self.shape.tokens, columns)
-        return argument(name, (most, ceil_div(columns, BLOCK), self.shape.tokens * BLOCK), "uint16")
+        data, *scale = self.image_types(most_tiles(tokens * self.top_k, self.layout.experts, self.shape.tokens), columns)
+        first = argument(name, *data)
+        return NarrowImage(first, argument(f"{name}_scale", *scale[0])) if scale else first
 
     def image_types(self, most: Expr, columns: int) -> list[tuple[tuple[Expr, ...], str]]:
         """Shape and type of what `image` declares, of so many tiles at most."""
@@ -94,6 +93,11 @@ class PrefillSpec:
             assert self.shape.terms == 1 and self.shape.tiles == 2 and not self.layout.widths  # whole blocks are written
             return self.image(name, tokens, columns)
         return argument(name, (self.shape.terms, rows, columns), "uint16")
+
+
+def arrange_func(spec: PrefillSpec) -> tirx.PrimFunc:
+    """The kernel that writes x as an image."""
+    return (arrange_narrow_func if spec.shape.narrow else arrange_image_func)(spec)
 
 
 def barrier_words(shape: Shape) -> int:

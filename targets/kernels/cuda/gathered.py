@@ -131,10 +131,6 @@ class NarrowShape(Shape):
         return self.data_bytes + 4 * self.tokens
 
     @property
-    def words(self) -> int:
-        return self.stages * self.stage_bytes // 4 + 256
-
-    @property
     def columns(self) -> tuple[int, ...]:
         return (self.tokens,)
 

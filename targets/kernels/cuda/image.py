@@ -175,7 +175,7 @@ class Images:
         return descriptor(self._base + T.cast(offset, "uint32"))
 
 
-def arrange_func(spec: Any) -> tirx.PrimFunc:
+def arrange_image_func(spec: Any) -> tirx.PrimFunc:
     """PrimFunc (x uint16 [1, T, D], order [S], tiles [most + 1, 4], image uint16 [most, D / 128, tokens * 128]) of a `PrefillSpec`."""
     threads, size, d = ARRANGING, spec.shape.tokens, spec.layout.d
     pieces = ceil_div(d, BLOCK) * (BLOCK // 8)  # of 16 bytes of a token

@@ -154,8 +154,8 @@ def terms_of(functions: Functions, x: relax.Expr, terms: int) -> relax.Expr:
     """Emit x [T, K] as terms of bfloat16: uint16 [terms, T, K]. All that read them have the same."""
     t, k = tensor_shape(x)
     out = (terms, t, k), "uint16"
-    make = lambda: functions.call("split", (k, terms), lambda: split_func(int(k), terms), [x], out)[0]  # noqa: E731
-    return functions.once(split_name(terms), x, make)
+    key = int(k), terms
+    return functions.once(split_name(terms), x, lambda: functions.call("split", key, lambda: split_func(*key), [x], out)[0])
 
 
 def prefill_func(spec: LinearSpec) -> tirx.PrimFunc:

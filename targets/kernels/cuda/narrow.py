@@ -14,7 +14,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, at, const, local, store, when
+from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, at, const, local, store, when
 from moec.targets.kernels.cuda.image import ARRANGING, Images, arranging, bulk, expect, wait
 from moec.targets.kernels.cuda.intrinsics import call, grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import BLOCK, ceil_div
@@ -67,12 +67,6 @@ class NarrowImage:
 
     data: Buffer
     scale: Buffer
-
-    @classmethod
-    def argument(cls, name: str, tiles: Expr, tokens: int, columns: int) -> NarrowImage:
-        """The next two parameters of the function being built."""
-        blocks = ceil_div(columns, BLOCK)
-        return cls(argument(name, (tiles, blocks, tokens * BLOCK), "uint8"), argument(f"{name}_scale", (tiles, blocks, tokens), "float32"))
 
     def write(self, tile: Expr, block: Expr, token: Expr, lane: Expr, words: Buffer, scale: Expr) -> None:
         """Write a lane's 16 columns of a token, and the scale."""

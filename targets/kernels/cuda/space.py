@@ -184,6 +184,11 @@ def multiprocessors(target: Target) -> int:
     return target.multiprocessors or MULTIPROCESSORS
 
 
+def limits(target: Target) -> tuple[int, int, bool]:
+    """What `default`, `candidates` and `Gpu` take of a target: bytes of shared memory, multiprocessors, and whether there are clusters."""
+    return shared_memory(target), multiprocessors(target), has_clusters(target)
+
+
 def default(
     kernel: str, layer: Layer, tokens: int, limit: int = MOST_SHARED, size: int = MULTIPROCESSORS, clusters: bool = True
 ) -> Options:

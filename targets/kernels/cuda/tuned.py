@@ -24,10 +24,8 @@ from moec.targets.kernels.cuda.space import (
     default,
     fingerprint,
     fits,
-    has_clusters,
     has_many,
-    multiprocessors,
-    shared_memory,
+    limits,
 )
 from moec.targets.measured import Measurement, Record, read_records
 
@@ -118,7 +116,7 @@ class _Chooser:
     def of(cls, target: Target, layer: Layer, folders: Sequence[Path] | None, tvm: str | None) -> _Chooser:
         found = [record for record in read_records(target.name, folders) if record.operator == "experts"]
         known = [(Layer.from_json(record.layer), record) for record in found]
-        return cls(target.name, has_many(target), shared_memory(target), multiprocessors(target), has_clusters(target), layer, known, tvm)
+        return cls(target.name, has_many(target), *limits(target), layer, known, tvm)
 
     def few(self, tokens: int) -> bool:
         """Whether the kernels of a few tokens can run so many: there may be too many, or rows that are too wide."""

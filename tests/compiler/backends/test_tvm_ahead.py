@@ -40,7 +40,7 @@ class Driven(NamedTuple):
 def subject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driven]:
     with pytest.MonkeyPatch.context() as patch:
         emulator.install()
-        patch.setattr(cuda, "PRODUCTS", "none")
+        patch.setattr(cuda, "has_many", lambda _: False)
         patch.setattr(cuda, "need_cuda_compiler", lambda: "none")
         patch.setattr(cuda, "machine_code", lambda source, arch, compiler: b"")
         gpu, driver = driven(patch)

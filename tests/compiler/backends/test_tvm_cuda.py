@@ -28,6 +28,7 @@ from moec.runtime.cuda import Driver, runs_on
 from moec.runtime.errors import MoecError
 from moec.runtime.sampler import Best
 from moec.runtime.tvm_device import Gpu
+from moec.targets import cuda as describe
 from moec.targets import get_target
 from moec.targets.kernels.cuda.space import Layer
 from moec.targets.kernels.cuda.tuned import dispatch
@@ -48,7 +49,7 @@ def moe() -> Graph:
 @pytest.fixture
 def emulated(whole: Gpu, monkeypatch: pytest.MonkeyPatch) -> Gpu:
     """The emulated GPU, where products of many tokens are plain kernels: those of the tensor cores take it long."""
-    monkeypatch.setattr(cuda, "PRODUCTS", "none")
+    monkeypatch.setattr(cuda, "has_many", lambda _: False)
     return whole
 
 
@@ -188,6 +189,8 @@ def test_functions_and_choices_of_a_target() -> None:
             assert found == wanted[function.most]
     assert {entry["why"][:7] for entry in choices.made()} <= {"lent by", "default", "gate_up", "measure"}
     assert any("T up to 1, 2" in line or "T up to 1:" in line for line in choices.lines())
+    old = replace(get_target("a100-80g"), tvm=describe("sm_75", 64 << 10))
+    assert [cuda.CudaPlatform(target).products for target in (get_target("a100-80g"), old)] == [True, False]
     plain_only = Choices(get_target("a100-80g"), products=False)
     assert [f.name for f in plain_only.functions([layer])] == ["decode", "decode2", "decode4", "decode8", "forward"]
     assert plain_only.of(layer, ANY) is None

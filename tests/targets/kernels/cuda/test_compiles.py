@@ -21,7 +21,7 @@ from moec.targets.kernels.cuda.layout import FragmentLayout
 from moec.targets.kernels.cuda.linear import LinearSpec, prefill_func, split_func
 from moec.targets.kernels.cuda.matrices import Projection
 from moec.targets.kernels.cuda.projections import ProjectionsSpec, projections_func
-from moec.targets.kernels.cuda.space import Layer, candidates, default, has_clusters, multiprocessors, needs, shared_memory
+from moec.targets.kernels.cuda.space import Layer, candidates, default, limits, needs
 from tests.targets.kernels.cuda.packed import MULTIPROCESSORS
 
 # A format of each kind in one kernel: every width of the planes, symmetric and not, groups within a block, of a block and of a row.
@@ -91,9 +91,8 @@ def test_decode_kernels_compile_for_several_architectures(target: str) -> None:
 @pytest.mark.parametrize("name", ["a100-80g", "rtx-4090", "rtx-5090"])
 def test_kernels_of_many_tokens_compile_for_several_architectures(name: str) -> None:
     target = get_target(name)
-    limits = shared_memory(target), multiprocessors(target), has_clusters(target)
     for layer in (replace(WIDE, dtype="bfloat16"), MIXED if name == "a100-80g" else WIDE):  # of many formats it takes long
-        wanted = Case.of("prefill", layer, default("prefill", layer, 2048, *limits), activation="clamped_swiglu", biases=True)
+        wanted = Case.of("prefill", layer, default("prefill", layer, 2048, *limits(target)), activation="clamped_swiglu", biases=True)
         _, source = generate(wanted, target)
         assert {f"{kernel}_kernel" for kernel in wanted.functions} <= entries(machine_code(source, arch_of(target), compiler()))
 

@@ -10,10 +10,8 @@ from numpy.typing import NDArray
 
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
-from moec.targets.kernels.cuda.experts_prefill import PrefillSpec, down_func, gate_up_func
+from moec.targets.kernels.cuda.experts_prefill import PrefillSpec, arrange_func, down_func, gate_up_func
 from moec.targets.kernels.cuda.gathered import NarrowShape, Shape
-from moec.targets.kernels.cuda.image import arrange_func
-from moec.targets.kernels.cuda.narrow import arrange_narrow_func
 from moec.targets.kernels.cuda.sort import combine_func, most_tiles, sort_func
 from tests.targets.kernels import emulator
 from tests.targets.kernels.cuda.packed import as_e4m3, relative, silu_experts, stack
@@ -21,6 +19,9 @@ from tests.targets.kernels.emulator import needs_emulator
 from tests.targets.kernels.run_cuda import CudaKernel
 
 pytestmark = needs_emulator
+
+NAN = {"uint16": 0x7FC0, "uint8": 0x7F, "float32": np.nan}
+"""Not a number, in bfloat16, E4M3 and float32."""
 
 FORMATS = {
     "folded": ("fp8_block128", "int4_g64_asym", "int8_g128", "fp8_block128", "bf16"),
@@ -46,33 +47,16 @@ def run(spec: PrefillSpec, x: NDArray[np.float32], ids: NDArray[Any], routing: N
     most = most_tiles(slots, layout.experts, size)
     sort = CudaKernel(sort_func(layout.experts, top_k, spec.ids_dtype, size, tokens))
     order, places, tiles = sort(ids, outputs=[((slots,), "int32"), ((slots,), "int32"), ((most + 1, 4), "int32")])
-    terms, images, shape = split(x, spec.shape.terms), [], (spec.shape.terms, slots, layout.padded_f)
-    if spec.shape.narrow:
-        return run_narrow(spec, terms, (order, places, tiles), routing, up, down)
+    terms, images = split(x, spec.shape.terms), list[NDArray[Any]]()
+    hidden_types: list[tuple[Any, str]] = [((spec.shape.terms, slots, layout.padded_f), "uint16")]
     if spec.shape.cluster:
-        shapes = [(most, -(-columns // 128), 128 * size) for columns in (layout.d, layout.f)]
-        images, shape = CudaKernel(arrange_func(spec))(terms, order, tiles, outputs=[(shapes[0], "uint16")]), shapes[1]
-    hidden = np.full(shape, 0x7FC0, np.uint16)  # NaN where nothing is written
+        images = CudaKernel(arrange_func(spec))(terms, order, tiles, outputs=spec.image_types(most, layout.d))
+        hidden_types = spec.image_types(most, layout.f)
+    hidden = [np.full(kind, NAN[dtype], dtype) for kind, dtype in hidden_types]  # where nothing is written
     y = np.full((slots, layout.d), np.nan, spec.dtype)
-    CudaKernel(gate_up_func(spec))(terms, *images, order, tiles, *up, hidden)
-    CudaKernel(down_func(spec))(hidden, order, tiles, routing, *down, y)
-    (out,) = CudaKernel(combine_func(layout.d, top_k, spec.dtype, tokens))(y, places, outputs=[((tokens, layout.d), spec.dtype)])
-    return out
-
-
-def run_narrow(
-    spec: PrefillSpec, x: NDArray[Any], sorted_: tuple[Any, ...], routing: NDArray[np.float32], up: Any, down: Any
-) -> NDArray[Any]:
-    """The same with activations in E4M3."""
-    layout, size, (order, places, tiles), tokens = spec.layout, spec.shape.tokens, sorted_, len(routing)
-    most, blocks = len(tiles) - 1, [-(-columns // 128) for columns in (layout.d, layout.f)]
-    shapes = [(((most, n, size * 128), "uint8"), ((most, n, size), "float32")) for n in blocks]
-    image = CudaKernel(arrange_narrow_func(spec))(x, order, tiles, outputs=shapes[0])
-    hidden = np.full(shapes[1][0][0], 0x7F, np.uint8), np.full(shapes[1][1][0], np.nan, np.float32)
-    y = np.full((len(order), layout.d), np.nan, spec.dtype)
-    CudaKernel(gate_up_func(spec))(x, *image, order, tiles, *up, *hidden)
+    CudaKernel(gate_up_func(spec))(terms, *images, order, tiles, *up, *hidden)
     CudaKernel(down_func(spec))(*hidden, order, tiles, routing, *down, y)
-    (out,) = CudaKernel(combine_func(layout.d, spec.top_k, spec.dtype, tokens))(y, places, outputs=[((tokens, layout.d), spec.dtype)])
+    (out,) = CudaKernel(combine_func(layout.d, top_k, spec.dtype, tokens))(y, places, outputs=[((tokens, layout.d), spec.dtype)])
     return out
 
 

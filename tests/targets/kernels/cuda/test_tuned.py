@@ -18,10 +18,8 @@ from moec.targets.kernels.cuda.space import (
     default,
     fingerprint,
     fits,
-    has_clusters,
-    multiprocessors,
+    limits,
     needs,
-    shared_memory,
     sources,
 )
 from moec.targets.kernels.cuda.tuned import choose, dispatch, order
@@ -188,21 +186,21 @@ def test_what_did_well_elsewhere_is_tried_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_candidates_fit_and_the_default_is_one(size: tuple[int, int, int, int], dtype: str, name: str) -> None:
     layer, target = Layer(*size, "int4_g128", "int4_g128", dtype), get_target(name)
-    limit = shared_memory(target)
-    limits = limit, multiprocessors(target), has_clusters(target)
+    own = limits(target)
+    limit, _, clusters = own
     for tokens in (1, 2, 4, 8, 64, 4096):
         for kernel in ("gate_up", "down") if tokens <= MOST_DECODE else ("prefill",):
-            found = candidates(kernel, layer, tokens, *limits)
-            assert found[0] == default(kernel, layer, tokens, *limits)
+            found = candidates(kernel, layer, tokens, *own)
+            assert found[0] == default(kernel, layer, tokens, *own)
             assert len({tuple(sorted(options.items())) for options in found}) == len(found)
-            assert all(fits(kernel, layer, tokens, options, limit, has_clusters(target)) for options in found[1:])
-            assert has_clusters(target) or not any(options.get("cluster") for options in found)
+            assert all(fits(kernel, layer, tokens, options, limit, clusters) for options in found[1:])
+            assert clusters or not any(options.get("cluster") for options in found)
         choice = choose(target, layer, tokens, [])
         if choice.kernel == "prefill" and tokens <= MOST_DECODE:
-            assert needs("gate_up", layer, tokens, candidates("gate_up", layer, tokens, *limits)[0])[1] > limit
+            assert needs("gate_up", layer, tokens, candidates("gate_up", layer, tokens, *own)[0])[1] > limit
         for kernel in ("gate_up", "down") if choice.kernel == "decode" else ("prefill",):
-            own = {name: choice.options[name] for name in default(kernel, layer, tokens, *limits)}
-            threads, shared = needs(kernel, layer, tokens, own)
+            chosen = {name: choice.options[name] for name in default(kernel, layer, tokens, *own)}
+            threads, shared = needs(kernel, layer, tokens, chosen)
             assert threads <= 1024
             assert shared <= limit
 
