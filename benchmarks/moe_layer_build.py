@@ -14,7 +14,7 @@ from moec.compiler.measure.cases import Case, Index
 from moec.compiler.measure.layers import make_layer
 from moec.runtime.errors import MoecError, unknown
 from moec.targets import Target
-from moec.targets.kernels.cuda.space import Layer
+from moec.targets.kernels.cuda.experts_layer import Layer
 
 PLAN = "moe_layer.json"
 

@@ -26,8 +26,8 @@ from torch.nn import functional as F
 from moec.compiler.measure import reference
 from moec.compiler.measure.layer import LayerWeights
 from moec.runtime.errors import MoecError
+from moec.targets.kernels.cuda.experts_layer import Layer
 from moec.targets.kernels.cuda.layout import ROWS
-from moec.targets.kernels.cuda.space import Layer
 
 
 @dataclass

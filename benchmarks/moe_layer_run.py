@@ -22,7 +22,7 @@ from moec.compiler.measure.layer import LayerWeights, Runner, Tokens, expected_r
 from moec.compiler.measure.sweep import Bench, Results, rotated, run_sweep, summary, tasks
 from moec.runtime.errors import MoecError
 from moec.targets import get_target
-from moec.targets.kernels.cuda.space import FP8, Layer
+from moec.targets.kernels.cuda.experts_layer import FP8, Layer
 from moec.targets.measured import read_records
 
 FEW, MANY = 8, 4  # layers in a graph

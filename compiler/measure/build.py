@@ -27,7 +27,7 @@ from moec.compiler.errors import MoecError
 from moec.compiler.measure.cases import Case, Index
 from moec.runtime.executors.tvm import CUDA_RUNTIME, RUNTIME
 from moec.targets import Target
-from moec.targets.kernels.cuda.space import FAMILIES, FAMILY, fingerprint
+from moec.targets.kernels.cuda.family import FAMILIES, FAMILY, fingerprint
 
 TASKS = 50
 """Libraries that a process compiles before another one takes its place."""

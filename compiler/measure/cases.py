@@ -12,7 +12,9 @@ from typing import Any
 
 from moec.compiler.errors import MoecError
 from moec.runtime.strict_json import Fields
-from moec.targets.kernels.cuda.space import FAMILY, Layer, Options, fingerprint
+from moec.targets.kernels.cuda.experts_layer import Layer
+from moec.targets.kernels.cuda.family import FAMILY, fingerprint
+from moec.targets.kernels.cuda.space import Options
 
 INDEX = "cases.json"
 KERNELS = {"decode": ("gate_up", "down"), "gate_up": ("gate_up",), "down": ("down",), "prefill": ("sort", "gate_up", "down", "combine")}

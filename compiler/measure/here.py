@@ -16,7 +16,7 @@ from moec.compiler.measure.device import check_gpu, measure_ceilings
 from moec.compiler.measure.sweep import Bench, Results, Task, run_sweep, tasks
 from moec.compiler.progress import Progress
 from moec.targets import Target, get_target, known_targets
-from moec.targets.kernels.cuda.space import Layer
+from moec.targets.kernels.cuda.experts_layer import Layer
 from moec.targets.measured import Record, own_folder, read_records
 
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)

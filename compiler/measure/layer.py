@@ -13,9 +13,9 @@ from torch import Tensor
 from moec.compiler.measure import reference
 from moec.compiler.measure.cases import Case
 from moec.compiler.measure.device import DEVICE, load_library, tvm_ffi_module
+from moec.targets.kernels.cuda.experts_layer import Layer
 from moec.targets.kernels.cuda.experts_layout import Stack
 from moec.targets.kernels.cuda.layout import BLOCK
-from moec.targets.kernels.cuda.space import Layer
 
 FP8_SPREAD = 107.0
 """The standard deviation of the numbers of E4M3."""

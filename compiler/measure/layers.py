@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moec.compiler.errors import MoecError
-from moec.targets.kernels.cuda.space import FP8, Layer
+from moec.targets.kernels.cuda.experts_layer import FP8, Layer
 
 DTYPES = ("bfloat16", "float32", FP8)
 

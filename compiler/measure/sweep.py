@@ -19,17 +19,9 @@ from moec.compiler.measure.cases import KERNELS, Case, Index
 from moec.compiler.measure.device import Ceilings, time_graph, torch_stream
 from moec.compiler.measure.layer import LayerWeights, Runner, Tokens, expected_result, random_tokens, random_weights, relative_error
 from moec.targets import Target
-from moec.targets.kernels.cuda.space import (
-    FAMILIES,
-    FAMILY,
-    MOST_DECODE,
-    Layer,
-    candidates,
-    default,
-    fingerprint,
-    has_many,
-    limits,
-)
+from moec.targets.kernels.cuda.experts_layer import Layer
+from moec.targets.kernels.cuda.family import FAMILIES, FAMILY, fingerprint
+from moec.targets.kernels.cuda.space import MOST_DECODE, candidates, default, has_many, limits
 from moec.targets.kernels.cuda.tuned import order
 from moec.targets.measured import Measurement, Record, read_record, write_record
 

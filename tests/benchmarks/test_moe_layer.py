@@ -19,7 +19,7 @@ from moec.compiler.measure.layer import Tokens, expected_result, random_tokens, 
 from moec.compiler.measure.layers import make_layer
 from moec.compiler.measure.reference import matrix
 from moec.runtime.errors import MoecError
-from moec.targets.kernels.cuda.space import Layer
+from moec.targets.kernels.cuda.experts_layer import Layer
 
 SIZE = (5, 2, 264, 40, True)
 

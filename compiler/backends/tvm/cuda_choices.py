@@ -14,9 +14,10 @@ from moec.compiler.backends.tvm.platform import ANY, ONE
 from moec.runtime.tvm_functions import Function
 from moec.targets import Target
 from moec.targets.kernels.cuda import tuned
+from moec.targets.kernels.cuda.experts_layer import FP8, Layer
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.linear_tokens import MOST_TOKENS
-from moec.targets.kernels.cuda.space import FP8, MOST_DECODE, Layer
+from moec.targets.kernels.cuda.space import MOST_DECODE
 
 CHUNK = 2048
 """Tokens of a call at most: the products of more are hardly faster, and their hidden values take memory."""

@@ -1,4 +1,4 @@
-"""What can be chosen for the experts kernels: the layers, the options of each kernel, and which of them fit. Data only, no compiler.
+"""What can be chosen for the experts kernels: the options of each, and which of them fit a layer and a target. Data only, no compiler.
 
 Kernels are named by what a measurement times: `gate_up` and `down` are the two of a few tokens, `decode` both in a row, and `prefill` the
 four of many tokens. Options are the fields of `DecodeSpec` and of `gathered.Shape`.
@@ -6,20 +6,15 @@ four of many tokens. Options are the fields of `DecodeSpec` and of `gathered.Sha
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from functools import cache
 from itertools import product
-from pathlib import Path
-from typing import Any
 
 from moec.targets import Target
 from moec.targets.kernels.cuda.expected import cost
-from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
-from moec.targets.kernels.cuda.layout import BLOCK, COLUMN_WORDS, PADDING, ROWS, FragmentLayout, blocks_ahead, ceil_div
+from moec.targets.kernels.cuda.experts_layer import Layer
+from moec.targets.kernels.cuda.layout import BLOCK, COLUMN_WORDS, PADDING, blocks_ahead, ceil_div
 
 Options = dict[str, int]
 
@@ -50,9 +45,6 @@ PREFILL_NARROW = (
 )  # fmt: skip
 """What else it tries where activations may be E4M3: fields of `NarrowShape`."""
 
-FP8 = "fp8"
-"""The type of activations that are bfloat16 outside and may be multiplied as E4M3."""
-
 MULTIPROCESSORS = 132
 """Of an H100, which a GPU is taken for unless its target says otherwise."""
 
@@ -61,107 +53,6 @@ MOST_SHARED = 232_448
 
 MOST_DECODE = 8
 """The most tokens of the kernels of a few tokens."""
-
-FAMILIES = {"decode": ("experts_decode", "pipeline"), "prefill": ("experts_prefill", "sort", "pipeline")}
-"""The modules that the kernels of a few tokens and of many are built by; what they import of this folder belongs to them."""
-
-_IMPORT = re.compile(r"^from moec\.targets\.kernels\.cuda\.(\w+) import", re.MULTILINE)
-
-FAMILY = {"gate_up": "decode", "down": "decode", "decode": "decode", "prefill": "prefill"}
-
-
-@cache
-def sources(family: str) -> tuple[Path, ...]:
-    """The source files of a family of kernels."""
-    found, new = set[str](), set(FAMILIES[family])
-    while new:
-        found |= new
-        texts = [Path(__file__).with_name(f"{name}.py").read_text() for name in new]
-        new = {name for text in texts for name in _IMPORT.findall(text)} - found
-    return tuple(Path(__file__).with_name(f"{name}.py") for name in sorted(found))
-
-
-@cache
-def fingerprint(family: str) -> str:
-    """Which version of the sources of a family of kernels this is."""
-    digest = hashlib.sha256()
-    for path in sources(family):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The experts of a layer, as far as tuning goes.
-
-    Args:
-        experts, top_k, d, f: E, K, D, F.
-        gate_up, down: the format of all experts, or of each.
-        dtype: of activations, `bfloat16`, `float32` as two terms of it, or `fp8`: bfloat16 that may be rounded to E4M3.
-        gated: whether there is a gate projection.
-        widths: F of each expert where they differ; f is the largest.
-    """
-
-    experts: int
-    top_k: int
-    d: int
-    f: int
-    gate_up: str | tuple[str, ...]
-    down: str | tuple[str, ...]
-    dtype: str = "bfloat16"
-    gated: bool = True
-    widths: tuple[int, ...] = ()
-
-    @property
-    def layout(self) -> ExpertsLayout:
-        """How its weights lie in memory."""
-        return ExpertsLayout(self.experts, self.d, self.f, self.gate_up, self.down, self.gated, self.widths)
-
-    @property
-    def terms(self) -> int:
-        """Terms of bfloat16 that an activation is."""
-        return 2 if self.dtype == "float32" else 1
-
-    @property
-    def outside(self) -> str:
-        """The type of x and of the result."""
-        return "bfloat16" if self.dtype == FP8 else self.dtype
-
-    @property
-    def most_error(self) -> float:
-        """Of the result, relative to float64, beyond which options are not chosen."""
-        return 5e-2 if self.dtype == FP8 else 5e-3
-
-    @property
-    def narrow(self) -> bool:
-        """Whether the kernels of `narrow` can run it."""
-        formats = {f for names in (self.gate_up, self.down) for f in ((names,) if isinstance(names, str) else names)}
-        return self.dtype == FP8 and not self.widths and all(f.startswith("fp8_") for f in formats)
-
-    @property
-    def formats(self) -> str:
-        """The formats in a word: `int4_g128`, `int4_g128/int2_g64` (gate_up and down), `int2_g64+int4_g64` (of experts)."""
-        up, down = (f if isinstance(f, str) else "+".join(sorted(set(f))) for f in (self.gate_up, self.down))
-        return up if up == down else f"{up}/{down}"
-
-    @property
-    def name(self) -> str:
-        """A file name."""
-        formats = self.formats.replace("/", "-")
-        rest = ("" if self.gated else "-plain") + ("" if self.dtype == "bfloat16" else f"-{self.dtype}")
-        rest += f"-of{sum(self.widths)}" if self.widths else ""
-        return f"experts-{self.experts}x{self.d}x{self.f}-top{self.top_k}-{formats}{rest}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Its fields as JSON values; `widths` only where there are."""
-        fields = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        return fields if self.widths else {name: value for name, value in fields.items() if name != "widths"}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Layer:
-        """The inverse of `to_json`."""
-        fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        return cls(**fields)
 
 
 def shared_memory(target: Target) -> int:
@@ -293,10 +184,3 @@ def needs(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int]) ->
     if layer.widths or layer.layout.down.mixed:  # where each rank's work begins
         words += 4 * (ceil_div(slots, 4) + ceil_div(slots + 1, 4))
     return threads, 4 * (words + threads // 32 * blocks_ahead(columns) * columns * COLUMN_WORDS)
-
-
-def bits(layer: Layer) -> float:
-    """Bits of a weight, the mean over experts and projections, scales not counted."""
-    both = [(f,) * layer.experts if isinstance(f, str) else f for f in (layer.gate_up, layer.down)]
-    found = [FragmentLayout(ROWS, BLOCK, name).bits for names in both for name in names]
-    return sum(found) / len(found)

@@ -15,18 +15,9 @@ from pathlib import Path
 from moec.runtime.errors import MoecError
 from moec.targets import Target
 from moec.targets.kernels.cuda.expected import cost
-from moec.targets.kernels.cuda.space import (
-    FAMILY,
-    MOST_DECODE,
-    Layer,
-    Options,
-    bits,
-    default,
-    fingerprint,
-    fits,
-    has_many,
-    limits,
-)
+from moec.targets.kernels.cuda.experts_layer import Layer, bits
+from moec.targets.kernels.cuda.family import FAMILY, fingerprint
+from moec.targets.kernels.cuda.space import MOST_DECODE, Options, default, fits, has_many, limits
 from moec.targets.measured import Measurement, Record, read_records
 
 FAR = 2.0

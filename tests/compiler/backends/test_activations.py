@@ -19,7 +19,7 @@ from moec.compiler.model import Model
 from moec.runtime.errors import MoecError
 from moec.runtime.tvm_device import Gpu
 from moec.targets import get_target
-from moec.targets.kernels.cuda.space import Layer
+from moec.targets.kernels.cuda.experts_layer import Layer
 from tests.compiler.backends.test_tvm import with_format
 from tests.compiler.backends.test_tvm_cuda import moe, whole
 from tests.compiler.backends.tvm_model import Compiled

@@ -30,7 +30,7 @@ from moec.runtime.sampler import Best
 from moec.runtime.tvm_device import Gpu
 from moec.targets import cuda as describe
 from moec.targets import get_target
-from moec.targets.kernels.cuda.space import Layer
+from moec.targets.kernels.cuda.experts_layer import Layer
 from moec.targets.kernels.cuda.tuned import dispatch
 from tests.compiler.backends.test_tvm import with_format
 from tests.compiler.backends.tvm_model import Compiled, assert_equal

@@ -18,7 +18,8 @@ from moec.compiler.measure.here import Found, Sweep, measure_here
 from moec.compiler.measure.sweep import MOST, Task, tasks
 from moec.compiler.progress import Progress
 from moec.targets import Target, get_target
-from moec.targets.kernels.cuda.space import Layer, candidates, default
+from moec.targets.kernels.cuda.experts_layer import Layer
+from moec.targets.kernels.cuda.space import candidates, default
 from moec.targets.kernels.cuda.tuned import choose
 
 LAYER = Layer(8, 2, 512, 384, "int4_g64", "int4_g64", "float32")

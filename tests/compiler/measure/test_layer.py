@@ -23,7 +23,8 @@ from moec.compiler.measure.device import Ceilings
 from moec.compiler.measure.layer import LayerWeights, Runner, Tokens, expected_result, random_tokens, random_weights
 from moec.compiler.measure.layers import make_layer
 from moec.targets import get_target
-from moec.targets.kernels.cuda.space import Layer, default
+from moec.targets.kernels.cuda.experts_layer import Layer
+from moec.targets.kernels.cuda.space import default
 from moec.targets.kernels.cuda.tuned import choose
 from moec.targets.measured import read_records
 

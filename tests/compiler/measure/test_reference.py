@@ -11,9 +11,9 @@ from moec.compiler.measure.layer import expected_result, random_tokens, random_w
 from moec.runtime.formats import get_format
 from moec.runtime.formats.fp8 import Fp8Format
 from moec.runtime.formats.int import IntFormat
+from moec.targets.kernels.cuda.experts_layer import Layer
 from moec.targets.kernels.cuda.experts_layout import Stack
 from moec.targets.kernels.cuda.layout import FragmentLayout
-from moec.targets.kernels.cuda.space import Layer
 
 MIXED = ("int2_g64", "int3_g32_asym", "int8_g128", "bf16", "int4_channel", "int5_g256_asym", "fp8_channel", "fp8_block128")
 

@@ -16,7 +16,8 @@ from moec.compiler.measure.layers import layers_of, make_layer
 from moec.compiler.measure.sweep import FIRST, Results, Task, run_sweep, summary, tasks
 from moec.compiler.text import parse_graph
 from moec.targets import Target, cuda, get_target
-from moec.targets.kernels.cuda.space import Layer, candidates, default
+from moec.targets.kernels.cuda.experts_layer import Layer
+from moec.targets.kernels.cuda.space import candidates, default
 from moec.targets.kernels.cuda.tuned import choose
 from moec.targets.measured import read_record
 from tests import graphs
@@ -99,7 +100,7 @@ def test_other_versions_are_measured_anew(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def _real(family: str) -> str:
-    from moec.targets.kernels.cuda.space import fingerprint
+    from moec.targets.kernels.cuda.family import fingerprint
 
     return fingerprint(family)
 

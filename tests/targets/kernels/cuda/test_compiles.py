@@ -17,11 +17,12 @@ from moec.compiler.measure.build import generate, kernel_functions
 from moec.compiler.measure.cases import Case
 from moec.targets import Target, get_target
 from moec.targets.kernels.cuda import tuned
+from moec.targets.kernels.cuda.experts_layer import Layer
 from moec.targets.kernels.cuda.layout import FragmentLayout
 from moec.targets.kernels.cuda.linear import LinearSpec, prefill_func, split_func
 from moec.targets.kernels.cuda.matrices import Projection
 from moec.targets.kernels.cuda.projections import ProjectionsSpec, projections_func
-from moec.targets.kernels.cuda.space import Layer, candidates, default, limits, needs
+from moec.targets.kernels.cuda.space import candidates, default, limits, needs
 from tests.targets.kernels.cuda.packed import MULTIPROCESSORS
 
 # A format of each kind in one kernel: every width of the planes, symmetric and not, groups within a block, of a block and of a row.

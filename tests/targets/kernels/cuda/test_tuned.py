@@ -10,18 +10,9 @@ import pytest
 
 from moec.runtime.errors import MoecError
 from moec.targets import Target, cuda, get_target
-from moec.targets.kernels.cuda.space import (
-    FAMILIES,
-    MOST_DECODE,
-    Layer,
-    candidates,
-    default,
-    fingerprint,
-    fits,
-    limits,
-    needs,
-    sources,
-)
+from moec.targets.kernels.cuda.experts_layer import Layer
+from moec.targets.kernels.cuda.family import FAMILIES, fingerprint, sources
+from moec.targets.kernels.cuda.space import MOST_DECODE, candidates, default, fits, limits, needs
 from moec.targets.kernels.cuda.tuned import choose, dispatch, order
 from moec.targets.measured import SHIPPED, Measurement, Record, read_records, write_record
 
