@@ -49,7 +49,7 @@ def kernel_functions(case: Case) -> dict[str, Any]:
     """The PrimFuncs of a case by name."""
     from moec.targets.kernels.cpu.activation_functions import ExpertActivation
     from moec.targets.kernels.cuda import experts_decode, experts_prefill, sort
-    from moec.targets.kernels.cuda.gathered import Shape
+    from moec.targets.kernels.cuda.shape import Shape
 
     layer, options = case.layer, dict(case.options)
     activation = ExpertActivation(case.activation)

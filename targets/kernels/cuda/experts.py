@@ -21,8 +21,8 @@ from moec.targets.kernels.cuda import experts_prefill as prefill
 from moec.targets.kernels.cuda.calls import Functions
 from moec.targets.kernels.cuda.counting import call_counting
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
-from moec.targets.kernels.cuda.gathered import Shape
 from moec.targets.kernels.cuda.linear import TERMS, terms_of
+from moec.targets.kernels.cuda.shape import Shape
 from moec.targets.kernels.cuda.sort import combine_func, most_tiles, sort_func
 from moec.targets.kernels.cuda.tuned import Choice
 

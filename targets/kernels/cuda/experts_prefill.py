@@ -18,13 +18,14 @@ from tvm.tirx.script import builder as T
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, at, kernel, local
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
-from moec.targets.kernels.cuda.experts_results import hidden_words, write_hidden, write_narrow_hidden, write_outputs
-from moec.targets.kernels.cuda.gathered import THREADS, Activations, Shape
+from moec.targets.kernels.cuda.experts_results import write_hidden, write_narrow_hidden, write_outputs
+from moec.targets.kernels.cuda.gathered import Activations, first_tile, row_tiles
 from moec.targets.kernels.cuda.image import Images, arrange_image_func, cluster_ready
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import BLOCK, ROWS, ceil_div
 from moec.targets.kernels.cuda.narrow import NarrowImage, NarrowImages, arrange_narrow_func
-from moec.targets.kernels.cuda.product import Weights, ring_words
+from moec.targets.kernels.cuda.product import Weights
+from moec.targets.kernels.cuda.shape import Shape
 from moec.targets.kernels.cuda.sort import most_tiles
 from moec.targets.kernels.cuda.tiles import Takes, Tile, each_tile
 
@@ -90,7 +91,8 @@ class PrefillSpec:
     def activations(self, name: str, tokens: Expr, rows: Expr, columns: int) -> Any:
         """The parameter of activations [terms, rows, columns], or of their image."""
         if self.shape.cluster:
-            assert self.shape.terms == 1 and self.shape.tiles == 2 and not self.layout.widths  # whole blocks are written
+            hidden = self.shape.cluster * self.shape.block_tiles * self.layout.tile_rows  # of a cluster, which writes whole blocks
+            assert self.shape.terms == 1 and hidden % BLOCK == 0 and not self.layout.widths
             return self.image(name, tokens, columns)
         return argument(name, (self.shape.terms, rows, columns), "uint16")
 
@@ -98,11 +100,6 @@ class PrefillSpec:
 def arrange_func(spec: PrefillSpec) -> tirx.PrimFunc:
     """The kernel that writes x as an image."""
     return (arrange_narrow_func if spec.shape.narrow else arrange_image_func)(spec)
-
-
-def barrier_words(shape: Shape) -> int:
-    """Words of the barriers of the stages."""
-    return 4 * shape.stages if shape.cluster else 0
 
 
 def _activations(shape: Shape, ring: Buffer, barriers: Buffer, source: Any, columns: int, thread: Expr, rank: Expr) -> Activations | Images:
@@ -119,7 +116,7 @@ def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
     """
     layout, stack, shape = spec.layout, spec.layout.gate_up, spec.shape.for_columns(spec.layout.d)
     rows = layout.f_tiles * ROWS
-    parts, staged_words = ceil_div(rows, shape.rows), hidden_words(spec)
+    parts, staged_words = ceil_div(rows, shape.rows), shape.hidden_words(layout.tile_rows)
 
     def arguments() -> tuple[Any, ...]:
         tokens = spec.count()
@@ -135,7 +132,7 @@ def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
         x, order, tiles, weights, bias, hidden, tokens = operands
         ring, staged = memory.take((shape.words,), "uint32"), memory.take((staged_words,), "uint32")
         warp, group = T.Bind(thread // 32 % 4), T.Bind(thread // 128)
-        barriers, rank = memory.take((barrier_words(shape),), "uint32"), T.Bind(block % spec.cluster)
+        barriers, rank = memory.take((shape.barrier_words,), "uint32"), T.Bind(block % spec.cluster)
         grid_wait()
         grid_launch()
         tile, sums = Tile(tiles, parts, spec.cluster, rank, TOGETHER if shape.tiles > 1 else 1), local(shape.tiles * shape.sums, "float32")
@@ -144,11 +141,11 @@ def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
         weights.prepare(shape, thread, memory)
 
         def rows_of(part: Expr, f_tiles: Expr) -> list[Expr]:
-            return shape.row_tiles(shape.first_tile(part, group, warp), f_tiles - 1)
+            return row_tiles(shape, first_tile(shape, part, group, warp), f_tiles - 1)
 
         def begin(_: bool) -> None:
             expert, first, count, part, number = tile.now()
-            with weights.tiles(expert, part * (8 * shape.tiles)) as f_tiles:
+            with weights.tiles(expert, part * shape.block_tiles) as f_tiles:
                 weights.begin(expert, rows_of(part, f_tiles))
                 if isinstance(activations, Images):
                     activations.locate(number, count)
@@ -158,13 +155,13 @@ def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
 
         def run() -> None:
             expert, _, count, part, _ = tile.now()
-            with weights.tiles(expert, part * (8 * shape.tiles)) as f_tiles:
+            with weights.tiles(expert, part * shape.block_tiles) as f_tiles:
                 weights.run(expert, rows_of(part, f_tiles), activations, sums, count)
 
         def finish() -> None:
             expert, first, count, part, number = tile.kept()
-            with weights.tiles(expert, part * (8 * shape.tiles)) as f_tiles:
-                base = T.Bind(shape.first_tile(part, group, warp))
+            with weights.tiles(expert, part * shape.block_tiles) as f_tiles:
+                base = T.Bind(first_tile(shape, part, group, warp))
                 write(spec, sums, staged, hidden, bias, expert, first, count, part, number, base, thread, f_tiles)
 
         total = T.Bind(tiles[tiles.shape[0] - 1, 0] * tile.parts)
@@ -176,14 +173,16 @@ def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
     def grid(operands: tuple[Any, ...]) -> list[Expr]:
         return spec.grid(rows, operands[-1])
 
-    words = shape.words + staged_words + barrier_words(shape) + ring_words(stack, shape) + 4 * shape.taken
-    return kernel("gate_up", THREADS, arguments, grid, body, words=words, blocks_per_multiprocessor=shape.residency, cluster=spec.cluster)
+    words = shape.shared_words(stack, staged_words)
+    return kernel(
+        "gate_up", shape.threads, arguments, grid, body, words=words, blocks_per_multiprocessor=shape.residency, cluster=spec.cluster
+    )
 
 
 def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
     """PrimFunc (hidden uint16 [terms, S, F], order [S], tiles [most + 1, 4], weights f32 [T, k], arrays..., [bias], y [S, D])."""
     layout, stack, shape = spec.layout, spec.layout.down, spec.shape.for_columns(spec.layout.f)
-    parts, staged_words = ceil_div(layout.d, shape.rows), 2 * shape.tokens * ((64 if spec.dtype == "float32" else 32) + 4)
+    parts, staged_words = ceil_div(layout.d, shape.rows), shape.output_words(spec.dtype)
 
     def arguments() -> tuple[Any, ...]:
         tokens = spec.count()
@@ -199,7 +198,7 @@ def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
         hidden, order, tiles, routing_weights, weights, bias, y, tokens = operands
         ring, staged = memory.take((shape.words,), "uint32"), memory.take((staged_words,), "uint32")
         warp, group = T.Bind(thread // 32 % 4), T.Bind(thread // 128)
-        barriers, rank = memory.take((barrier_words(shape),), "uint32"), T.Bind(block % spec.cluster)
+        barriers, rank = memory.take((shape.barrier_words,), "uint32"), T.Bind(block % spec.cluster)
         tile, sums = Tile(tiles, parts, spec.cluster, rank, TOGETHER if shape.tiles > 1 else 1), local(shape.tiles * shape.sums, "float32")
         activations = _activations(shape, ring, barriers, hidden, ceil_div(layout.f, 8) * 8, thread, rank)
         if stack.columns and isinstance(activations, Activations):
@@ -207,7 +206,7 @@ def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
         weights.prepare(shape, thread, memory)
 
         def rows_of(part: Expr) -> list[Expr]:
-            return shape.row_tiles(shape.first_tile(part, group, warp), stack.classes[0].tiles - 1)
+            return row_tiles(shape, first_tile(shape, part, group, warp), stack.classes[0].tiles - 1)
 
         def begin(at_first: bool) -> None:
             expert, first, count, part, number = tile.now()  # written by the kernel before the last one
@@ -226,7 +225,7 @@ def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
 
         def finish() -> None:
             expert, first, count, part, _ = tile.kept()
-            base = T.Bind(shape.first_tile(part, group, warp))
+            base = T.Bind(first_tile(shape, part, group, warp))
             write_outputs(spec, sums, staged, y, bias, order, routing_weights, expert, first, count, base, thread)
 
         total = T.Bind(tiles[tiles.shape[0] - 1, 0] * tile.parts)
@@ -240,5 +239,7 @@ def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
     def grid(operands: tuple[Any, ...]) -> list[Expr]:
         return spec.grid(layout.d, operands[-1])
 
-    words = shape.words + staged_words + barrier_words(shape) + ring_words(stack, shape) + 4 * shape.taken
-    return kernel("down", THREADS, arguments, grid, body, words=words, blocks_per_multiprocessor=shape.residency, cluster=spec.cluster)
+    words = shape.shared_words(stack, staged_words)
+    return kernel(
+        "down", shape.threads, arguments, grid, body, words=words, blocks_per_multiprocessor=shape.residency, cluster=spec.cluster
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING
 
 from tvm.tirx.script import builder as T
@@ -11,7 +11,6 @@ from tvm.tirx.script import builder as T
 from moec.targets.kernels.cuda.activation import gated, plain
 from moec.targets.kernels.cuda.copies import shared_address
 from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, strided, sync, when
-from moec.targets.kernels.cuda.gathered import THREADS
 from moec.targets.kernels.cuda.image import clear, place
 from moec.targets.kernels.cuda.intrinsics import term
 from moec.targets.kernels.cuda.layout import BLOCK, ROWS, ceil_div
@@ -32,53 +31,43 @@ def write_hidden(
     layout, shape = spec.layout, spec.shape
     warp, lane, group = thread // 32 % 4, thread % 32, thread // 128
     per = 4 * layout.tile_rows  # hidden values of a warpgroup for 64 rows
-    width = per // 2 + 4  # words of a token, padded against conflicts
-    staged = T.Bind(group * shape.tokens * width)
+    width = shape.hidden_width(layout.tile_rows)
+    staged = T.Bind(group * shape.staged * width)
     own = T.Bind(staged + lane % 4 * 2 * width + (warp * layout.tile_rows + lane // 4) // 2)
     for m in range(shape.tiles):
         tile = T.Bind(base + 4 * m)
-        for index in range(shape.terms):
+        for start, index in product(range(0, shape.tokens, shape.staged), range(shape.terms)):
+            size = min(shape.staged, shape.tokens - start)
+
+            def hidden_of(n: int, c: int, m: int = m, tile: Expr = tile, start: int = start) -> list[Expr]:
+                return _hidden_values(spec, sums, m, T.min(tile, f_tiles - 1), bias, expert, lane, start // 8 + n, c)
+
             if shape.terms == 1:
-                hidden_of = partial(_hidden_values, spec, sums, m, T.min(tile, f_tiles - 1), bias, expert, lane)
-                _store(shape.tokens // 8, 1 if layout.gated else 2, hidden_of, memory, staged + warp * (layout.tile_rows // 2), width, lane)
+                _store(size // 8, 1 if layout.gated else 2, hidden_of, memory, staged + warp * (layout.tile_rows // 2), width, lane)
             else:
-                for n in range(shape.tokens // 8):
-                    for c in range(2):
-                        for half, out in enumerate(_hidden_values(spec, sums, m, T.min(tile, f_tiles - 1), bias, expert, lane, n, c)):
-                            other = T.Bind(warp_down(out, 4))
-                            with when(lane // 4 % 2 == 0):
-                                store(memory, term(out, other, index), own + ((n * 8 + c) * width + half * 4))
+                for n, c in product(range(size // 8), range(2)):
+                    for half, out in enumerate(hidden_of(n, c)):
+                        other = T.Bind(warp_down(out, 4))
+                        with when(lane // 4 % 2 == 0):
+                            store(memory, term(out, other, index), own + ((n * 8 + c) * width + half * 4))
             sync()
             pieces = per // 8
-            f0 = T.Bind((part * 8 * shape.tiles + group * 4 * shape.tiles + 4 * m) * layout.tile_rows)
-            with strided(thread % 128, shape.tokens * pieces, 128) as i:
+            f0 = T.Bind((part * shape.block_tiles + group * 4 * shape.tiles + 4 * m) * layout.tile_rows)
+            with strided(thread % 128, size * pieces, 128) as i:
                 token, piece = i // pieces, i % pieces
                 f = f0 + piece * 8
                 if shape.cluster:
-                    with when(T.And(token < count, f < layout.padded_f)):
-                        target = place(hidden, shape.tokens, number, token, f)
+                    with when(T.And(token + start < count, f < layout.padded_f)):
+                        target = place(hidden, shape.tokens, number, token + start, f)
                         with T.If(f < layout.f):
                             with T.Then():
                                 move(target, at(memory, staged + token * width + piece * 4))
                             with T.Else():
                                 clear(target)
                 else:
-                    with when(T.And(token < count, f < (f_tiles * layout.tile_rows if layout.widths else layout.f))):
-                        move(at(hidden, index, first + token, f), at(memory, staged + token * width + piece * 4))
+                    with when(T.And(token + start < count, f < (f_tiles * layout.tile_rows if layout.widths else layout.f))):
+                        move(at(hidden, index, first + (token + start), f), at(memory, staged + token * width + piece * 4))
             sync()
-
-
-def hidden_words(spec: PrefillSpec) -> int:
-    """Words of shared memory by way of which hidden values are written."""
-    layout, shape = spec.layout, spec.shape
-    if shape.narrow:
-        return shape.tokens * _narrow_width(spec)
-    return 2 * shape.tokens * (2 * layout.tile_rows + 4)
-
-
-def _narrow_width(spec: PrefillSpec) -> int:
-    """Words of a token's hidden values of a block of threads, padded against conflicts."""
-    return 4 * spec.shape.tiles * spec.layout.tile_rows + 4
 
 
 def write_narrow_hidden(
@@ -86,7 +75,7 @@ def write_narrow_hidden(
     part: Expr, number: Expr, base: Expr, thread: Expr, f_tiles: Expr,
 ) -> None:  # fmt: skip
     """Apply the activation function and write hidden values as E4M3, with a scale of each token and 128 of them."""
-    layout, shape, width = spec.layout, spec.shape, _narrow_width(spec)
+    layout, shape, width = spec.layout, spec.shape, spec.shape.hidden_width(spec.layout.tile_rows)
     warp, lane, group = thread // 32 % 4, thread % 32, thread // 128
     del first
     for m in range(shape.tiles):
@@ -94,7 +83,7 @@ def write_narrow_hidden(
 
         def values(n: int, c: int, m: int = m, tile: Expr = tile) -> list[Expr]:
             found = _hidden_values(spec, sums, m, T.min(tile, f_tiles - 1), bias, expert, lane, n, c)
-            if layout.f % (8 * shape.tiles * layout.tile_rows) == 0:
+            if layout.f % (shape.block_tiles * layout.tile_rows) == 0:
                 return found
             return [
                 T.Bind(T.Select(tile * layout.tile_rows + half * 8 + lane // 4 < layout.f, value, const(0.0, "float32")))
@@ -104,9 +93,9 @@ def write_narrow_hidden(
         column = (group * (4 * shape.tiles) + 4 * m + warp) * (layout.tile_rows // 2)
         _store(shape.tokens // 8, 1 if layout.gated else 2, values, memory, column, width, lane)
     sync()
-    blocks = 8 * shape.tiles * layout.tile_rows // BLOCK  # of hidden values
+    blocks = shape.block_tiles * layout.tile_rows // BLOCK  # of hidden values
     packed, words = local(COLUMNS // 2, "uint32"), local(4, "uint32")
-    each = THREADS // LANES
+    each = shape.threads // LANES
     for turn in range(ceil_div(shape.tokens * blocks, each)):
         piece = T.Bind(turn * each + thread // LANES)
         token, block, own = T.Bind(piece // blocks), T.Bind(part * blocks + piece % blocks), thread % LANES
@@ -164,42 +153,41 @@ def write_outputs(
     """Multiply by the routing weights and write, by way of shared memory, 16 bytes at a time."""
     layout, shape, wide = spec.layout, spec.shape, spec.dtype == "float32"
     warp, lane, group = thread // 32 % 4, thread % 32, thread // 128
-    words = 64 if wide else 32  # of a token in a warpgroup's 64 rows
-    width = words + 4
-    staged = T.Bind(group * shape.tokens * width)
+    width = shape.output_width(spec.dtype)
+    staged = T.Bind(group * shape.staged * width)
     own = T.Bind(staged + lane % 4 * 2 * width + warp * 16 + lane // 4)
-    factors = local(shape.tokens // 4, "float32")
-    for n in range(shape.tokens // 8):
-        for c in range(2):
-            token = T.Bind(n * 8 + lane % 4 * 2 + c)
+    for start in range(0, shape.tokens, shape.staged):
+        size = min(shape.staged, shape.tokens - start)
+        factors = local(size // 4, "float32")
+        for n, c in product(range(size // 8), range(2)):
+            token = T.Bind(start + n * 8 + lane % 4 * 2 + c)
             store(factors, const(0.0, "float32"), 2 * n + c)
             with when(token < count):
                 slot = T.Bind(order[first + token])
                 store(factors, routing_weights[slot // spec.top_k, slot % spec.top_k], 2 * n + c)
-    for m in range(shape.tiles):
+        for m in range(shape.tiles):
 
-        def outputs(n: int, c: int, m: int = m) -> list[Expr]:
-            found = []
-            for half in range(2):
-                value = sums[m * shape.sums + 4 * n + 2 * half + c]
-                if bias is not None:
-                    value = value + bias[expert, T.min((base + 4 * m) * ROWS + half * 8 + lane // 4, layout.d - 1)]
-                found.append(T.Bind(value * factors[2 * n + c]))
-            return found
+            def outputs(n: int, c: int, m: int = m, start: int = start, factors: Buffer = factors) -> list[Expr]:
+                found = []
+                for half in range(2):
+                    value = sums[m * shape.sums + 4 * (start // 8 + n) + 2 * half + c]
+                    if bias is not None:
+                        value = value + bias[expert, T.min((base + 4 * m) * ROWS + half * 8 + lane // 4, layout.d - 1)]
+                    found.append(T.Bind(value * factors[2 * n + c]))
+                return found
 
-        if wide:
-            for n in range(shape.tokens // 8):
-                for c in range(2):
+            if wide:
+                for n, c in product(range(size // 8), range(2)):
                     for half, value in enumerate(outputs(n, c)):
                         store(memory, T.reinterpret("uint32", value), own + ((n * 8 + c) * width + half * 8))
-        else:
-            _store(shape.tokens // 8, 2, outputs, memory, staged + warp * (ROWS // 2), width, lane)
-        sync()
-        pieces, elements = words // 4, 4 if wide else 8
-        row0 = T.Bind((base - warp + 4 * m) * ROWS)
-        with strided(thread % 128, shape.tokens * pieces, 128) as i:
-            token, piece = i // pieces, i % pieces
-            row = row0 + piece * elements
-            with when(T.And(token < count, row < layout.d)):
-                move(at(y, first + token, row), at(memory, staged + token * width + piece * 4))
-        sync()
+            else:
+                _store(size // 8, 2, outputs, memory, staged + warp * (ROWS // 2), width, lane)
+            sync()
+            pieces, elements = (width - 4) // 4, 4 if wide else 8
+            row0 = T.Bind((base - warp + 4 * m) * ROWS)
+            with strided(thread % 128, size * pieces, 128) as i:
+                token, piece = i // pieces, i % pieces
+                row = row0 + piece * elements
+                with when(T.And(token + start < count, row < layout.d)):
+                    move(at(y, first + (token + start), row), at(memory, staged + token * width + piece * 4))
+            sync()

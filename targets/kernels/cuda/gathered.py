@@ -1,9 +1,8 @@
-"""The size of a block's product, and the activations that it multiplies with, copied from where they are into shared memory."""
+"""The activations that a block's product multiplies with, copied from where they are into shared memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from tvm.tirx.script import builder as T
@@ -12,127 +11,19 @@ from moec.targets.kernels.cuda.copies import copy16, copy_commit, copy_wait, sha
 from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, sync, when
 from moec.targets.kernels.cuda.layout import BLOCK, ceil_div
 from moec.targets.kernels.cuda.matrix import descriptor, proxy_fence
+from moec.targets.kernels.cuda.shape import Shape
 
-THREADS = 256  # two warpgroups
 PIECES = 16  # of 16 bytes in a block's row of activations
-LEAST_STAGES = 3  # of a ring: one that is read, one that products may still read, and one on its way
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The size of a block's product.
-
-    Args:
-        tokens: N, a multiple of 8.
-        tiles: of 64 rows of a warpgroup.
-        stages: of activations, at most; where they are enough for all columns, no thread waits for others between blocks.
-        terms: of bfloat16 that add up to an activation.
-        exact: whether codes are multiplied before their scales.
-        residency: blocks that are to fit on a multiprocessor, which limits their registers.
-        depth: sets of registers for weights: all but one are on their way.
-        batch: steps whose weights are made ready before their products start, so that few tokens wait less often.
-        multiprocessors: of the GPU, for blocks of threads that stay for many tiles; 0 for one block a tile.
-        cluster: blocks that share activations, 1 or 2, which are in images then; 0 for activations as they are.
-        ring: sets of weights in shared memory, of which all but two are on their way from memory, with a cluster; 0 for registers alone.
-    """
-
-    tokens: int = 64
-    tiles: int = 1
-    stages: int = 4
-    terms: int = 1
-    exact: bool = True
-    residency: int = 1
-    depth: int = 2
-    batch: int = 1
-    multiprocessors: int = 132
-    cluster: int = 0
-    ring: int = 0
-
-    @classmethod
-    def of(cls, options: Mapping[str, int]) -> Shape:
-        """The shape that options of `space` are, a `NarrowShape` if they say how many columns it has at a time."""
-        fields = {**options, "exact": bool(options["exact"])}
-        return NarrowShape(**fields) if "chunk" in options else cls(**fields)  # type: ignore[arg-type]
-
-    @property
-    def narrow(self) -> bool:
-        """Whether activations are E4M3 (`narrow`) and not bfloat16."""
-        return False
-
-    @property
-    def rows(self) -> int:
-        """Rows of weights of a block."""
-        return 128 * self.tiles
-
-    @property
-    def stage_bytes(self) -> int:
-        """Bytes of a stage."""
-        return self.terms * self.tokens * BLOCK * 2
-
-    def for_columns(self, k: int) -> Shape:
-        """The shape with no more stages than k columns have a use for."""
-        return replace(self, stages=min(self.stages, max(ceil_div(k, BLOCK), LEAST_STAGES)))
-
-    @property
-    def words(self) -> int:
-        """Words of shared memory, those included that bring it to a multiple of 1024 bytes."""
-        return self.stages * self.stage_bytes // 4 + 256
-
-    @property
-    def columns(self) -> tuple[int, ...]:
-        """How many columns products have: all, or half of them for the last tile of an expert, which may have few tokens."""
-        return (self.tokens // 2, self.tokens) if self.tiles > 1 and self.tokens % 16 == 0 else (self.tokens,)
-
-    @property
-    def taken(self) -> bool:
-        """Whether blocks of threads take tiles when they have time for them; those of a cluster would have to agree on it."""
-        return self.multiprocessors > 0 and self.cluster < 2
-
-    @property
-    def sums(self) -> int:
-        """Sums of a thread for 64 rows."""
-        return self.tokens // 2
-
-    def first_tile(self, part: Expr, group: Expr, warp: Expr) -> Expr:
-        """The first tile of 16 rows of a warp, in a part of `rows` rows."""
-        return part * (8 * self.tiles) + group * (4 * self.tiles) + warp
-
-    def row_tiles(self, first: Expr, last: int) -> list[Expr]:
-        """All tiles of a warp; beyond the last there are none, and it takes that one again."""
-        return [T.Bind(T.min(first + 4 * m, last)) for m in range(self.tiles)]
+def first_tile(shape: Shape, part: Expr, group: Expr, warp: Expr) -> Expr:
+    """The first tile of 16 rows of a warp, in a part of `shape.rows` rows."""
+    return part * shape.block_tiles + group * (4 * shape.tiles) + warp
 
 
-@dataclass(frozen=True)
-class NarrowShape(Shape):
-    """The size of a block's product of weights and activations that are both E4M3.
-
-    Sums of a block of columns get their scales in float32, as many columns (tokens) at a time as there are registers for.
-
-    Args:
-        chunk: columns at a time.
-        buffers: sets of registers for them, 1 or 2; of 2, one is scaled while the other is summed up.
-    """
-
-    chunk: int = 64
-    buffers: int = 2
-
-    @property
-    def narrow(self) -> bool:
-        return True
-
-    @property
-    def data_bytes(self) -> int:
-        """Bytes of the numbers of a stage."""
-        return self.tokens * BLOCK
-
-    @property
-    def stage_bytes(self) -> int:
-        """Bytes of a stage: numbers, and a scale of each token."""
-        return self.data_bytes + 4 * self.tokens
-
-    @property
-    def columns(self) -> tuple[int, ...]:
-        return (self.tokens,)
+def row_tiles(shape: Shape, first: Expr, last: int) -> list[Expr]:
+    """All tiles of a warp; beyond the last there are none, and it takes that one again."""
+    return [T.Bind(T.min(first + 4 * m, last)) for m in range(shape.tiles)]
 
 
 class Staged(Protocol):
@@ -172,7 +63,7 @@ class Activations:
         self._own: Buffer | None = None
         base = T.Bind(shared_address(at(memory, 0)))
         self.base = T.Bind((base + const(1023, "uint32")) // 1024 * 1024)
-        self._first, self._per = T.Bind(thread // PIECES), THREADS // PIECES
+        self._first, self._per = T.Bind(thread // PIECES), shape.threads // PIECES
         self._turns = ceil_div(shape.tokens, self._per)
         self._rows, self._valid = local(self._turns, "int32"), local(self._turns, "int32")
 

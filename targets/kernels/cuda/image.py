@@ -3,7 +3,7 @@
 An image [tiles, blocks of 128 columns, tokens * 128] bfloat16 has, for each tile of tokens, the stages of `matrix` one after the other: of
 two halves of 64 columns, rows of 128 bytes whose 16-byte pieces are exchanged. `arrange` makes it of x, and `gate_up` writes it for `down`.
 
-Blocks of threads of a cluster work on different rows of weights with the same tokens: each copies a half of a stage into all of them, so
+Blocks of threads of a cluster work on different rows of weights with the same tokens: each copies its share of a stage into all of them, so
 that activations cross the L2 cache once a cluster. A stage has two barriers in shared memory: `full`, when its bytes have come, and
 `empty`, when all warps of the cluster are done with it (PTX ISA, "mbarrier" and "cp.async.bulk").
 """
@@ -23,7 +23,6 @@ from moec.targets.kernels.cuda.layout import BLOCK, ceil_div
 from moec.targets.kernels.cuda.loads import move
 from moec.targets.kernels.cuda.matrix import descriptor
 
-WARPS = 8  # that read a stage
 ARRANGING = 256  # threads of a block that writes images
 
 _BULK = r"""
@@ -76,9 +75,9 @@ def expect(barrier: Expr, count: Expr) -> None:
 
 
 def bulk(target: Expr, source: Expr, count: Expr, barrier: Expr, cluster: int) -> None:
-    """Copy bytes to shared memory, of both blocks of a cluster of 2; barriers there are told."""
-    if cluster == 2:
-        call("moec_bulk_all", _BULK, target, source, count, barrier, 3)
+    """Copy bytes to shared memory, of all blocks of a cluster; barriers there are told."""
+    if cluster > 1:
+        call("moec_bulk_all", _BULK, target, source, count, barrier, (1 << cluster) - 1)
     else:
         call("moec_bulk", _BULK, target, source, count, barrier)
 
@@ -94,7 +93,7 @@ class Images:
     """The ring of stages of a block of threads, filled from an image.
 
     Args:
-        shape: a `gathered.Shape` with a cluster of 1 or 2.
+        shape: a `Shape` with a cluster of 1, 2 or 4.
         memory: of the stages, uint32 [shape.words].
         barriers: uint32 [4 * stages].
         source: the image.
@@ -111,7 +110,7 @@ class Images:
         with when(thread == 0):
             for stage in range(shape.stages):
                 call("moec_barrier_init", _BULK, self._barrier(stage, 0), 1)
-                call("moec_barrier_init", _BULK, self._barrier(stage, 1), WARPS * shape.cluster)
+                call("moec_barrier_init", _BULK, self._barrier(stage, 1), shape.threads // 32 * shape.cluster)
         cluster_ready()
 
     def _barrier(self, stage: Expr, which: int) -> Expr:
@@ -137,10 +136,22 @@ class Images:
             wait(self._barrier(stage, 1), (turn + 1) % 2)
             size, full = T.Bind(self._rows[0] * 128), T.Bind(self._barrier(stage, 0))
             expect(full, size * 2)
-            for half in [self._rank] if shape.cluster == 2 else range(2):
+            for half in {1: range(2), 2: [self._rank], 4: [self._rank // 2]}[shape.cluster]:
                 target = self._base + T.cast(stage * shape.stage_bytes + half * half_bytes, "uint32")
-                source = at(self._source, self._tile[0], block, half * (shape.tokens * 64))
-                bulk(target, source, size, full, shape.cluster)
+                source = half * (shape.tokens * 64)
+                if shape.cluster == 4:
+                    self._quarter(target, block, source, full)
+                else:
+                    bulk(target, at(self._source, self._tile[0], block, source), size, full, shape.cluster)
+
+    def _quarter(self, target: Expr, block: Expr, source: Expr, full: Expr) -> None:
+        """Copy this block's part of a half of a stage: the first tokens, or the others, of which there may be none."""
+        second, rows = self._rank % 2, self._rows[0]
+        first = T.Bind((rows + 8) // 16 * 8)
+        count, skipped = T.Bind(T.Select(second == 0, first, rows - first)), T.Bind(second * first)
+        with when(count > 0):
+            place = target + T.cast(skipped * 128, "uint32")
+            bulk(place, at(self._source, self._tile[0], block, source + skipped * 64), count * 128, full, self.shape.cluster)
 
     def step(self, block: Expr, blocks: int) -> Expr:
         """Wait for a block's stage, and ask for a later one's: the stage."""

@@ -18,9 +18,10 @@ from moec.targets.kernels.cuda import product, stream
 from moec.targets.kernels.cuda.calls import Functions, Gpu
 from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, at, const, kernel, local, store, strided, sync, when
 from moec.targets.kernels.cuda.experts_layout import Stack
-from moec.targets.kernels.cuda.gathered import THREADS, Activations, Shape
+from moec.targets.kernels.cuda.gathered import Activations, first_tile, row_tiles
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait, store_word, term
 from moec.targets.kernels.cuda.layout import BLOCK, PADDING, ROWS, FragmentLayout, ceil_div
+from moec.targets.kernels.cuda.shape import Shape
 from moec.targets.kernels.cuda.space import MOST_DECODE
 
 TERMS = 2
@@ -177,8 +178,8 @@ def prefill_func(spec: LinearSpec) -> tirx.PrimFunc:
         first = T.Bind(tile * shape.tokens)
         count = T.Bind(T.min(T.cast(tokens, "int32") - first, shape.tokens))
         warp, lane, group = T.Bind(thread // 32 % 4), T.Bind(thread % 32), T.Bind(thread // 128)
-        base = T.Bind(shape.first_tile(part, group, warp))
-        tiles = shape.row_tiles(base, layout.tiles - 1)
+        base = T.Bind(first_tile(shape, part, group, warp))
+        tiles = row_tiles(shape, base, layout.tiles - 1)
         activations, sums = Activations(shape, ring, x, layout.k, thread), local(shape.tiles * shape.sums, "float32")
         weights.prepare(shape, thread)
         weights.begin(const(0, "int32"), tiles)
@@ -199,9 +200,9 @@ def prefill_func(spec: LinearSpec) -> tirx.PrimFunc:
                                 store(out, value if bias is None else value + bias[row], first + token, row)
 
     def grid(operands: tuple[Buffer, product.Weights, Buffer | None, Buffer, Expr]) -> list[Expr]:
-        return [ceil_div(layout.tiles, 8 * shape.tiles), T.cast((operands[-1] + shape.tokens - 1) // shape.tokens, "int32")]
+        return [ceil_div(layout.tiles, shape.block_tiles), T.cast((operands[-1] + shape.tokens - 1) // shape.tokens, "int32")]
 
-    return kernel("linear", THREADS, arguments, grid, body, words=shape.words, blocks_per_multiprocessor=shape.residency)
+    return kernel("linear", shape.threads, arguments, grid, body, words=shape.words, blocks_per_multiprocessor=shape.residency)
 
 
 def few_tokens(layout: FragmentLayout, bias: bool, tokens: int | None, gpu: Gpu) -> LinearSpec | None:

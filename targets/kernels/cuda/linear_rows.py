@@ -6,11 +6,12 @@ from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.copies import shared_address
 from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, sync, when
-from moec.targets.kernels.cuda.gathered import PIECES, Shape
+from moec.targets.kernels.cuda.gathered import PIECES
 from moec.targets.kernels.cuda.intrinsics import SPLIT, call
 from moec.targets.kernels.cuda.layout import BLOCK, ceil_div
 from moec.targets.kernels.cuda.loads import load4
 from moec.targets.kernels.cuda.matrix import descriptor, proxy_fence, wgmma_wait
+from moec.targets.kernels.cuda.shape import Shape
 
 MOST_HELD = 8
 """Pieces of 8 columns that a thread asks for before it writes the first of them: 64 registers, or half of that beside sums."""

@@ -26,12 +26,12 @@ from tvm.tirx.script import builder as T
 from moec.targets.kernels.cuda.calls import Gpu
 from moec.targets.kernels.cuda.cluster import MOST, cluster_sync
 from moec.targets.kernels.cuda.emit import Expr, Shared, argument, kernel, local, sync
-from moec.targets.kernels.cuda.gathered import Shape
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import BLOCK, ROWS, FragmentLayout, ceil_div
 from moec.targets.kernels.cuda.linear_matrices import Matrices
 from moec.targets.kernels.cuda.linear_rows import Rows
 from moec.targets.kernels.cuda.matrices import MatricesSpec, Projection, in_ranges
+from moec.targets.kernels.cuda.shape import Shape
 
 TERMS = 2
 PADDING = 4  # words after the sums of a token: lanes of a warp write to different banks

@@ -19,21 +19,16 @@ from moec.targets.kernels.cuda.copies import copy_commit, copy_wait, copy_words,
 from moec.targets.kernels.cuda.dequantize import dequantize
 from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, at, const, local, store, when
 from moec.targets.kernels.cuda.experts_layout import Stack
-from moec.targets.kernels.cuda.gathered import THREADS, Shape, Staged
+from moec.targets.kernels.cuda.gathered import Staged
 from moec.targets.kernels.cuda.intrinsics import scale
 from moec.targets.kernels.cuda.loads import read_words
 from moec.targets.kernels.cuda.matrix import multiply, pin, wgmma_commit, wgmma_fence, wgmma_wait
-from moec.targets.kernels.cuda.product_narrow import WORDS, NarrowProduct
+from moec.targets.kernels.cuda.product_narrow import NarrowProduct
+from moec.targets.kernels.cuda.shape import Shape
 from moec.targets.kernels.cuda.stored import Classes, Place, Stored
 
 STEPS = 8  # products of 16 columns in a block
 PRECISE_BITS = 8  # of weights from which on rounding their scales would be much of the error
-
-
-def ring_words(stack: Stack, shape: Shape) -> int:
-    """Words of shared memory of a ring of weights."""
-    lane = WORDS if shape.narrow else max(layout.unit_words for layout in stack.classes)
-    return shape.ring * shape.tiles * THREADS * lane
 
 
 class Weights(Classes[Any]):
@@ -47,8 +42,8 @@ class Weights(Classes[Any]):
         super().__init__(stack, prefix, NarrowProduct if narrow else Product)
 
     def prepare(self, shape: Shape, thread: Expr, memory: Shared | None = None) -> None:
-        """Take the registers, and the memory of a ring, of `ring_words`."""
-        ring = memory.take((ring_words(self.stack, shape),), "uint32") if memory is not None and shape.ring else None
+        """Take the registers, and the memory of a ring, of `shape.ring_words`."""
+        ring = memory.take((shape.ring_words(self.stack),), "uint32") if memory is not None and shape.ring else None
         for found in self.kinds:
             found.prepare(shape, thread, ring)
 
@@ -152,7 +147,9 @@ class Product(Stored):
 
     def _slot(self, which: int, m: int, first: int, count: int) -> Expr:
         """Where in the ring a thread has words of a unit: those of all threads that are loaded at once follow each other."""
-        return ((which % self._shape.ring * self._shape.tiles + m) * self.layout.unit_words + first) * THREADS + self._thread * count
+        return (
+            (which % self._shape.ring * self._shape.tiles + m) * self.layout.unit_words + first
+        ) * self._shape.threads + self._thread * count
 
     def _copy(self, which: int, place: Place, tiles: list[Expr], block: Expr, unit: int) -> None:
         """Ask for the words of a unit as a slot of the ring, which this thread alone writes and reads."""

@@ -14,10 +14,10 @@ from moec.runtime.errors import MoecError
 from moec.targets.kernels.cuda.copies import copy_commit, copy_wait, copy_words, shared_address
 from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, when
 from moec.targets.kernels.cuda.experts_layout import Stack
-from moec.targets.kernels.cuda.gathered import THREADS, NarrowShape
 from moec.targets.kernels.cuda.loads import read_words
 from moec.targets.kernels.cuda.matrix import pin, wgmma_commit, wgmma_e4m3, wgmma_fence, wgmma_wait
 from moec.targets.kernels.cuda.narrow import NarrowImages
+from moec.targets.kernels.cuda.shape import NarrowShape
 from moec.targets.kernels.cuda.stored import Place, Stored
 
 STEPS = 4  # products of 32 columns in a block
@@ -88,7 +88,9 @@ class NarrowProduct(Stored):
 
     def _slot(self, block: Expr, m: int, first: int) -> Expr:
         """Where in the ring a thread has 4 words of a tile's block: those of all threads follow each other."""
-        return T.cast(((block % self._shape.ring * self._shape.tiles + m) * WORDS + first) * THREADS + self._thread * 4, "int32")
+        return T.cast(
+            ((block % self._shape.ring * self._shape.tiles + m) * WORDS + first) * self._shape.threads + self._thread * 4, "int32"
+        )
 
     def _fetch(self, which: int, place: Place, tiles: list[Expr], block: Expr) -> None:
         """Ask for the words of a block."""

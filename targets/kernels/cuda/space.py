@@ -1,7 +1,7 @@
 """What can be chosen for the experts kernels: the options of each, and which of them fit a layer and a target. Data only, no compiler.
 
 Kernels are named by what a measurement times: `gate_up` and `down` are the two of a few tokens, `decode` both in a row, and `prefill` the
-four of many tokens. Options are the fields of `DecodeSpec` and of `gathered.Shape`.
+four of many tokens. Options are the fields of `DecodeSpec` and of `Shape`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from moec.targets import Target
 from moec.targets.kernels.cuda.expected import cost
 from moec.targets.kernels.cuda.experts_layer import Layer
 from moec.targets.kernels.cuda.layout import BLOCK, COLUMN_WORDS, PADDING, blocks_ahead, ceil_div
+from moec.targets.kernels.cuda.shape import Shape
 
 Options = dict[str, int]
 
-PREFILL_OPTIONS = ("tokens", "tiles", "stages", "exact", "residency", "depth", "batch", "multiprocessors", "cluster", "ring")
+PREFILL_OPTIONS = ("tokens", "tiles", "stages", "exact", "residency", "depth", "batch", "multiprocessors", "cluster", "ring", "groups")
 PREFILL = (
     (8, 1, 16, 1, 2, 4, 1, 0), (8, 1, 16, 1, 3, 3, 1, 0), (8, 1, 6, 1, 2, 8, 1, 0), (8, 1, 6, 1, 2, 2, 1, 0),
     (16, 1, 16, 1, 2, 4, 1, 0), (16, 1, 16, 1, 3, 3, 1, 0), (16, 1, 6, 1, 2, 6, 1, 0), (16, 1, 6, 1, 2, 4, 4, 1),
@@ -27,6 +28,10 @@ PREFILL = (
     (72, 2, 4, 0, 1, 2, 2, 1), (72, 2, 4, 0, 1, 2, 1, 1, 1, 4), (80, 2, 4, 0, 1, 2, 1, 1), (96, 2, 4, 0, 1, 2, 1, 1),
     (112, 2, 4, 0, 1, 2, 1, 1),
     (128, 2, 4, 0, 1, 2, 1, 1), (128, 2, 4, 0, 1, 2, 1, 1, 2), (128, 2, 3, 0, 1, 2, 1, 1, 2, 3), (136, 2, 4, 0, 1, 2, 1, 1),
+    (192, 1, 4, 0, 1, 2, 1, 1, 4), (256, 1, 3, 0, 1, 2, 1, 1, 2), (256, 1, 3, 0, 1, 2, 1, 1, 4), (256, 1, 3, 0, 1, 4, 1, 1, 4),
+    (16, 1, 6, 1, 4, 4, 1, 0, 0, 0, 1), (32, 1, 4, 1, 4, 4, 1, 0, 0, 0, 1), (48, 2, 4, 0, 3, 2, 1, 1, 4, 0, 1),
+    (64, 2, 3, 0, 3, 2, 1, 1, 4, 0, 1), (72, 2, 4, 0, 2, 2, 1, 1, 4, 0, 1), (96, 2, 4, 0, 2, 2, 1, 1, 4, 0, 1),
+    (128, 2, 3, 0, 2, 2, 1, 1, 2, 0, 1), (128, 2, 3, 0, 2, 2, 1, 1, 4, 0, 1), (136, 2, 3, 0, 2, 2, 1, 1, 4, 0, 1),
 )  # fmt: skip
 """What a sweep tries of the kernels of many tokens, by columns: the product is too large, and most of it does not fit in registers.
 
@@ -37,7 +42,7 @@ may be left out.
 PREFILL_TERMS = ((64, 1, 4, 1, 1, 2, 1, 0), (64, 1, 4, 1, 1, 2, 1, 1), (96, 1, 3, 1, 1, 2, 1, 1))
 """What else it tries where activations are two terms, whose stages take twice the memory."""
 
-NARROW_OPTIONS = (*PREFILL_OPTIONS, "chunk", "buffers")
+NARROW_OPTIONS = (*PREFILL_OPTIONS[:-1], "chunk", "buffers")
 PREFILL_NARROW = (
     (32, 2, 4, 0, 1, 3, 1, 1, 1, 0, 32, 2), (64, 2, 4, 0, 1, 2, 1, 1, 1, 0, 64, 1), (64, 2, 4, 0, 1, 2, 1, 1, 1, 3, 64, 2),
     (64, 2, 4, 0, 1, 2, 1, 1, 2, 3, 64, 2), (96, 2, 4, 0, 1, 2, 1, 1, 1, 3, 48, 2), (96, 2, 4, 0, 1, 2, 1, 1, 2, 3, 48, 2),
@@ -50,6 +55,9 @@ MULTIPROCESSORS = 132
 
 MOST_SHARED = 232_448
 """Bytes of shared memory of a block of compute capability 9.0."""
+
+RESERVED = 1024
+"""Bytes of shared memory that each block takes beside its own."""
 
 MOST_DECODE = 8
 """The most tokens of the kernels of a few tokens."""
@@ -147,12 +155,14 @@ def fits(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int], lim
     if kernel == "prefill":
         if ("chunk" in options and not layer.narrow) or (options.get("cluster") and not clusters):
             return False
-        if options.get("cluster") and (options["terms"] > 1 or options["tiles"] != 2 or layer.widths):
+        if (cluster := options.get("cluster", 0)) and (options["terms"] > 1 or layer.widths):
             return False
+        if cluster * Shape.of(options).block_tiles * layer.layout.tile_rows % BLOCK:
+            return False  # a cluster writes whole blocks of hidden values
         each = tokens * layer.top_k / layer.experts  # tiles of which next to nothing would be used
         useful = options["tokens"] <= 8 or options["tokens"] <= 8 * each
         precise = bool(options["exact"]) or layer.terms == 1  # two terms would be for nothing
-        return options["residency"] * shared <= limit and useful and precise
+        return options["residency"] * (shared + RESERVED) <= limit + RESERVED and useful and precise
     return kernel == "down" or options["splits"] <= ceil_div(layer.d, BLOCK)
 
 
@@ -163,17 +173,10 @@ def needs(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int]) ->
     (512, 28672)
     """
     if kernel == "prefill":
-        count = min(options["stages"], max(ceil_div(max(layer.d, layer.f), BLOCK), 3))  # as `Shape.for_columns`
-        narrow = "chunk" in options
-        column = BLOCK + 4 if narrow else options["terms"] * BLOCK * 2  # bytes
-        stages = count * (options["tokens"] * column + (16 if options.get("cluster") else 0)) + 1024
-        unit = 16 if narrow else max(layout.unit_words for stack in (layer.layout.gate_up, layer.layout.down) for layout in stack.classes)
-        ring = options.get("ring", 0) * options["tiles"] * unit * 1024
-        taken = 16 if options.get("multiprocessors") and options.get("cluster", 0) < 2 else 0
-        staged = 2 * ((64 if layer.outside == "float32" else 32) + 4)
-        if narrow:
-            staged = max(staged, 4 * options["tiles"] * layer.layout.tile_rows + 4)
-        return 256, stages + ring + taken + 4 * options["tokens"] * staged
+        shape, layout = Shape.of(options), layer.layout
+        up, down = shape.for_columns(layer.d), shape.for_columns(layer.f)
+        gate_up_words = up.shared_words(layout.gate_up, up.hidden_words(layout.tile_rows))
+        return shape.threads, 4 * max(gate_up_words, down.shared_words(layout.down, down.output_words(layer.outside)))
     columns = tokens * layer.terms
     fragments, slots = ceil_div(columns, 8), tokens * layer.top_k
     routing = 0 if tokens == 1 else sum(ceil_div(n, 4) * 4 for n in (layer.experts * layer.top_k, slots, slots * tokens, 1))

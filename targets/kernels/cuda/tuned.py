@@ -33,7 +33,7 @@ class Choice:
 
     Args:
         kernel: `decode`, the two kernels of a few tokens, or `prefill`, the four of many.
-        options: of `DecodeSpec` or of `gathered.Shape`.
+        options: of `DecodeSpec` or of `Shape`.
         us: microseconds, if this was measured for this T; those of two kernels alone are added up.
         why: where the options are from.
         measured: whether they are from a record of this layer.

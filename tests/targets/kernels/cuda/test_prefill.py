@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.experts_prefill import PrefillSpec, arrange_func, down_func, gate_up_func
-from moec.targets.kernels.cuda.gathered import NarrowShape, Shape
+from moec.targets.kernels.cuda.shape import NarrowShape, Shape
 from moec.targets.kernels.cuda.sort import combine_func, most_tiles, sort_func
 from tests.targets.kernels import emulator
 from tests.targets.kernels.cuda.packed import as_e4m3, relative, silu_experts, stack
@@ -67,6 +67,10 @@ def run(spec: PrefillSpec, x: NDArray[np.float32], ids: NDArray[Any], routing: N
     ("folded", 520, Shape(16, 2, 3, 1, exact=False, multiprocessors=2, cluster=1, ring=4), 8e-3),
     ("folded", 520, Shape(16, 2, 4, 1, exact=False, multiprocessors=4, cluster=2), 8e-3),
     ("at the end", 520, Shape(16, 2, 4, 1, exact=False, multiprocessors=2, cluster=1, ring=3), 8e-3),
+    ("folded", 392, Shape(16, 1, 3, 2, multiprocessors=2, groups=1), 2e-5),
+    ("folded", 520, Shape(72, 2, 3, 1, exact=False, multiprocessors=4, cluster=2, groups=1), 8e-3),  # results in two parts
+    ("folded", 392, Shape(16, 2, 4, 1, exact=False, residency=2, multiprocessors=4, cluster=4, groups=1), 8e-3),
+    ("at the end", 392, Shape(144, 1, 3, 1, exact=False, depth=4, multiprocessors=4, cluster=4), 8e-3),
     ("at the end", 392, Shape(16, 1, 3, 2, exact=False, depth=2, multiprocessors=1), 2e-5),
     ("at the end", 264, Shape(8, 1, 16, 2, depth=2, multiprocessors=1), 2e-5),
     ("E4M3", 520, NarrowShape(16, 2, 4, depth=2, multiprocessors=2, cluster=1, chunk=16, buffers=1), 5e-2),

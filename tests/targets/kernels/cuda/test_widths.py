@@ -15,8 +15,8 @@ from moec.targets.kernels.cpu.activation_functions import ExpertActivation
 from moec.targets.kernels.cuda.experts_decode import DecodeSpec, down_func, gate_up_func
 from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.experts_prefill import PrefillSpec
-from moec.targets.kernels.cuda.gathered import Shape
 from moec.targets.kernels.cuda.layout import FragmentLayout
+from moec.targets.kernels.cuda.shape import Shape
 from tests.targets.kernels.cuda.packed import packed, relative, silu_experts
 from tests.targets.kernels.cuda.test_prefill import run
 from tests.targets.kernels.emulator import needs_emulator
