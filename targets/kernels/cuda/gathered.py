@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
 
 from tvm.tirx.script import builder as T
 
@@ -12,6 +11,7 @@ from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store
 from moec.targets.kernels.cuda.layout import BLOCK, ceil_div
 from moec.targets.kernels.cuda.matrix import descriptor, proxy_fence
 from moec.targets.kernels.cuda.shape import Shape
+from moec.targets.kernels.cuda.staged import Staged
 
 PIECES = 16  # of 16 bytes in a block's row of activations
 
@@ -26,29 +26,7 @@ def row_tiles(shape: Shape, first: Expr, last: int) -> list[Expr]:
     return [T.Bind(T.min(first + 4 * m, last)) for m in range(shape.tiles)]
 
 
-class Staged(Protocol):
-    """Activations in stages of shared memory, as a product reads them."""
-
-    shape: Any
-
-    def step(self, block: Expr, blocks: Any, /) -> Expr:
-        """Wait for a block of columns, of so many: its stage."""
-        ...
-
-    def release(self, block: Expr) -> None:
-        """This warp is done with a block."""
-        ...
-
-    def finish(self, blocks: Any, /) -> None:
-        """All blocks were used."""
-        ...
-
-    def operand(self, stage: Expr, step: int, index: int) -> Expr:
-        """The descriptor of 16 columns of a stage, of a term."""
-        ...
-
-
-class Activations:
+class Activations(Staged):
     """The ring of stages, and which rows of which memory go into it.
 
     Args:
@@ -129,12 +107,6 @@ class Activations:
             self.fetch(block + ahead, (block + ahead) % self.shape.stages)
         copy_commit()
         return T.Bind(block % self.shape.stages)
-
-    def release(self, block: Expr) -> None:
-        """Nothing: all threads meet at each step."""
-
-    def finish(self, blocks: int) -> None:
-        """Nothing."""
 
     def operand(self, stage: Expr, step: int, index: int) -> Expr:
         """The descriptor of 16 columns of a stage."""

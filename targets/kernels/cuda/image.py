@@ -22,6 +22,7 @@ from moec.targets.kernels.cuda.intrinsics import call, grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import BLOCK, ceil_div
 from moec.targets.kernels.cuda.loads import move
 from moec.targets.kernels.cuda.matrix import descriptor
+from moec.targets.kernels.cuda.staged import Staged
 
 ARRANGING = 256  # threads of a block that writes images
 
@@ -89,7 +90,7 @@ def place(image: Buffer, tokens: int, tile: Expr, token: Expr, column: Expr) -> 
     return at(image, tile, column // BLOCK, inner // 64 * (tokens * 64) + token * 64 + swizzled)
 
 
-class Images:
+class Images(Staged):
     """The ring of stages of a block of threads, filled from an image.
 
     Args:
@@ -109,11 +110,11 @@ class Images:
         store(self._done, const(0, "int32"), 0)
         with when(thread == 0):
             for stage in range(shape.stages):
-                call("moec_barrier_init", _BULK, self._barrier(stage, 0), 1)
-                call("moec_barrier_init", _BULK, self._barrier(stage, 1), shape.threads // 32 * shape.cluster)
+                call("moec_barrier_init", _BULK, self.barrier(stage, 0), 1)
+                call("moec_barrier_init", _BULK, self.barrier(stage, 1), shape.threads // 32 * shape.cluster)
         cluster_ready()
 
-    def _barrier(self, stage: Expr, which: int) -> Expr:
+    def barrier(self, stage: Expr, which: int) -> Expr:
         """The address of `full` (0) or `empty` (1)."""
         offset = (stage + which * self.shape.stages) * 8
         return self._full + (const(offset, "uint32") if isinstance(offset, int) else T.cast(offset, "uint32"))
@@ -130,51 +131,62 @@ class Images:
 
     def fetch(self, block: Expr) -> None:
         """Copy a block of columns into its stage, once that is free."""
-        shape, (stage, turn) = self.shape, self._stage(block)
+        shape, (stage, turn) = self.shape, self.stage_of(block)
         half_bytes = shape.tokens * 128
         with when(self._thread == 0):
-            wait(self._barrier(stage, 1), (turn + 1) % 2)
-            size, full = T.Bind(self._rows[0] * 128), T.Bind(self._barrier(stage, 0))
+            wait(self.barrier(stage, 1), (turn + 1) % 2)
+            size, full = T.Bind(self._rows[0] * 128), T.Bind(self.barrier(stage, 0))
             expect(full, size * 2)
             for half in {1: range(2), 2: [self._rank], 4: [self._rank // 2]}[shape.cluster]:
                 target = self._base + T.cast(stage * shape.stage_bytes + half * half_bytes, "uint32")
                 source = half * (shape.tokens * 64)
                 if shape.cluster == 4:
-                    self._quarter(target, block, source, full)
+                    self.share(target, block, source, full, 2)
                 else:
                     bulk(target, at(self._source, self._tile[0], block, source), size, full, shape.cluster)
 
-    def _quarter(self, target: Expr, block: Expr, source: Expr, full: Expr) -> None:
-        """Copy this block's part of a half of a stage: the first tokens, or the others, of which there may be none."""
-        second, rows = self._rank % 2, self._rows[0]
-        first = T.Bind((rows + 8) // 16 * 8)
-        count, skipped = T.Bind(T.Select(second == 0, first, rows - first)), T.Bind(second * first)
+    def share(self, target: Expr, block: Expr, source: Expr, full: Expr, blocks: int) -> None:
+        """Copy this block's part of 64 columns, which so many blocks of the cluster share: some of the tokens, or none."""
+        rows = self._rows[0]
+        most = T.Bind((rows + (8 * blocks - 8)) // (8 * blocks) * 8)
+        first = T.Bind(T.min(self._rank % blocks * most, rows))
+        count = T.Bind(T.min(most, rows - first))
         with when(count > 0):
-            place = target + T.cast(skipped * 128, "uint32")
-            bulk(place, at(self._source, self._tile[0], block, source + skipped * 64), count * 128, full, self.shape.cluster)
+            place = target + T.cast(first * 128, "uint32")
+            bulk(place, at(self._source, self._tile[0], block, source + first * 64), count * 128, full, self.shape.cluster)
 
     def step(self, block: Expr, blocks: int) -> Expr:
         """Wait for a block's stage, and ask for a later one's: the stage."""
         ahead = self.shape.stages - 2
         with when(block + ahead < blocks):
             self.fetch(block + ahead)
-        stage, turn = self._stage(block)
-        wait(self._barrier(stage, 0), turn % 2)
+        stage, turn = self.stage_of(block)
+        wait(self.barrier(stage, 0), turn % 2)
         return stage
+
+    def passed(self, block: Expr, step: int) -> None:
+        """Products before a step of a block are done: the stage before is free."""
+        if step == 0:
+            with when(block > 0):
+                self.release(block - 1)
 
     def release(self, block: Expr) -> None:
         """This warp is done with a block's stage."""
-        stage, _ = self._stage(block)
+        stage, _ = self.stage_of(block)
+        if self.shape.cluster == 4:  # a lane for each block: four arrivals of one would be a branch, at which ptxas gives up overlap
+            with when(self._thread % 32 < 4):
+                call("moec_barrier_arrive", _BULK, self.barrier(stage, 1), self._thread % 32)
+            return
         with when(self._thread % 32 == 0):
             for rank in range(self.shape.cluster):
-                call("moec_barrier_arrive", _BULK, self._barrier(stage, 1), self._rank if self.shape.cluster == 1 else rank)
+                call("moec_barrier_arrive", _BULK, self.barrier(stage, 1), self._rank if self.shape.cluster == 1 else rank)
 
     def finish(self, blocks: int) -> None:
         """All blocks of a tile were used."""
         self.release(const(blocks - 1, "int32"))
         store(self._done, self._done[0] + blocks, 0)
 
-    def _stage(self, block: Expr) -> tuple[Expr, Expr]:
+    def stage_of(self, block: Expr) -> tuple[Expr, Expr]:
         """The stage of a block, and how often it was used before."""
         count = T.Bind(self._done[0] + block)
         return T.Bind(count % self.shape.stages), T.Bind(count // self.shape.stages)

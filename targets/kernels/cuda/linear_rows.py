@@ -12,6 +12,7 @@ from moec.targets.kernels.cuda.layout import BLOCK, ceil_div
 from moec.targets.kernels.cuda.loads import load4
 from moec.targets.kernels.cuda.matrix import descriptor, proxy_fence, wgmma_wait
 from moec.targets.kernels.cuda.shape import Shape
+from moec.targets.kernels.cuda.staged import Staged
 
 MOST_HELD = 8
 """Pieces of 8 columns that a thread asks for before it writes the first of them: 64 registers, or half of that beside sums."""
@@ -36,7 +37,7 @@ __device__ __forceinline__ void moec_store_terms(void* d, int stride, const floa
 )
 
 
-class Rows:
+class Rows(Staged):
     """Stages of 128 columns each, filled all at once, or in rounds of as many as there are.
 
     Args:
@@ -64,7 +65,7 @@ class Rows:
 
     @property
     def _whole(self) -> bool:
-        return self._share <= self.shape.stages
+        return bool(self._share <= self.shape.stages)
 
     def begin(self) -> None:
         """Fill the stages, where all blocks have one."""
@@ -115,12 +116,6 @@ class Rows:
         return at(
             self._memory, self._skipped + stage * self.shape.stage_bytes // 4 + self._piece // 8 * (tokens * 32) + token * 32 + swizzled
         )
-
-    def release(self, block: Expr) -> None:
-        """Nothing: all threads meet at the begin of a round."""
-
-    def finish(self, _: Expr) -> None:
-        """Nothing."""
 
     def operand(self, stage: Expr, step: int, index: int) -> Expr:
         """The descriptor of 16 columns of a stage."""

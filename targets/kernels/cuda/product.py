@@ -19,12 +19,12 @@ from moec.targets.kernels.cuda.copies import copy_commit, copy_wait, copy_words,
 from moec.targets.kernels.cuda.dequantize import dequantize
 from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, at, const, local, store, when
 from moec.targets.kernels.cuda.experts_layout import Stack
-from moec.targets.kernels.cuda.gathered import Staged
 from moec.targets.kernels.cuda.intrinsics import scale
 from moec.targets.kernels.cuda.loads import read_words
 from moec.targets.kernels.cuda.matrix import multiply, pin, wgmma_commit, wgmma_fence, wgmma_wait
 from moec.targets.kernels.cuda.product_narrow import NarrowProduct
 from moec.targets.kernels.cuda.shape import Shape
+from moec.targets.kernels.cuda.staged import Staged
 from moec.targets.kernels.cuda.stored import Classes, Place, Stored
 
 STEPS = 8  # products of 16 columns in a block
@@ -116,7 +116,7 @@ class Product(Stored):
 
                         if units == 1:
                             ask()
-                        self._unit(now, j, place, tiles, block, unit, activations, stage, sums, parts, ask if units > 1 else None)
+                        stage = self._unit(now, j, place, tiles, block, unit, activations, stage, sums, parts, ask if units > 1 else None)
         wgmma_wait(0)
         pin(at(sums, 0), len(tiles) * shape.sums)
         activations.finish(blocks)
@@ -169,8 +169,8 @@ class Product(Stored):
     def _unit(
         self, which: int, side: int, place: Place, tiles: list[Expr], block: Expr, unit: int, activations: Staged,
         stage: Expr, sums: Buffer, parts: Buffer, ask: Callable[[], None] | None,
-    ) -> None:  # fmt: skip
-        """Multiply with a unit of a block.
+    ) -> Expr:  # fmt: skip
+        """Multiply with a unit of a block; the stage of the next one.
 
         Args:
             ask: for later weights, called when no product reads registers of the unit before any more: those may be operands themselves.
@@ -193,6 +193,8 @@ class Product(Stored):
                         factors = local(2 * terms, "uint32")
                         self.factors(factors, sides, m * layout.side_words, group, terms)
                         scale(target, [factors[i] for i in range(2 * terms)])
+            following = activations.part(block, place.blocks, step)
+            stage = stage if following is None else following
             wgmma_fence()
             for inner in range(batch):
                 begins = (step + inner) * groups % STEPS == 0
@@ -209,9 +211,8 @@ class Product(Stored):
                 wgmma_wait(1)
             if first == 0 and ask is not None:
                 ask()
-            if unit == 0 and first == 0:  # all products of the block before are done
-                with when(block > 0):
-                    activations.release(block - 1)
+            activations.passed(block, step)
+        return stage
 
     def _scale(self, sums: Buffer, count: int, width: int) -> None:
         """sums *= the scales of rows."""

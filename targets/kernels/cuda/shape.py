@@ -30,6 +30,7 @@ class Shape:
         cluster: blocks that share activations, 1, 2 or 4, which are in images then; 0 for activations as they are.
         ring: sets of weights in shared memory, of which all but two are on their way from memory, with a cluster; 0 for registers alone.
         groups: warpgroups of a block, 1 or 2: blocks of one wait for each other less, where two of them share a multiprocessor.
+        halved: whether stages have 64 columns and not 128, with a cluster: more of them are on their way in the same memory.
     """
 
     tokens: int = 64
@@ -44,11 +45,12 @@ class Shape:
     cluster: int = 0
     ring: int = 0
     groups: int = 2
+    halved: bool = False
 
     @classmethod
     def of(cls, options: Mapping[str, int]) -> Shape:
         """The shape that options of `space` are, a `NarrowShape` if they say how many columns it has at a time."""
-        fields = {**options, "exact": bool(options["exact"])}
+        fields = {**options, "exact": bool(options["exact"]), "halved": bool(options.get("halved"))}
         return NarrowShape(**fields) if "chunk" in options else cls(**fields)  # type: ignore[arg-type]
 
     @property
@@ -77,13 +79,18 @@ class Shape:
         return self.tokens if self.groups == 2 and self.tokens <= LARGE else min(self.tokens, STAGED)
 
     @property
+    def stages_of_block(self) -> int:
+        """Stages of a block of columns."""
+        return 2 if self.halved else 1
+
+    @property
     def stage_bytes(self) -> int:
         """Bytes of a stage."""
-        return self.terms * self.tokens * BLOCK * 2
+        return self.terms * self.tokens * BLOCK * 2 // self.stages_of_block
 
     def for_columns(self, k: int) -> Shape:
         """The shape with no more stages than k columns have a use for."""
-        return replace(self, stages=min(self.stages, max(ceil_div(k, BLOCK), LEAST_STAGES)))
+        return replace(self, stages=min(self.stages, max(ceil_div(k, BLOCK) * self.stages_of_block, LEAST_STAGES)))
 
     @property
     def words(self) -> int:

@@ -19,7 +19,8 @@ from moec.targets.kernels.cuda.shape import Shape
 
 Options = dict[str, int]
 
-PREFILL_OPTIONS = ("tokens", "tiles", "stages", "exact", "residency", "depth", "batch", "multiprocessors", "cluster", "ring", "groups")
+PREFILL_OPTIONS = ("tokens", "tiles", "stages", "exact", "residency", "depth", "batch", "multiprocessors", "cluster", "ring",
+                   "groups", "halved")  # fmt: skip
 PREFILL = (
     (8, 1, 16, 1, 2, 4, 1, 0), (8, 1, 16, 1, 3, 3, 1, 0), (8, 1, 6, 1, 2, 8, 1, 0), (8, 1, 6, 1, 2, 2, 1, 0),
     (16, 1, 16, 1, 2, 4, 1, 0), (16, 1, 16, 1, 3, 3, 1, 0), (16, 1, 6, 1, 2, 6, 1, 0), (16, 1, 6, 1, 2, 4, 4, 1),
@@ -28,10 +29,12 @@ PREFILL = (
     (72, 2, 4, 0, 1, 2, 2, 1), (72, 2, 4, 0, 1, 2, 1, 1, 1, 4), (80, 2, 4, 0, 1, 2, 1, 1), (96, 2, 4, 0, 1, 2, 1, 1),
     (112, 2, 4, 0, 1, 2, 1, 1),
     (128, 2, 4, 0, 1, 2, 1, 1), (128, 2, 4, 0, 1, 2, 1, 1, 2), (128, 2, 3, 0, 1, 2, 1, 1, 2, 3), (136, 2, 4, 0, 1, 2, 1, 1),
-    (192, 1, 4, 0, 1, 2, 1, 1, 4), (256, 1, 3, 0, 1, 2, 1, 1, 2), (256, 1, 3, 0, 1, 2, 1, 1, 4), (256, 1, 3, 0, 1, 4, 1, 1, 4),
-    (16, 1, 6, 1, 4, 4, 1, 0, 0, 0, 1), (32, 1, 4, 1, 4, 4, 1, 0, 0, 0, 1), (48, 2, 4, 0, 3, 2, 1, 1, 4, 0, 1),
-    (64, 2, 3, 0, 3, 2, 1, 1, 4, 0, 1), (72, 2, 4, 0, 2, 2, 1, 1, 4, 0, 1), (96, 2, 4, 0, 2, 2, 1, 1, 4, 0, 1),
-    (128, 2, 3, 0, 2, 2, 1, 1, 2, 0, 1), (128, 2, 3, 0, 2, 2, 1, 1, 4, 0, 1), (136, 2, 3, 0, 2, 2, 1, 1, 4, 0, 1),
+    (192, 1, 8, 0, 1, 2, 1, 1, 4, 0, 2, 1), (256, 1, 6, 0, 1, 2, 1, 1, 2, 0, 2, 1), (256, 1, 3, 0, 1, 2, 1, 1, 4),
+    (256, 1, 6, 0, 1, 2, 1, 1, 4, 0, 2, 1), (256, 1, 6, 0, 1, 4, 1, 1, 4, 0, 2, 1),
+    (16, 1, 6, 1, 4, 4, 1, 0, 0, 0, 1), (32, 1, 4, 1, 4, 4, 1, 0, 0, 0, 1), (48, 2, 8, 0, 3, 2, 1, 1, 4, 0, 1, 1),
+    (64, 2, 7, 0, 3, 2, 1, 1, 4, 0, 1, 1), (72, 2, 8, 0, 2, 2, 1, 1, 4, 0, 1, 1), (96, 2, 8, 0, 2, 2, 1, 1, 4, 0, 1, 1),
+    (128, 2, 6, 0, 2, 2, 1, 1, 2, 0, 1, 1), (128, 2, 3, 0, 2, 2, 1, 1, 4, 0, 1), (128, 2, 6, 0, 2, 2, 1, 1, 4, 0, 1, 1),
+    (136, 2, 6, 0, 2, 2, 1, 1, 4, 0, 1, 1), (128, 2, 9, 0, 1, 2, 1, 1, 2, 0, 2, 1),
 )  # fmt: skip
 """What a sweep tries of the kernels of many tokens, by columns: the product is too large, and most of it does not fit in registers.
 
@@ -42,7 +45,7 @@ may be left out.
 PREFILL_TERMS = ((64, 1, 4, 1, 1, 2, 1, 0), (64, 1, 4, 1, 1, 2, 1, 1), (96, 1, 3, 1, 1, 2, 1, 1))
 """What else it tries where activations are two terms, whose stages take twice the memory."""
 
-NARROW_OPTIONS = (*PREFILL_OPTIONS[:-1], "chunk", "buffers")
+NARROW_OPTIONS = (*PREFILL_OPTIONS[:-2], "chunk", "buffers")
 PREFILL_NARROW = (
     (32, 2, 4, 0, 1, 3, 1, 1, 1, 0, 32, 2), (64, 2, 4, 0, 1, 2, 1, 1, 1, 0, 64, 1), (64, 2, 4, 0, 1, 2, 1, 1, 1, 3, 64, 2),
     (64, 2, 4, 0, 1, 2, 1, 1, 2, 3, 64, 2), (96, 2, 4, 0, 1, 2, 1, 1, 1, 3, 48, 2), (96, 2, 4, 0, 1, 2, 1, 1, 2, 3, 48, 2),
@@ -156,6 +159,8 @@ def fits(kernel: str, layer: Layer, tokens: int, options: Mapping[str, int], lim
         if ("chunk" in options and not layer.narrow) or (options.get("cluster") and not clusters):
             return False
         if (cluster := options.get("cluster", 0)) and (options["terms"] > 1 or layer.widths):
+            return False
+        if options.get("halved") and (not cluster or "chunk" in options):
             return False
         if cluster * Shape.of(options).block_tiles * layer.layout.tile_rows % BLOCK:
             return False  # a cluster writes whole blocks of hidden values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -34,6 +35,7 @@ MIXED = Layer(4, 2, 264, 200, UP, DOWN)
 WIDE = Layer(4, 2, 264, 200, "int3_g32", "int4_g64", "float32")
 NARROW = Layer(4, 2, 264, 200, ("fp8_block128", "fp8_channel", "fp8_channel", "fp8_block128"), "fp8_block128", "fp8")
 PLAIN = Layer(3, 1, 128, 72, "int4_g128", "int4_g128", gated=False)
+GATED = Layer(64, 8, 2048, 1024, "int4_g128", "int4_g128")
 
 needs_compiler = pytest.mark.skipif(cuda_compiler() is None, reason="neither nvcc nor NVRTC is installed")
 
@@ -104,6 +106,25 @@ def test_kernels_compile_for_hopper(wanted: Case) -> None:
     executable, source = generate(wanted, get_target("h100"))
     assert {f"{name}_kernel" for name in wanted.functions} <= entries(machine_code(source, arch_of(get_target("h100")), compiler()))
     assert executable is not None
+
+
+@pytest.mark.skipif(cuda_compiler() != "nvcc", reason="nvcc says what its assembler thinks of the products")
+@pytest.mark.parametrize(("layer", "options"), [
+    (GATED, {"tokens": 128, "tiles": 2, "stages": 4, "cluster": 2}),
+    (GATED, {"tokens": 128, "tiles": 2, "stages": 6, "cluster": 4, "groups": 1, "residency": 2, "halved": 1}),
+    (GATED, {"tokens": 256, "tiles": 1, "stages": 6, "cluster": 4, "halved": 1}),
+    (replace(GATED, gate_up="bf16", down="bf16"), {"tokens": 256, "tiles": 1, "stages": 6, "cluster": 4, "halved": 1}),
+    (NARROW, {"tokens": 64, "tiles": 2, "stages": 4, "cluster": 2, "ring": 3, "chunk": 64, "buffers": 2}),
+])  # fmt: skip
+def test_products_overlap(layer: Layer, options: dict[str, int], tmp_path: Path) -> None:
+    """The assembler waits for each product where it cannot show that nothing else writes their registers meanwhile."""
+    rest = {"terms": 1, "exact": 0, "residency": 1, "depth": 2, "batch": 1, "multiprocessors": 132}
+    _, source = generate(Case.of("prefill", layer, rest | options), get_target("h100"))
+    (tmp_path / "kernels.cu").write_text(source)
+    command = ["nvcc", "-arch=sm_90a", "-cubin", "-Xptxas", "-v", "-o", str(tmp_path / "kernels.cubin"), str(tmp_path / "kernels.cu")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "gate_up_kernel" in said
+    assert "serialized" not in said
 
 
 @needs_compiler

@@ -70,7 +70,9 @@ def run(spec: PrefillSpec, x: NDArray[np.float32], ids: NDArray[Any], routing: N
     ("folded", 392, Shape(16, 1, 3, 2, multiprocessors=2, groups=1), 2e-5),
     ("folded", 520, Shape(72, 2, 3, 1, exact=False, multiprocessors=4, cluster=2, groups=1), 8e-3),  # results in two parts
     ("folded", 392, Shape(16, 2, 4, 1, exact=False, residency=2, multiprocessors=4, cluster=4, groups=1), 8e-3),
-    ("at the end", 392, Shape(144, 1, 3, 1, exact=False, depth=4, multiprocessors=4, cluster=4), 8e-3),
+    ("at the end", 392, Shape(144, 1, 6, 1, exact=False, depth=4, multiprocessors=4, cluster=4, halved=True), 8e-3),
+    ("folded", 520, Shape(16, 2, 5, 1, exact=False, multiprocessors=2, cluster=1, ring=3, halved=True), 8e-3),
+    ("folded", 264, Shape(24, 2, 4, 1, exact=True, residency=2, multiprocessors=2, cluster=2, groups=1, halved=True), 8e-3),
     ("at the end", 392, Shape(16, 1, 3, 2, exact=False, depth=2, multiprocessors=1), 2e-5),
     ("at the end", 264, Shape(8, 1, 16, 2, depth=2, multiprocessors=1), 2e-5),
     ("E4M3", 520, NarrowShape(16, 2, 4, depth=2, multiprocessors=2, cluster=1, chunk=16, buffers=1), 5e-2),
