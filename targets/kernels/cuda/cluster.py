@@ -23,6 +23,11 @@ __device__ __forceinline__ void moec_cluster_read4(float* d, unsigned int p, int
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(p), "r"(rank));
   asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]) : "r"(there) : "memory");
 }
+__device__ __forceinline__ void moec_cluster_write(unsigned int p, int rank, int value) {
+  unsigned int there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(p), "r"(rank));
+  asm volatile("st.shared::cluster.u32 [%0], %1;" :: "r"(there), "r"(value) : "memory");
+}
 #endif
 """
 
@@ -40,3 +45,8 @@ def cluster_read4(target: Expr, address: Expr, rank: Expr) -> None:
         rank: of the block.
     """
     call("moec_cluster_read4", _CLUSTER, target, address, rank)
+
+
+def cluster_write(address: Expr, rank: Expr, value: Expr) -> None:
+    """Write an int32 to the shared memory of a block of the cluster, at the address that this block has in its own."""
+    call("moec_cluster_write", _CLUSTER, address, rank, value)

@@ -76,6 +76,13 @@ class PrefillSpec:
             work = min(work, most) if isinstance(work, int) else T.min(work, most)
         return [work * each if isinstance(work, int) else T.cast(work * each, "int32")]
 
+    def takes(self, counter: Expr, memory: Shared, thread: Expr, rank: Expr) -> Takes | None:
+        """How a block takes its next tiles, if it does."""
+        if not self.shape.taken:
+            return None
+        leads = thread == 0 if self.cluster == 1 else T.And(thread == 0, rank == 0)
+        return Takes(counter, memory.take((2,), "int32"), self.cluster, leads)
+
     def image(self, name: str, tokens: Expr, columns: int) -> Any:
         """The parameter of an image of so many columns (see `image`), or the two of one of `narrow`."""
         data, *scale = self.image_types(most_tiles(tokens * self.top_k, self.layout.experts, self.shape.tokens), columns)
@@ -167,7 +174,7 @@ def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
                 write(spec, sums, staged, hidden, bias, expert, first, count, part, number, base, thread, f_tiles)
 
         total = T.Bind(tiles[tiles.shape[0] - 1, 0] * tile.parts)
-        takes = Takes(at(tiles, tiles.shape[0] - 1, 1), memory.take((2,), "int32"), thread) if shape.taken else None
+        takes = spec.takes(at(tiles, tiles.shape[0] - 1, 1), memory, thread, rank)
         each_tile(tile, total, block // spec.cluster, spec.grid(rows, tokens)[0] // spec.cluster, begin, run, finish, takes)
         if shape.cluster:
             cluster_ready()  # its memory is not written any more
@@ -231,7 +238,7 @@ def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
             write_outputs(spec, sums, staged, y, bias, order, routing_weights, expert, first, count, base, thread)
 
         total = T.Bind(tiles[tiles.shape[0] - 1, 0] * tile.parts)
-        takes = Takes(at(tiles, tiles.shape[0] - 1, 2), memory.take((2,), "int32"), thread) if shape.taken else None
+        takes = spec.takes(at(tiles, tiles.shape[0] - 1, 2), memory, thread, rank)
         each_tile(tile, total, block // spec.cluster, spec.grid(layout.d, tokens)[0] // spec.cluster, begin, run, finish, takes)
         if shape.cluster:
             cluster_ready()

@@ -104,8 +104,12 @@ class Shape:
 
     @property
     def taken(self) -> bool:
-        """Whether blocks of threads take tiles when they have time for them; those of a cluster would have to agree on it."""
-        return self.multiprocessors > 0 and self.cluster < 2
+        """Whether blocks of threads take tiles when they have time for them, and not by their number.
+
+        Clusters of two go by number, as they were measured. Of four, fewer may run at once than multiprocessors would do for: those that
+        begin when others have ended must find nothing left.
+        """
+        return self.multiprocessors > 0 and self.cluster != 2
 
     @property
     def sums(self) -> int:

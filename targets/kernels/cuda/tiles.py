@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 from tvm.tirx.script import builder as T
 
-from moec.targets.kernels.cuda.emit import Buffer, Expr, const, local, store, sync, when
+from moec.targets.kernels.cuda.cluster import cluster_sync, cluster_write
+from moec.targets.kernels.cuda.copies import shared_address
+from moec.targets.kernels.cuda.emit import Buffer, Expr, at, const, local, store, sync, when
 from moec.targets.kernels.cuda.intrinsics import call
 from moec.targets.kernels.cuda.layout import ceil_div
 
@@ -64,22 +66,34 @@ class Takes:
     Args:
         counter: the address of an int32 of the GPU's memory that is zero when the kernel begins.
         memory: int32 [2] that the block shares.
+        cluster: blocks that take the same work.
+        leads: whether this thread takes it for all of them.
     """
 
-    def __init__(self, counter: Expr, memory: Buffer, thread: Expr) -> None:
-        self._counter, self._memory, self._thread = counter, memory, thread
+    def __init__(self, counter: Expr, memory: Buffer, cluster: int, leads: Expr) -> None:
+        self._counter, self._memory, self._cluster, self._leads = counter, memory, cluster, leads
         self._turn, self._own = local(1, "int32"), local(1, "int32")
         store(self._turn, const(0, "int32"), 0)
 
     def ask(self) -> None:
         """Take a number, which takes a while to come."""
-        with when(self._thread == 0):
+        with when(self._leads):
             store(self._own, call("moec_take", _TAKE, self._counter, result="int32"), 0)
 
     def tell(self) -> None:
         """Share the number that was asked for; `taken` gives it once all threads have met."""
-        with when(self._thread == 0):
-            store(self._memory, self._own[0], self._turn[0])
+        with when(self._leads):
+            if self._cluster == 1:
+                store(self._memory, self._own[0], self._turn[0])
+            for rank in range(self._cluster if self._cluster > 1 else 0):
+                cluster_write(shared_address(at(self._memory, self._turn[0])), rank, self._own[0])
+
+    def meet(self) -> None:
+        """Wait for all threads."""
+        if self._cluster == 1:
+            sync()
+        else:
+            cluster_sync()
 
     def taken(self) -> Expr:
         """The number."""
@@ -111,7 +125,9 @@ def each_tile(
             run()
             if takes is not None:
                 takes.tell()
-            sync()  # all warps are done with the stages
+                takes.meet()  # all warps are done with the stages
+            else:
+                sync()
             tile.advance()
             with when(following[0] < total):
                 begin(False)

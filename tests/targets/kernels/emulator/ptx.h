@@ -134,6 +134,7 @@ inline void read_cluster(float& a, float& b, float& c, float& d, uint32_t there)
   float* target[4] = {&a, &b, &c, &d};
   for (int i = 0; i < 4; ++i) memcpy(target[i], emulator::memory + there + 4 * i, 4);
 }
+inline void write_cluster(uint32_t there, int value) { memcpy(emulator::memory + there, &value, 4); }
 
 inline void read_shared(float& a, float& b, uint32_t p) {
   memcpy(&a, emulator::shared + p, 4), memcpy(&b, emulator::shared + p + 4, 4);

@@ -37,6 +37,7 @@ KNOWN = {
     "wgmma.wait_group.sync.aligned 1;": "wait_products",
     "mapa.shared::cluster.u32 %0, %1, %2;": "map_rank",
     "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];": "read_cluster",
+    "st.shared::cluster.u32 [%0], %1;": "write_cluster",
     **{
         f"stmatrix.sync.aligned.m8n8.x{n}.trans.shared.b16 [%0], {{{','.join(f'%{i + 1}' for i in range(n))}}};": "store_matrix"
         for n in (1, 2, 4)
