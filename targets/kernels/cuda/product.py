@@ -178,7 +178,7 @@ class Product(Stored):
         layout, shape, count = self.layout, self._shape, len(tiles)
         sides, groups, steps = self._sides[side], layout.block_groups, STEPS // layout.units
         exact = self._folds
-        batch = min(shape.batch, steps, STEPS // groups if exact else steps)
+        batch = min(shape.batch, steps, STEPS // groups if exact else steps, STEPS // shape.stages_of_block)
         a = [local(4 * count * batch, "uint32") for _ in range(2)]
         for first in range(0, steps, batch):
             own, step = a[first // batch % 2], unit * steps + first
