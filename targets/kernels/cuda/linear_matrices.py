@@ -17,6 +17,7 @@ from moec.targets.kernels.cuda.loads import load4
 from moec.targets.kernels.cuda.matrices import SameFormat
 from moec.targets.kernels.cuda.product import Product
 from moec.targets.kernels.cuda.projections_matrix import pick
+from moec.targets.kernels.cuda.registers import Registers
 from moec.targets.kernels.cuda.stored import Place
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ class Matrices(SameFormat):
             for name, (shape, dtype) in self._layout.arrays().items()
         }
         self._product, self._tile, self._columns = _Picked(self._layout, buffers), tile, Place(0, 0, share, start)
-        self._product.prepare(self.spec.shape(self._layout), thread, None)
+        shape = self.spec.shape(self._layout)
+        self._product.prepare(shape, thread, None, Registers(*self._product.sizes(shape)))
         self._product.begin(self._columns, [tile])
 
     def multiply(self, rows: Rows, sums: Buffer, columns: int, partial: Buffer) -> None:

@@ -23,6 +23,7 @@ from moec.targets.kernels.cuda.intrinsics import scale
 from moec.targets.kernels.cuda.loads import read_words
 from moec.targets.kernels.cuda.matrix import multiply, pin, wgmma_commit, wgmma_fence, wgmma_wait
 from moec.targets.kernels.cuda.product_narrow import NarrowProduct
+from moec.targets.kernels.cuda.registers import Registers
 from moec.targets.kernels.cuda.shape import Shape
 from moec.targets.kernels.cuda.staged import Staged
 from moec.targets.kernels.cuda.stored import Classes, Place, Stored
@@ -44,8 +45,9 @@ class Weights(Classes[Any]):
     def prepare(self, shape: Shape, thread: Expr, memory: Shared | None = None) -> None:
         """Take the registers, and the memory of a ring, of `shape.ring_words`."""
         ring = memory.take((shape.ring_words(self.stack),), "uint32") if memory is not None and shape.ring else None
+        registers = Registers(*(max(sizes) for sizes in zip(*(found.sizes(shape) for found in self.kinds), strict=True)))
         for found in self.kinds:
-            found.prepare(shape, thread, ring)
+            found.prepare(shape, thread, ring, registers)
 
     def begin(self, expert: Expr, tiles: list[Expr]) -> None:
         """Ask for the first weights of rows `tiles` (of 16 a warp, a tile for each 64 of a warpgroup) of an expert."""
@@ -66,14 +68,17 @@ class Weights(Classes[Any]):
 class Product(Stored):
     """The arrays of the experts of one format."""
 
-    def prepare(self, shape: Shape, thread: Expr, ring: Buffer | None) -> None:
+    def sizes(self, shape: Shape) -> tuple[int, int]:
+        """Of the sets of `Registers`."""
+        return shape.tiles * self.layout.unit_words, shape.tiles * self.layout.side_words
+
+    def prepare(self, shape: Shape, thread: Expr, ring: Buffer | None, registers: Registers) -> None:
         layout = self.layout
         self._shape, self._thread, self._lane, self._depth, self._ring = shape, thread, T.Bind(thread % 32), shape.depth, ring
         # blocks of a turn, so that the sets of registers are used in turn
         sets = lcm(shape.depth, shape.ring or 1)
         self._turn = lcm(sets, layout.units) // layout.units if layout.coded is None or ring is not None else shape.depth
-        self._words = [local(shape.tiles * layout.unit_words, "uint32") for _ in range(self._depth)]
-        self._sides = [local(shape.tiles * layout.side_words, "uint32") for _ in range(self._turn)]
+        self._words, self._sides = registers.words(self._depth), registers.sides(self._turn)
 
     def begin(self, place: Place, tiles: list[Expr]) -> None:
         units = self.layout.units

@@ -17,6 +17,7 @@ from moec.targets.kernels.cuda.experts_layout import Stack
 from moec.targets.kernels.cuda.loads import read_words
 from moec.targets.kernels.cuda.matrix import pin, wgmma_commit, wgmma_e4m3, wgmma_fence, wgmma_wait
 from moec.targets.kernels.cuda.narrow import NarrowImages
+from moec.targets.kernels.cuda.registers import Registers
 from moec.targets.kernels.cuda.shape import NarrowShape
 from moec.targets.kernels.cuda.stored import Place, Stored
 
@@ -32,12 +33,15 @@ class NarrowProduct(Stored):
         if self.layout.fp8 is None:
             raise MoecError(f"no CUDA kernel for {self.layout.format} with fp8 activations: expected fp8_channel or fp8_block128")
 
-    def prepare(self, shape: NarrowShape, thread: Expr, ring: Buffer | None) -> None:
+    def sizes(self, shape: NarrowShape) -> tuple[int, int]:
+        """Of the sets of `Registers`."""
+        return (1 if shape.ring else shape.tiles) * WORDS, 2 * shape.tiles
+
+    def prepare(self, shape: NarrowShape, thread: Expr, ring: Buffer | None, registers: Registers) -> None:
         self._shape, self._thread, self._lane, self._ring = shape, thread, T.Bind(thread % 32), ring
         self._turn = 2 if ring is not None else shape.depth  # blocks whose registers are apart
         sets = 1 if ring is not None else shape.depth
-        self._words = [local((1 if ring is not None else shape.tiles) * WORDS, "uint32") for _ in range(sets)]
-        self._sides = [local(2 * shape.tiles, "uint32") for _ in range(1 if self._late else self._turn)]
+        self._words, self._sides = registers.words(sets), registers.sides(1 if self._late else self._turn)
         self._a = [local(WORDS, "uint32") for _ in range(shape.buffers)]
         self._parts = [local(shape.chunk // 2, "float32") for _ in range(shape.buffers)]
 

@@ -42,14 +42,16 @@ class Stored:
 
     Attributes:
         early: whether what is asked for must be on its way before the next `grid_wait`.
+        mixed: whether there are experts of other formats too.
     """
 
     early = False
+    mixed = False
     _ragged = False
 
     def __init__(self, stack: Stack, index: int, prefix: str) -> None:
         self.layout: FragmentLayout = stack.classes[index]
-        self._ragged, end = stack.ragged, stack.suffix(index)
+        self.mixed, self._ragged, end = stack.mixed, stack.ragged, stack.suffix(index)
         own = [f"{name}{end}" for name in self.layout.arrays()]
         self._buffers = {n.removesuffix(end): argument(f"{prefix}{n}", *spec) for n, spec in stack.arrays().items() if n in own}
 

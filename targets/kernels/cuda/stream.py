@@ -131,6 +131,10 @@ class _Stream(Stored):
             depth -= depth % ahead
         words = local(depth * self.lane_words, "uint32")
         sides = local(depth * self.layout.side_words, "uint32")
+        if self.mixed:  # what is written on a condition only would live through the loop around this, that of each format
+            for registers in (words, sides):
+                for i in range(int(registers.shape[0])):
+                    store(registers, const(0, "uint32"), i)
         for u in range(depth):
             with when(start + u < stop):
                 self._fetch(words, sides, u, place, tile, start + u, lane)
