@@ -123,6 +123,8 @@ class Step(Ready):
             each = self._each(chunks, tokens)
         else:
             each = T.Bind(T.max((chunks + o.splits - 1) // o.splits, ceil_div(o.least, o.positions)))
+        if alone := o.alone // o.positions:
+            each = T.Bind(T.Select(chunks <= alone, alone, each))
         begin = T.Bind(first + self.split * each)
         return begin, T.Bind(T.min(begin + each, first + chunks)), T.Bind(T.max((chunks + each - 1) // each, 1))
 

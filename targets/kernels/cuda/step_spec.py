@@ -66,6 +66,7 @@ class StepOptions:
         stages: so many times these positions are on their way into shared memory.
         splits: the most parts of the context.
         least: positions that a part has before there is another one.
+        alone: positions of which there is one part, however they would be cut: adding parts up takes longer than this many.
         all_parts: the most parts of all tokens of a call together, where their number is known only then; 0: each token has `splits`.
         together: thread blocks that share a multiprocessor, or 0.
     """
@@ -77,20 +78,22 @@ class StepOptions:
     least: int
     all_parts: int = 0
     together: int = 0
+    alone: int = 0
 
     @classmethod
     def of(cls, spec: StepSpec, dtype: str, memory: int, multiprocessors: int, tokens: int = 1) -> StepOptions:
         """Options for a GPU of so many multiprocessors, whose thread blocks get `memory` bytes, and for calls of at most `tokens`.
 
         A thread block has most of a multiprocessor's memory, so that more of them than multiprocessors would take turns: 2048 tokens
-        of 16 heads take an H100 13.4 us in 8 parts and 17.2 us in 16. Where tokens make more of them than there are multiprocessors,
+        of 16 heads take an H100 13.4 us in 8 parts and 17.2 us in 16. 64 positions are one turn of 8 warps, which takes 8 heads that share
+        them less than 1 us, and adding up two parts takes 1.6. Where tokens make more of them than there are multiprocessors,
         up to `MOST_TOGETHER` share one, each with so much less memory and fewer warps (16 have 128 registers a lane).
         """
         tokens, shared = spec.tokens or tokens, spec.rows > 1
         most = 16 if shared and spec.columns > 2 else MOST_SPLITS  # parts of many heads take long to add up
         parts = multiprocessors // spec.columns if spec.columns < SEMAPHORES else 1
         fewest = tokens if spec.tokens is not None else min(tokens, FEWEST)  # tokens of a call that takes these options
-        options = cls(8, 8, 2, max(1, min(most, parts // fewest)), 32 if spec.rows > 4 else 64 if shared else 128)
+        options = cls(8, 8, 2, max(1, min(most, parts // fewest)), 64 if shared else 128, alone=128 if shared else 0)
         if spec.tokens is None:
             options = replace(options, all_parts=parts)
         together = min(ceil_div(spec.columns * tokens, multiprocessors), MOST_TOGETHER)

@@ -149,7 +149,14 @@ def test_a_cache_in_bfloat16(name: str) -> None:
 @pytest.mark.parametrize("name", ["OLMOE", "MANY"])
 def test_default_options(name: str) -> None:
     spec = globals()[name]
-    check(spec, StepOptions.of(spec, "float32", 160 << 10, MULTIPROCESSORS), [3, 255])
+    check(spec, StepOptions.of(spec, "float32", 160 << 10, MULTIPROCESSORS), [3, 120, 255])
+
+
+def test_parts_are_added_up_where_that_is_faster() -> None:
+    """Heads that share keys and values take a short context in one part, and a longer one in parts of a turn of the warps each."""
+    shared, alone = (StepOptions.of(spec, "float32", 160 << 10, MULTIPROCESSORS) for spec in (QWEN, OLMOE))
+    assert (shared.alone, shared.least) == (128, shared.warps * shared.positions)
+    assert (alone.alone, alone.least) == (0, 128)
 
 
 def any_shape(data: st.DataObject) -> tuple[AttentionSpec, list[NormSpec | None], StepOptions]:
@@ -164,7 +171,7 @@ def any_shape(data: st.DataObject) -> tuple[AttentionSpec, list[NormSpec | None]
     )  # fmt: skip
     options = StepOptions(
         data.draw(st.sampled_from([2, 4, 8])), data.draw(st.sampled_from([4, 8])), data.draw(st.integers(1, 3)),
-        data.draw(st.sampled_from([1, 3, 12])), data.draw(st.sampled_from([8, 32, 64])),
+        data.draw(st.sampled_from([1, 3, 12])), data.draw(st.sampled_from([8, 32, 64])), alone=data.draw(st.sampled_from([0, 128])),
     )  # fmt: skip
     return attention, norms, options
 
