@@ -10,13 +10,15 @@ Weights that it cannot hold lie in their `rows`. By topic:
 
     weights        `stored` reads them, `dequantize` makes operand A of them, `element` reads a single number
     few tokens     `stream` multiplies, `ring` brings activations; `experts_decode`, with `routing` and `share`; `linear`
-    many tokens    `product` multiplies, by `matrix`, with activations from `gathered` or `image`; `product_narrow` those of E4M3 from
-                   `narrow`; `experts_prefill` and `experts_results`, with `sort` and `tiles`; `linear`
+    many tokens    `product` multiplies, by `matrix`, blocks of a `shape` with activations that are `staged`, from `gathered`, `image` or
+                   `image_halves`, and with weights in `registers`; `product_narrow` those of E4M3 from `narrow`; `experts_prefill` and
+                   `experts_results`, with `sort` and `tiles`; `linear`
     one token      `projections` and its parts, on `fixed_point`; `routing_step`; of several tokens `routing_tokens`
     attention      `attention`: `step` and its parts, `attend_product` for blocks of several tokens; `attend` and `attend_tile` for heads of
                    other sizes; `attention_parts`
     rest           `embedding`, `norm`, `rope`, `router` and `choice`, `skip`, `best`, `activation`, `counting`
-    options        `space` says which there are, `expected` what they should cost, `tuned` chooses by records
+    options        `space` says which there are for an `experts_layer`, `expected` what they should cost, `tuned` chooses by records, which
+                   are of a version of a `family` of kernels
     words          `emit`, `intrinsics`, `loads`, `copies`, `warp`, `arrival`; `pipeline` makes CUDA of them, `calls` is what emitters get
 
 docs/kernels.md says what was tried, and what it gave.
