@@ -8,12 +8,13 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from moec.targets.kernels.cuda.counting import EXPERTS, TOKENS, count, counts_argument
-from moec.targets.kernels.cuda.emit import Expr, Shared, argument, at, const, kernel, local, store, strided, sync, when
+from moec.targets.kernels.cuda.emit import Buffer, Expr, Shared, argument, at, const, kernel, local, store, strided, sync, when
 from moec.targets.kernels.cuda.intrinsics import call, grid_launch, grid_wait, term
 from moec.targets.kernels.cuda.layout import ceil_div
 from moec.targets.kernels.cuda.loads import load4, write_words
 
 THREADS = 512
+TURN = 8  # ids of a lane that are on their way at once
 
 _SCAN = r"""
 #ifndef MOEC_SCAN
@@ -24,13 +25,74 @@ __device__ __forceinline__ int moec_scan(int x) {
   return x;
 }
 __device__ __forceinline__ void moec_count(int* p) { atomicAdd(p, 1); }
+__device__ __forceinline__ unsigned int moec_vote(bool x) { return __ballot_sync(0xffffffffu, x); }
+__device__ __forceinline__ int moec_votes(unsigned int votes) { return __popc(votes); }
+__device__ __forceinline__ int moec_votes_before(unsigned int votes) { return __popc(votes & ((1u << (threadIdx.x & 31)) - 1)); }
 #endif
 """
+
+OUTSIDE, BEYOND = -1, -2
+"""What stands for an id that no expert has, and for a slot that there is none of."""
 
 
 def most_tiles(slots: Expr, experts: int, size: int) -> Expr:
     """The most tiles of up to `size` slots of one expert each that there can be."""
     return (min if isinstance(slots, int) else T.min)(slots, experts) + slots // size
+
+
+class Slots:
+    """The slots that a warp of a block of `THREADS` reads: its part of all of them, whose neighbours its lanes have, some turns of `TURN`.
+
+    Args:
+        ids: [T, k].
+        experts: E.
+    """
+
+    def __init__(self, ids: Buffer, slots: Expr, experts: int, thread: Expr) -> None:
+        self._ids, self._experts, self.lane, self.warp = ids, experts, T.Bind(thread % 32), T.Bind(thread // 32)
+        each = T.Bind((slots + THREADS - 1) // THREADS * 32)
+        self._begin = T.Bind(self.warp * each)
+        self._end = T.Bind(T.min(self._begin + each, slots))
+        self.turns = T.Bind((T.max(self._end - self._begin, 0) + (32 * TURN - 1)) // (32 * TURN))
+
+    def slot(self, turn: Expr, u: int) -> Expr:
+        """This lane's slot, number u of a turn."""
+        return self._begin + (turn * TURN + u) * 32 + self.lane
+
+    def read(self, turn: Expr) -> Buffer:
+        """The ids of a turn, which are all asked for before the first one is used: int32 [TURN], OUTSIDE or BEYOND where none is."""
+        found, top_k = local(TURN, "int32"), self._ids.shape[1]
+        for u in range(TURN):
+            i = T.Bind(self.slot(turn, u))
+            store(found, const(BEYOND, "int32"), u)
+            with when(i < self._end):
+                value = T.Bind(T.cast(self._ids[i // top_k, i % top_k], "int64"))
+                inside = T.And(value >= 0, value < self._experts)
+                store(found, T.Select(inside, T.cast(value, "int32"), const(OUTSIDE, "int32")), u)
+        return found
+
+
+def _vote(x: Expr) -> Expr:
+    """For which lanes x is true."""
+    return T.Bind(call("moec_vote", _SCAN, x, result="uint32"))
+
+
+def _sums(values: Buffer, own: Expr, sums: Buffer, slots: Slots) -> Buffer:
+    """Of each of three values the sum over all threads, and of `own` that over the warps before, which have one each: int32 [4]."""
+    for i in range(3):
+        scan = T.Bind(call("moec_scan", _SCAN, values[i], result="int32"))
+        with when(slots.lane == 31):
+            store(sums, scan, i, slots.warp)
+    with when(slots.lane == 31):
+        store(sums, own, 3, slots.warp)
+    sync()
+    totals = local(4, "int32")
+    for i in range(4):
+        store(totals, const(0, "int32"), i)
+        for other in range(THREADS // 32):
+            with when(T.Or(T.bool(i < 3), other < slots.warp)):
+                store(totals, totals[i] + sums[i, other], i)
+    return totals
 
 
 def sort_func(
@@ -52,37 +114,27 @@ def sort_func(
         return ids, order, places, argument("tiles", (most + 1, 4), "int32"), slots, most, counts
 
     def body(operands: tuple[Any, ...], memory: Shared, expert: Expr, thread: Expr) -> None:
-        ids, order, places, tiles, slots, most, counts = operands
+        ids, order, places, tiles, count_of_slots, most, counts = operands
         histogram, sums = memory.take((experts,), "int32"), memory.take((4, warps), "int32")
         with strided(thread, experts, THREADS) as i:
             store(histogram, const(0, "int32"), i)
         sync()
         grid_wait()
         grid_launch()
-        each = T.Bind((T.cast(slots, "int32") + THREADS - 1) // THREADS)
-        begin = T.Bind(thread * each)
-        length = T.Bind(T.max(T.min(each, T.cast(slots, "int32") - begin), 0))
-
-        def id_at(i: Expr) -> Expr:
-            return T.Bind(T.cast(ids[(begin + i) // top_k, (begin + i) % top_k], "int64"))
-
-        own = local(1, "int32")
+        slots, own = Slots(ids, T.cast(count_of_slots, "int32"), experts, thread), local(1, "int32")
         store(own, const(0, "int32"), 0)
-        with T.serial(length) as i:
-            found = id_at(i)
-            with T.If(T.And(found >= 0, found < experts)):
-                with T.Then():
-                    call("moec_count", _SCAN, at(histogram, T.cast(found, "int32")))
-                    with when(found == T.cast(expert, "int64")):
-                        store(own, own[0] + 1, 0)
-                with T.Else(), when(expert == 0):
-                    store(places, const(-1, "int32"), begin + i)
+        with T.serial(slots.turns) as turn:
+            found = slots.read(turn)
+            for u in range(TURN):
+                with when(found[u] >= 0):
+                    call("moec_count", _SCAN, at(histogram, found[u]))
+                with when(T.And(expert == 0, found[u] == OUTSIDE)):
+                    store(places, const(-1, "int32"), slots.slot(turn, u))
+                store(own, own[0] + call("moec_votes", _SCAN, _vote(found[u] == expert), result="int32"), 0)
         sync()
-        # Of the experts before this one: slots and tiles; of all: tiles; of the threads before this one: slots of this expert.
-        values = local(4, "int32")
+        values = local(3, "int32")  # of the experts before this one: slots and tiles; of all: tiles
         for i in range(3):
             store(values, const(0, "int32"), i)
-        store(values, own[0], 3)
         with strided(thread, experts, THREADS) as e:
             those = T.Bind(histogram[e])
             here = T.Bind((those + size - 1) // size)
@@ -90,39 +142,38 @@ def sort_func(
             with when(e < expert):
                 store(values, values[0] + those, 0)
                 store(values, values[1] + here, 1)
-        scans = local(4, "int32")
-        for i in range(4):
-            store(scans, call("moec_scan", _SCAN, values[i], result="int32"), i)
-            with when(thread % 32 == 31):
-                store(sums, scans[i], i, thread // 32)
-        sync()
-        totals = local(4, "int32")
-        for i in range(4):
-            store(totals, const(0, "int32"), i)
-            for warp in range(warps):
-                with when(T.Or(T.bool(i < 3), warp < thread // 32)):
-                    store(totals, totals[i] + sums[i, warp], i)
+        totals = _sums(values, own[0], sums, slots)
         first, mine = T.Bind(totals[0]), T.Bind(histogram[expert])
         with when(T.And(thread == 0, expert == 0)):
             store(tiles, totals[2], most, 0)
             for column in (1, 2):
                 store(tiles, const(0, "int32"), most, column)
             if counts is not None:
-                count(counts, TOKENS, slots // top_k)
+                count(counts, TOKENS, count_of_slots // top_k)
         if counts is not None:
             with when(T.And(thread == 0, mine > 0)):
                 count(counts, EXPERTS, mine)
         with strided(thread, (mine + size - 1) // size, THREADS) as i:
             for column, value in enumerate((expert, first + i * size, T.min(mine - i * size, size), const(0, "int32"))):
                 store(tiles, value, totals[1] + i, column)
-        place = local(1, "int32")
-        store(place, first + totals[3] + scans[3] - own[0], 0)
-        with T.serial(length) as i, when(id_at(i) == T.cast(expert, "int64")):
-            store(order, begin + i, place[0])
-            store(places, place[0], begin + i)
-            store(place, place[0] + 1, 0)
+        _write(slots, T.Bind(T.Select(mine > 0, slots.turns, 0)), expert, first + totals[3], order, places)
 
     return kernel("sort", THREADS, arguments, lambda _: [experts], body, words=ceil_div(experts, 4) * 4 + 4 * warps)
+
+
+def _write(slots: Slots, turns: Expr, expert: Expr, first: Expr, order: Buffer, places: Buffer) -> None:
+    """Write what the warp has of an expert's slots, from position `first` on."""
+    place = local(1, "int32")
+    store(place, first, 0)
+    with T.serial(turns) as turn:
+        found = slots.read(turn)
+        for u in range(TURN):
+            those = _vote(found[u] == expert)
+            with when(found[u] == expert):
+                here = T.Bind(place[0] + call("moec_votes_before", _SCAN, those, result="int32"))
+                store(order, slots.slot(turn, u), here)
+                store(places, here, slots.slot(turn, u))
+            store(place, place[0] + call("moec_votes", _SCAN, those, result="int32"), 0)
 
 
 def combine_func(d: int, top_k: int, dtype: str, tokens: int | None = None, result: str | None = None) -> tirx.PrimFunc:

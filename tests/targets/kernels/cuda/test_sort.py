@@ -20,7 +20,7 @@ def sort() -> CudaKernel:
 
 
 @settings(max_examples=10, deadline=None)
-@given(tokens=st.integers(1, 40), seed=st.integers(0, 1000))
+@given(tokens=st.integers(1, 400), seed=st.integers(0, 1000))
 def test_sort(sort: CudaKernel, tokens: int, seed: int) -> None:
     ids = np.random.default_rng(seed).integers(-1, 7, (tokens, 3))
     counts, slots = np.arange(8), 3 * tokens
