@@ -167,8 +167,8 @@ class Runner:
                 "sort": [ids, b["order"], b["places"], b["tiles"]],
                 "arrange": [x, b["order"], b["tiles"], *image],
                 "gate_up": [x, *image, b["order"], b["tiles"], *up, *hidden],
-                "down": [*hidden, b["order"], b["tiles"], share, *down, b["y"]],
-                "combine": [b["y"], b["places"], b["out"]],
+                "down": [*hidden, b["tiles"], *down, b["y"]],
+                "combine": [b["y"], b["places"], share, b["out"]],
             }
         else:
             given = {"gate_up": [tokens.x, ids, *up, b["hidden"]], "down": [b["hidden"], ids, share, *down, b["out"]]}

@@ -97,8 +97,8 @@ def _many(
         images = functions.call("arrange", spec, lambda: prefill.arrange_func(spec), [terms, order, tiles], *types)
     arguments = [terms, *images, order, tiles, *weights[0]]
     hidden = functions.call("gate_up", spec, lambda: prefill.gate_up_func(spec), arguments, *hidden_types)
-    arguments = [*hidden, order, tiles, routing_weights, *weights[1]]
+    arguments = [*hidden, tiles, *weights[1]]
     (y,) = functions.call("down", spec, lambda: prefill.down_func(spec), arguments, ((slots, d), spec.dtype))
     key = (d, top_k, spec.dtype, None, "float32")
-    (out,) = functions.call("combine", key, lambda: combine_func(*key), [y, places], ((t, d), "float32"))
+    (out,) = functions.call("combine", key, lambda: combine_func(*key), [y, places, routing_weights], ((t, d), "float32"))
     return out

@@ -3,8 +3,8 @@
 sort      positions of slots (a token and one of its experts) by expert, and where each expert begins
 arrange   the tokens of each tile as an image (`image`), where blocks of threads are clusters
 gate_up   hidden [position, F] in bfloat16 of tokens gathered from x, or as an image
-down      y [position, D] times the routing weight
-combine   the sum of each token's slots
+down      y [position, D]
+combine   the sum of each token's slots, times their routing weights
 """
 
 from __future__ import annotations
@@ -30,9 +30,6 @@ from moec.targets.kernels.cuda.shape import Shape
 from moec.targets.kernels.cuda.sort import most_tiles
 from moec.targets.kernels.cuda.tiles import Takes, Tile, each_tile
 
-TOGETHER = 8
-"""Tiles of tokens that run with the same rows of weights at about the same time, where there are many."""
-
 
 @dataclass(frozen=True)
 class PrefillSpec:
@@ -57,21 +54,27 @@ class PrefillSpec:
         """T, a new variable if it is any number."""
         return self.tokens if self.tokens is not None else T.int64()
 
-    def sorted(self, tokens: Expr) -> tuple[Buffer, Buffer]:
+    def count_slots(self) -> Expr:
+        """T times k, the same."""
+        return self.tokens * self.top_k if self.tokens is not None else T.int64()
+
+    def sorted(self, slots: Expr) -> tuple[Buffer, Buffer]:
         """The parameters that `sort` writes."""
-        slots = tokens * self.top_k
-        order = argument("order", (slots,), "int32")
-        return order, argument("tiles", (most_tiles(slots, self.layout.experts, self.shape.tokens) + 1, 4), "int32")
+        return argument("order", (slots,), "int32"), self.table(slots)
+
+    def table(self, slots: Expr) -> Buffer:
+        """The parameter of the tiles."""
+        return argument("tiles", (most_tiles(slots, self.layout.experts, self.shape.tokens) + 1, 4), "int32")
 
     @property
     def cluster(self) -> int:
         """Blocks of threads of a cluster."""
         return max(self.shape.cluster, 1)
 
-    def grid(self, rows: int, tokens: Expr) -> list[Expr]:
+    def grid(self, rows: int, slots: Expr) -> list[Expr]:
         """Blocks of threads: as many as run at once, or fewer if there is less to do."""
         parts, each = ceil_div(rows, self.shape.rows), self.cluster
-        work = most_tiles(tokens * self.top_k, self.layout.experts, self.shape.tokens) * ceil_div(parts, each)
+        work = most_tiles(slots, self.layout.experts, self.shape.tokens) * ceil_div(parts, each)
         if most := self.shape.multiprocessors * self.shape.residency // each:
             work = min(work, most) if isinstance(work, int) else T.min(work, most)
         return [work * each if isinstance(work, int) else T.cast(work * each, "int32")]
@@ -83,9 +86,9 @@ class PrefillSpec:
         leads = thread == 0 if self.cluster == 1 else T.And(thread == 0, rank == 0)
         return Takes(counter, memory.take((2,), "int32"), self.cluster, leads)
 
-    def image(self, name: str, tokens: Expr, columns: int) -> Any:
+    def image(self, name: str, slots: Expr, columns: int) -> Any:
         """The parameter of an image of so many columns (see `image`), or the two of one of `narrow`."""
-        data, *scale = self.image_types(most_tiles(tokens * self.top_k, self.layout.experts, self.shape.tokens), columns)
+        data, *scale = self.image_types(most_tiles(slots, self.layout.experts, self.shape.tokens), columns)
         first = argument(name, *data)
         return NarrowImage(first, argument(f"{name}_scale", *scale[0])) if scale else first
 
@@ -96,13 +99,13 @@ class PrefillSpec:
             return [((most, blocks, size * BLOCK), "uint8"), ((most, blocks, size), "float32")]
         return [((most, blocks, size * BLOCK), "uint16")]
 
-    def activations(self, name: str, tokens: Expr, rows: Expr, columns: int) -> Any:
-        """The parameter of activations [terms, rows, columns], or of their image."""
+    def activations(self, name: str, slots: Expr, columns: int) -> Any:
+        """The parameter of activations [terms, S, columns], or of their image."""
         if self.shape.cluster:
             hidden = self.shape.cluster * self.shape.block_tiles * self.layout.tile_rows  # of a cluster, which writes whole blocks
             assert self.shape.terms == 1 and hidden % BLOCK == 0 and not self.layout.widths
-            return self.image(name, tokens, columns)
-        return argument(name, (self.shape.terms, rows, columns), "uint16")
+            return self.image(name, slots, columns)
+        return argument(name, (self.shape.terms, slots, columns), "uint16")
 
 
 def arrange_func(spec: PrefillSpec) -> tirx.PrimFunc:
@@ -129,22 +132,23 @@ def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
 
     def arguments() -> tuple[Any, ...]:
         tokens = spec.count()
+        slots = tokens * spec.top_k
         x = argument("x", (shape.terms, tokens, layout.d), "uint16")  # of an image's tokens it says how many
         if shape.cluster:
-            x = spec.image("image", tokens, layout.d)
-        order, tiles = spec.sorted(tokens)
+            x = spec.image("image", slots, layout.d)
+        order, tiles = spec.sorted(slots)
         weights = Weights(stack, "gate_up_", narrow=shape.narrow)
         bias = argument("gate_up_bias", (layout.experts, stack.n), "float32") if spec.biases else None
-        return x, order, tiles, weights, bias, spec.activations("hidden", tokens, tokens * spec.top_k, layout.padded_f), tokens
+        return x, order, tiles, weights, bias, spec.activations("hidden", slots, layout.padded_f), slots
 
     def body(operands: tuple[Any, ...], memory: Shared, block: Expr, thread: Expr) -> None:
-        x, order, tiles, weights, bias, hidden, tokens = operands
+        x, order, tiles, weights, bias, hidden, slots = operands
         ring, staged = memory.take((shape.words,), "uint32"), memory.take((staged_words,), "uint32")
         warp, group = T.Bind(thread // 32 % 4), T.Bind(thread // 128)
         barriers, rank = memory.take((shape.barrier_words,), "uint32"), T.Bind(block % spec.cluster)
         grid_wait()
         grid_launch()
-        tile, sums = Tile(tiles, parts, spec.cluster, rank, TOGETHER if shape.tiles > 1 else 1), local(shape.tiles * shape.sums, "float32")
+        tile, sums = Tile(tiles, parts, spec.cluster, rank, shape.together), local(shape.tiles * shape.sums, "float32")
         activations = _activations(shape, ring, barriers, x, layout.d, thread, rank)
         write = write_narrow_hidden if shape.narrow else write_hidden
         weights.prepare(shape, thread, memory)
@@ -175,7 +179,7 @@ def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
 
         total = T.Bind(tiles[tiles.shape[0] - 1, 0] * tile.parts)
         takes = spec.takes(at(tiles, tiles.shape[0] - 1, 1), memory, thread, rank)
-        each_tile(tile, total, block // spec.cluster, spec.grid(rows, tokens)[0] // spec.cluster, begin, run, finish, takes)
+        each_tile(tile, total, block // spec.cluster, spec.grid(rows, slots)[0] // spec.cluster, begin, run, finish, takes)
         if shape.cluster:
             cluster_ready()  # its memory is not written any more
 
@@ -189,26 +193,23 @@ def gate_up_func(spec: PrefillSpec) -> tirx.PrimFunc:
 
 
 def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
-    """PrimFunc (hidden uint16 [terms, S, F], order [S], tiles [most + 1, 4], weights f32 [T, k], arrays..., [bias], y [S, D])."""
+    """PrimFunc (hidden uint16 [terms, S, F], tiles [most + 1, 4], arrays..., [bias], y [S, D])."""
     layout, stack, shape = spec.layout, spec.layout.down, spec.shape.for_columns(spec.layout.f)
     parts, staged_words = ceil_div(layout.d, shape.rows), shape.output_words(spec.dtype)
 
     def arguments() -> tuple[Any, ...]:
-        tokens = spec.count()
-        slots = tokens * spec.top_k
-        hidden = spec.activations("hidden", tokens, slots, layout.padded_f)
-        order, tiles = spec.sorted(tokens)
-        routing_weights = argument("weights", (tokens, spec.top_k), "float32")
-        weights = Weights(stack, "down_", narrow=shape.narrow)
+        slots = spec.count_slots()
+        hidden = spec.activations("hidden", slots, layout.padded_f)
+        tiles, weights = spec.table(slots), Weights(stack, "down_", narrow=shape.narrow)
         bias = argument("down_bias", (layout.experts, layout.d), "float32") if spec.biases else None
-        return hidden, order, tiles, routing_weights, weights, bias, argument("y", (slots, layout.d), spec.dtype), tokens
+        return hidden, tiles, weights, bias, argument("y", (slots, layout.d), spec.dtype), slots
 
     def body(operands: tuple[Any, ...], memory: Shared, block: Expr, thread: Expr) -> None:
-        hidden, order, tiles, routing_weights, weights, bias, y, tokens = operands
+        hidden, tiles, weights, bias, y, slots = operands
         ring, staged = memory.take((shape.words,), "uint32"), memory.take((staged_words,), "uint32")
         warp, group = T.Bind(thread // 32 % 4), T.Bind(thread // 128)
         barriers, rank = memory.take((shape.barrier_words,), "uint32"), T.Bind(block % spec.cluster)
-        tile, sums = Tile(tiles, parts, spec.cluster, rank, TOGETHER if shape.tiles > 1 else 1), local(shape.tiles * shape.sums, "float32")
+        tile, sums = Tile(tiles, parts, spec.cluster, rank, shape.together), local(shape.tiles * shape.sums, "float32")
         activations = _activations(shape, ring, barriers, hidden, ceil_div(layout.f, 8) * 8, thread, rank)
         if stack.columns and isinstance(activations, Activations):
             activations.vary()
@@ -235,11 +236,11 @@ def down_func(spec: PrefillSpec) -> tirx.PrimFunc:
         def finish() -> None:
             expert, first, count, part, _ = tile.kept()
             base = T.Bind(first_tile(shape, part, group, warp))
-            write_outputs(spec, sums, staged, y, bias, order, routing_weights, expert, first, count, base, thread)
+            write_outputs(spec, sums, staged, y, bias, expert, first, count, base, thread)
 
         total = T.Bind(tiles[tiles.shape[0] - 1, 0] * tile.parts)
         takes = spec.takes(at(tiles, tiles.shape[0] - 1, 2), memory, thread, rank)
-        each_tile(tile, total, block // spec.cluster, spec.grid(layout.d, tokens)[0] // spec.cluster, begin, run, finish, takes)
+        each_tile(tile, total, block // spec.cluster, spec.grid(layout.d, slots)[0] // spec.cluster, begin, run, finish, takes)
         if shape.cluster:
             cluster_ready()
         grid_wait()

@@ -147,10 +147,10 @@ def _store(
 
 
 def write_outputs(
-    spec: PrefillSpec, sums: Buffer, memory: Buffer, y: Buffer, bias: Buffer | None, order: Buffer, routing_weights: Buffer, expert: Expr,
-    first: Expr, count: Expr, base: Expr, thread: Expr,
+    spec: PrefillSpec, sums: Buffer, memory: Buffer, y: Buffer, bias: Buffer | None, expert: Expr, first: Expr, count: Expr, base: Expr,
+    thread: Expr,
 ) -> None:  # fmt: skip
-    """Multiply by the routing weights and write, by way of shared memory, 16 bytes at a time."""
+    """Write outputs, by way of shared memory, 16 bytes at a time."""
     layout, shape, wide = spec.layout, spec.shape, spec.dtype == "float32"
     warp, lane, group = thread // 32 % 4, thread % 32, thread // 128
     width = shape.output_width(spec.dtype)
@@ -158,22 +158,15 @@ def write_outputs(
     own = T.Bind(staged + lane % 4 * 2 * width + warp * 16 + lane // 4)
     for start in range(0, shape.tokens, shape.staged):
         size = min(shape.staged, shape.tokens - start)
-        factors = local(size // 4, "float32")
-        for n, c in product(range(size // 8), range(2)):
-            token = T.Bind(start + n * 8 + lane % 4 * 2 + c)
-            store(factors, const(0.0, "float32"), 2 * n + c)
-            with when(token < count):
-                slot = T.Bind(order[first + token])
-                store(factors, routing_weights[slot // spec.top_k, slot % spec.top_k], 2 * n + c)
         for m in range(shape.tiles):
 
-            def outputs(n: int, c: int, m: int = m, start: int = start, factors: Buffer = factors) -> list[Expr]:
+            def outputs(n: int, c: int, m: int = m, start: int = start) -> list[Expr]:
                 found = []
                 for half in range(2):
                     value = sums[m * shape.sums + 4 * (start // 8 + n) + 2 * half + c]
                     if bias is not None:
                         value = value + bias[expert, T.min((base + 4 * m) * ROWS + half * 8 + lane // 4, layout.d - 1)]
-                    found.append(T.Bind(value * factors[2 * n + c]))
+                    found.append(T.Bind(value))
                 return found
 
             if wide:

@@ -232,8 +232,8 @@ def arranging(spec: Any, each: int, body: Callable[..., None]) -> tirx.PrimFunc:
     def arguments() -> tuple[Any, ...]:
         tokens = spec.count()
         x = argument("x", (spec.shape.terms, tokens, spec.layout.d), "uint16")
-        order, tiles = spec.sorted(tokens)
-        return x, order, tiles, spec.image("image", tokens, spec.layout.d)
+        order, tiles = spec.sorted(tokens * spec.top_k)
+        return x, order, tiles, spec.image("image", tokens * spec.top_k, spec.layout.d)
 
     def grid(operands: tuple[Any, ...]) -> list[Expr]:
         most = operands[2].shape[0] - 1

@@ -112,6 +112,11 @@ class Shape:
         return self.multiprocessors > 0 and self.cluster != 2
 
     @property
+    def together(self) -> int:
+        """Tiles that run with the same rows of weights at about the same time, where tokens are many: 1024 tokens or so."""
+        return 8 if self.tiles > 1 else 4 if self.tokens > LARGE else 1
+
+    @property
     def sums(self) -> int:
         """Sums of a thread for 64 rows."""
         return self.tokens // 2

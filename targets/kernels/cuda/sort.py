@@ -177,7 +177,7 @@ def _write(slots: Slots, turns: Expr, expert: Expr, first: Expr, order: Buffer, 
 
 
 def combine_func(d: int, top_k: int, dtype: str, tokens: int | None = None, result: str | None = None) -> tirx.PrimFunc:
-    """PrimFunc (y [S, D], places [S], out [T, D]): the sum of what the slots of each token give, in their order.
+    """PrimFunc (y [S, D], places [S], weights f32 [T, k], out [T, D]): the sum of what a token's slots give times their weights, in order.
 
     A thread has 16 bytes of a slot at a time (D is a multiple of 8), and asks for those of all slots before it adds up the first.
 
@@ -191,16 +191,17 @@ def combine_func(d: int, top_k: int, dtype: str, tokens: int | None = None, resu
         t = tokens if tokens is not None else T.int64()
         slots = t * top_k
         y, places = argument("y", (slots, d), dtype), argument("places", (slots,), "int32")
-        return y, places, argument("out", (t, d), result or dtype), t
+        return y, places, argument("weights", (t, top_k), "float32"), argument("out", (t, d), result or dtype), t
 
     def body(operands: tuple[Any, ...], memory: Shared, token: Expr, thread: Expr) -> None:
-        y, places, out, _ = operands
+        y, places, weights, out, _ = operands
         del memory
         grid_wait()
         grid_launch()
-        own, values = local(top_k, "int32"), local(top_k * each, "float32")
+        own, shares, values = local(top_k, "int32"), local(top_k, "float32"), local(top_k * each, "float32")
         for slot in range(top_k):
             store(own, places[token * top_k + slot], slot)
+            store(shares, weights[token, slot], slot)
         with strided(thread, d // each, threads) as piece:
             for slot in range(top_k):
                 row = T.max(own[slot], 0)  # of a slot that runs no expert nothing was written
@@ -210,7 +211,7 @@ def combine_func(d: int, top_k: int, dtype: str, tokens: int | None = None, resu
             for i in range(each):
                 store(totals, const(0.0, "float32"), i)
                 for slot in range(top_k):
-                    store(totals, totals[i] + T.Select(own[slot] >= 0, values[slot * each + i], const(0.0, "float32")), i)
+                    store(totals, totals[i] + T.Select(own[slot] >= 0, values[slot * each + i] * shares[slot], const(0.0, "float32")), i)
             if (result or dtype) == "float32":
                 for part in range(0, each, 4):
                     words = [T.reinterpret("uint32", totals[part + i]) for i in range(4)]

@@ -55,8 +55,8 @@ def run(spec: PrefillSpec, x: NDArray[np.float32], ids: NDArray[Any], routing: N
     hidden = [np.full(kind, NAN[dtype], dtype) for kind, dtype in hidden_types]  # where nothing is written
     y = np.full((slots, layout.d), np.nan, spec.dtype)
     CudaKernel(gate_up_func(spec))(terms, *images, order, tiles, *up, *hidden)
-    CudaKernel(down_func(spec))(*hidden, order, tiles, routing, *down, y)
-    (out,) = CudaKernel(combine_func(layout.d, top_k, spec.dtype, tokens))(y, places, outputs=[((tokens, layout.d), spec.dtype)])
+    CudaKernel(down_func(spec))(*hidden, tiles, *down, y)
+    (out,) = CudaKernel(combine_func(layout.d, top_k, spec.dtype, tokens))(y, places, routing, outputs=[((tokens, layout.d), spec.dtype)])
     return out
 
 
