@@ -43,6 +43,9 @@ if (kind := os.environ.get(SANITIZE)) == "address":
     FLAGS += ["-fsanitize=address", "-g1", "--param", "asan-stack=0", "--param", "asan-globals=0"]
 elif kind == "thread":
     FLAGS += ["-fsanitize=thread", "-g1"]
+OPTIMISED = ["-O2", "-ffp-contract=off", "-U_FORTIFY_SOURCE"]  # which takes a jump to another stack for an error
+"""Flags for what is compiled once."""
+PARTS = "emulator", "warp"
 
 SHARED = "tirx.use_dyn_shared_memory"
 DIMENSIONS = [*(f"{kind}.{axis}" for kind in ("blockIdx", "threadIdx") for axis in "xyz"), "clusterCtaIdx.x"]
@@ -91,7 +94,8 @@ def _load(data: Any) -> Any:
     entries = "\n".join(f'extern "C" void run_{f.name}(void* p) {{ emulator::call(&{f.name}, (void**)p); }}' for f in functions)
     own = _prepared()
     text = f'#include "ptx.h"\n{source}\n#include "entry.h"\n{entries}\n'
-    library = ctypes.CDLL(str(_compile(text, [f"-I{own}", f"-I{HERE}", str(own / "emulator.o")])))
+    objects = [str(own / f"{part}.o") for part in PARTS]
+    library = ctypes.CDLL(str(_compile(text, [f"-I{own}", f"-I{HERE}", *objects])))
     kept = {f.name: tvm_ffi.convert(_launcher(library, f)) for f in functions}
     return tvm_ffi.get_global_func("emulator.module")(lambda name: kept.get(str(name)))
 
@@ -163,7 +167,7 @@ def _parse(data: bytes) -> tuple[list[Function], str]:
 
 @cache
 def _prepared() -> Path:
-    """A folder with the emulator as an object file, and its header as the compiler has it once it is read."""
+    """A folder with the emulator as object files, and its header as the compiler has it once it is read."""
     path = CACHE / _digest("")
     if not path.exists():
         CACHE.mkdir(exist_ok=True)
@@ -171,7 +175,8 @@ def _prepared() -> Path:
             made = Path(folder, "made")
             made.mkdir()
             _run("-x", "c++-header", str(HERE / "ptx.h"), "-o", str(made / "ptx.h.gch"))
-            _run("-c", str(HERE / "emulator.cc"), "-o", str(made / "emulator.o"))
+            for part in PARTS:
+                _run(*OPTIMISED, "-c", str(HERE / f"{part}.cc"), "-o", str(made / f"{part}.o"))
             with contextlib.suppress(OSError):  # another process has made it meanwhile
                 made.rename(path)
     return path
@@ -192,8 +197,8 @@ def _compile(source: str, extra: Sequence[str]) -> Path:
 
 def _digest(source: str) -> str:
     """What changes with a source, the emulator or the compiler's options."""
-    own = "".join((HERE / name).read_text() for name in ("emulator.h", "emulator.cc", "entry.h", "ptx.h"))
-    return hashlib.sha256("\0".join([source, own, *FLAGS]).encode()).hexdigest()[:24]
+    own = "".join((HERE / name).read_text() for name in ("emulator.h", "emulator.cc", "entry.h", "ptx.h", "warp.cc"))
+    return hashlib.sha256("\0".join([source, own, *FLAGS, *OPTIMISED]).encode()).hexdigest()[:24]
 
 
 def _run(*arguments: str) -> None:

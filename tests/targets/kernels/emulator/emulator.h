@@ -83,52 +83,28 @@ inline void after(void*) {}
 
 namespace emulator {
 struct Barrier { int waiting = 0, size = 0; long generation = 0; };
-struct Thread { ucontext_t context; jmp_buf place; std::unique_ptr<char[]> stack; Index index; bool begun, done; void* fiber; };
-extern std::vector<Thread> threads;
 extern std::vector<Barrier> warps;
 struct Block { Barrier barrier; int votes = 0; Index index; };
 extern std::vector<Block> blocks;  // of a cluster
 extern Barrier cluster;
 extern int block_size;
-extern std::vector<uint64_t> slots;
 extern int current;
 extern long progress;
 constexpr int SHARED = 1 << 18;
 extern unsigned char memory[];  // SHARED bytes of each block of a cluster
 extern unsigned char* shared;  // what the block of the current thread has, beyond variables
-inline Block& block() { return blocks[current / block_size]; }
 void yield();
-UNSEEN inline void meet(Barrier& barrier) {
-  long generation = barrier.generation;
-  if (++barrier.waiting >= barrier.size) { barrier.waiting = 0; ++barrier.generation; ++progress; return; }
-  while (barrier.generation == generation) yield();
-}
-inline void arrive(Barrier& barrier) {
-  before(&barrier);
-  meet(barrier);
-  after(&barrier);
-}
+void arrive(Barrier& barrier);
+const uint64_t* bring(const void* value, size_t size);  // what the lanes of the warp bring, until the warp meets once more
 template <typename T> T exchange(T value, int source) {
-  int me = current, warp = me / 32;
-  memcpy(&slots[me], &value, sizeof(T));
-  arrive(warps[warp]);
-  memcpy(&value, &slots[warp * 32 + source], sizeof(T));
-  arrive(warps[warp]);
+  memcpy(&value, &bring(&value, sizeof(T))[source], sizeof(T));
   return value;
 }
 }  // namespace emulator
 
-inline void __syncthreads() { emulator::arrive(emulator::block().barrier); }
-UNSEEN inline int __syncthreads_or(int x) {
-  emulator::block().votes |= x != 0;
-  __syncthreads();
-  int found = emulator::block().votes;
-  __syncthreads();
-  emulator::block().votes = 0;
-  __syncthreads();
-  return found;
-}
-inline void __syncwarp(unsigned = ~0u) { emulator::arrive(emulator::warps[emulator::current / 32]); }
+void __syncthreads();
+int __syncthreads_or(int x);
+void __syncwarp(unsigned = ~0u);
 inline void __threadfence() {}
 template <typename T> T __shfl_xor_sync(unsigned, T x, int mask, int = 32) { return emulator::exchange(x, (emulator::current % 32) ^ mask); }
 template <typename T> T __shfl_sync(unsigned, T x, int lane, int width = 32) {
@@ -145,12 +121,15 @@ template <typename T> T __shfl_up_sync(unsigned, T x, int by, int = 32) {
 }
 inline unsigned __ballot_sync(unsigned, bool x) {
   unsigned found = 0;
-  for (int lane = 0; lane < 32; ++lane) found |= unsigned(emulator::exchange(int(x), lane) != 0) << lane;
+  const int value = x;
+  const uint64_t* warp = emulator::bring(&value, sizeof(value));
+  for (int lane = 0; lane < 32; ++lane) found |= unsigned(int(warp[lane]) != 0) << lane;
   return found;
 }
 template <typename T> unsigned __match_any_sync(unsigned, T x) {
   unsigned found = 0;
-  for (int lane = 0; lane < 32; ++lane) found |= unsigned(emulator::exchange(x, lane) == x) << lane;
+  const uint64_t* warp = emulator::bring(&x, sizeof(x));
+  for (int lane = 0; lane < 32; ++lane) found |= unsigned(!memcmp(&warp[lane], &x, sizeof(x))) << lane;
   return found;
 }
 inline unsigned __reduce_max_sync(unsigned, unsigned x) {
