@@ -21,11 +21,14 @@ from moec.compiler.errors import MoecError
 from moec.runtime.errors import unknown
 
 LAYERS = 4
+"""Layers of a tiny model."""
+
+_LAYERS = r"(num_hidden_layers|n_layers|num_layers|n_layer)"
+"""Fields with their number."""
 
 _SIZES: tuple[tuple[str, int], ...] = (
     (r"vocab_size|vocab_size_per_layer_input", 128),
     (r"(hidden_size|d_model|n_embd|embed_dim)", 64),
-    (r"(num_hidden_layers|n_layers|num_layers|n_layer)", LAYERS),
     (r"(num_attention_heads|n_heads|n_head|num_heads|swa_num_attention_heads|num_swa_attention_heads)", 4),
     (r"(num_key_value_heads|kv_n_heads|swa_num_key_value_heads|num_swa_key_value_heads|num_global_key_value_heads)", 2),
     (r"(head_dim|kv_channels|attention_head_dim|swa_head_dim|global_head_dim|v_head_dim|qk_nope_head_dim|swa_v_head_dim)", 16),
@@ -78,6 +81,8 @@ def _tiny_value(name: str, value: Any) -> Any:
     if name == "clip_qkv":
         return 0.8
     if isinstance(value, int) and not isinstance(value, bool):
+        if re.fullmatch(_LAYERS, name):
+            return LAYERS
         for pattern, size in _SIZES:
             if re.fullmatch(pattern, name):
                 return 1 if value == 1 and name in ("n_group", "topk_group") else size

@@ -15,9 +15,28 @@ from moec.runtime.formats import get_format
 TINY = Path(__file__).parents[2] / "examples" / "models" / "tiny-moe"
 
 
+def shorter(folder: Path, layers: int) -> str:
+    """A folder with the configuration of the small model, of fewer layers, which are traced and compiled the sooner."""
+    config = json.loads((TINY / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+    return str(folder)
+
+
 def test_a_shape_without_weights_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "model"
-    command = ["decode", "build", str(folder), "--config", str(TINY), "--recipe", "int4-g32", "--target", "cpu", "--context-length", "64"]
+    command = [
+        "decode",
+        "build",
+        str(folder),
+        "--config",
+        shorter(tmp_path, 2),
+        "--recipe",
+        "int4-g32",
+        "--target",
+        "cpu",
+        "--context-length",
+        "64",
+    ]
     monkeypatch.setattr("sys.argv", [*command, "--experts", "int2_g32,int3_g32"])
     decode.main()
     found = decode_model.read(folder)
@@ -44,8 +63,10 @@ def test_a_shape_without_weights_runs(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_the_type_of_the_cache_is_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(TvmBackend, "build", lambda self, folder, locations: {"cache_dtype": self.platform.cache_dtype})
 
+    config = shorter(tmp_path, 1)
+
     def build(*options: str) -> str:
-        monkeypatch.setattr("sys.argv", ["decode", "build", str(tmp_path), "--config", str(TINY), "--recipe", "int4-g32", *options])
+        monkeypatch.setattr("sys.argv", ["decode", "build", str(tmp_path), "--config", config, "--recipe", "int4-g32", *options])
         decode.main()
         return str(json.loads((tmp_path / decode_model.FILE).read_text())["section"]["cache_dtype"])
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,15 +37,8 @@ MODEL, TEXT = tiny.MODEL, tiny.TEXT
 QUIET = Progress(quiet=True)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def traced_once() -> Iterator[None]:
-    """Every test here wants the same model."""
-    with tiny.traced_once():
-        yield
-
-
 @pytest.fixture(scope="module")
-def found(traced_once: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
     folder = tmp_path_factory.mktemp("compared")
     (folder / "other.txt").write_text(TEXT.read_text()[3000:5000])
     out = folder / "out"

@@ -64,18 +64,16 @@ def test_every_entry_looks_at_the_device_before_it_works(tmp_path: Path) -> None
 def test_calibrated_work_stays_on_the_device_that_is_named(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("passes: [assign_bits: {budget: 3.5, formats: [int3_g32, int4_g32], objective: fisher, method: gptq}]\n")
-    with tiny.traced_once():
-        tiny.load()
-        with torch.device("meta"):  # where nothing has a value: what was made outside of the named device would fail
-            found = compare(
-                tiny.MODEL, [recipe], tiny.TEXT, calibration=tiny.TEXT, calibration_tokens=1024, max_tokens=512, context=128, device="cpu"
-            )
+    tiny.load()
+    with torch.device("meta"):  # where nothing has a value: what was made outside of the named device would fail
+        found = compare(
+            tiny.MODEL, [recipe], tiny.TEXT, calibration=tiny.TEXT, calibration_tokens=1024, max_tokens=512, context=128, device="cpu"
+        )
     assert [row.error for row in found.rows] == ["", ""]
     assert found.rows[1].runs[0].data["pooled"].kl_divergence > 0
 
 
 @GPU
 def test_a_gpu_gives_what_the_processor_gives() -> None:
-    with tiny.traced_once():
-        here, there = (evaluate(tiny.MODEL, tiny.TEXT, context=128, max_tokens=1024, device=name) for name in ("cpu", "cuda"))
+    here, there = (evaluate(tiny.MODEL, tiny.TEXT, context=128, max_tokens=1024, device=name) for name in ("cpu", "cuda"))
     assert there.nll == pytest.approx(here.nll, rel=1e-4)

@@ -27,13 +27,12 @@ QUIET = Progress(quiet=True)
 def test_an_artifact_says_what_it_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "a.moec"
     options = {"calibration": tiny.TEXT, "calibration_tokens": 1024, "backend": "onnx", "recipe": "int4", "progress": QUIET}
-    with tiny.traced_once():
-        with pytest.raises(MoecError, match=r"the recipe costs 0\.\d+ nats a token .* more than --max-kl 1e-06: choose a milder recipe"):
-            compile_model(tiny.MODEL, out, max_kl=1e-6, **options)  # type: ignore[arg-type]
-        with pytest.raises(MoecError, match="--statistics needs calibration text"):
-            compile_model(tiny.MODEL, out, statistics=tmp_path / "s")
-        assert list(tmp_path.iterdir()) == []
-        compile_model(tiny.MODEL, out, max_kl=0.5, seed=3, **options)  # type: ignore[arg-type]
+    with pytest.raises(MoecError, match=r"the recipe costs 0\.\d+ nats a token .* more than --max-kl 1e-06: choose a milder recipe"):
+        compile_model(tiny.MODEL, out, max_kl=1e-6, **options)  # type: ignore[arg-type]
+    with pytest.raises(MoecError, match="--statistics needs calibration text"):
+        compile_model(tiny.MODEL, out, statistics=tmp_path / "s")
+    assert list(tmp_path.iterdir()) == []
+    compile_model(tiny.MODEL, out, max_kl=0.5, seed=3, **options)  # type: ignore[arg-type]
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["recipe"][0]["quantize"]["experts"].startswith("int4")
     assert manifest["calibration"]["domains"] == ["prose_en"]
@@ -72,30 +71,28 @@ def test_a_killed_run_goes_on_from_its_codes(tmp_path: Path, monkeypatch: pytest
 
     stamps: list[list[int]] = []
     monkeypatch.setattr("moec.compiler.pipeline.make_backend", lowered)
-    with tiny.traced_once():
-        with pytest.raises(KeyboardInterrupt):
-            compile_model(tiny.MODEL, out, recipe=tmp_path / "r.yaml", **options)
-        assert stamps[0]
+    with pytest.raises(KeyboardInterrupt):
         compile_model(tiny.MODEL, out, recipe=tmp_path / "r.yaml", **options)
-        assert stamps[0] == stamps[1]  # read, not made again
-        assert not work.exists()
-        with pytest.raises(MoecError, match="more than --memory"):
-            compile_model(tiny.MODEL, out, recipe=tmp_path / "r.yaml", memory=1000, **options)
+    assert stamps[0]
+    compile_model(tiny.MODEL, out, recipe=tmp_path / "r.yaml", **options)
+    assert stamps[0] == stamps[1]  # read, not made again
+    assert not work.exists()
+    with pytest.raises(MoecError, match="more than --memory"):
+        compile_model(tiny.MODEL, out, recipe=tmp_path / "r.yaml", memory=1000, **options)
     assert not work.exists()
 
 
 def test_inspect_with_text(tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text(tiny.TEXT.read_text()[20_000:26_000])
     file, page = tmp_path / "s.safetensors", tmp_path / "page.html"
-    with tiny.traced_once():
-        options = {"calibration": [tiny.TEXT, tmp_path / "other.txt"], "calibration_tokens": 2048, "progress": QUIET}
-        found = inspect_checkpoint(tiny.MODEL, stats=True, locality=True, statistics=file, html=page, **options)  # type: ignore[arg-type]
-        again = inspect_checkpoint(tiny.MODEL, stats=True, statistics=file)
-        with pytest.raises(MoecError, match=r"needs --calibration FILE, or --statistics .* \(found neither\)"):
-            inspect_checkpoint(tiny.MODEL, stats=True)
-        (tmp_path / "short.txt").write_text("Too short.")
-        with pytest.raises(MoecError, match=r"short.txt has \d+ tokens, fewer than one window of 513"):
-            inspect_checkpoint(tiny.MODEL, stats=True, calibration=tmp_path / "short.txt")
+    options = {"calibration": [tiny.TEXT, tmp_path / "other.txt"], "calibration_tokens": 2048, "progress": QUIET}
+    found = inspect_checkpoint(tiny.MODEL, stats=True, locality=True, statistics=file, html=page, **options)  # type: ignore[arg-type]
+    again = inspect_checkpoint(tiny.MODEL, stats=True, statistics=file)
+    with pytest.raises(MoecError, match=r"needs --calibration FILE, or --statistics .* \(found neither\)"):
+        inspect_checkpoint(tiny.MODEL, stats=True)
+    (tmp_path / "short.txt").write_text("Too short.")
+    with pytest.raises(MoecError, match=r"short.txt has \d+ tokens, fewer than one window of 513"):
+        inspect_checkpoint(tiny.MODEL, stats=True, calibration=tmp_path / "short.txt")
     use = found.summary["use"]
     assert use["domains"] == ["prose_en", "other"]
     assert len(use["layers"]) == 4

@@ -25,6 +25,13 @@ from moec.targets import get_target
 Arrays = dict[tuple[str, str], NDArray[np.generic]]
 
 
+def restrict(backend: TvmBackend, sizes: Sequence[int]) -> None:
+    """Let a backend compile no functions but those that take calls of these numbers of tokens."""
+    every = backend.platform.functions(backend.graph)
+    taken = dict.fromkeys(next(f for f in every if f.most is None or size <= f.most) for size in sizes)
+    setattr(backend.platform, "functions", lambda _: list(taken))  # noqa: B010  # a method, for mypy
+
+
 class Compiled:
     """A compiled graph, and the values that its packed weights stand for.
 
@@ -40,9 +47,7 @@ class Compiled:
     ) -> None:  # fmt: skip
         self.folder, self.backend = folder, TvmBackend(graph, get_target(target), cache_dtype, activations)
         if sizes:
-            every = self.backend.platform.functions(self.backend.graph)
-            taken = dict.fromkeys(next(f for f in every if f.most is None or size <= f.most) for size in sizes)
-            setattr(self.backend.platform, "functions", lambda _: list(taken))  # noqa: B010  # a method, for mypy
+            restrict(self.backend, sizes)
         self.arrays: Arrays = {}
         values: dict[str, torch.Tensor] = {}
         for param in graph.params.values():

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from moec.compiler.context import Context
 from moec.compiler.errors import MoecError
+from moec.compiler.frontend import tiny_models
 from moec.compiler.frontend.families_table import difference
 from moec.compiler.frontend.huggingface import load
 from moec.compiler.frontend.tensors import Tensors
@@ -26,6 +27,13 @@ from moec.passes.quantize import Quantize
 TINY = Path(__file__).parents[3] / "examples" / "models" / "tiny-moe"
 
 
+@pytest.fixture
+def two_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models of families have two layers."""
+    monkeypatch.setattr(tiny_models, "LAYERS", 2)
+
+
+@pytest.mark.usefixtures("two_layers")
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "dbrx"])
 def test_a_saved_family_loads_as_it_was(name: str, tmp_path: Path) -> None:
     """Saving turns fused parameters into the names that hub checkpoints have; loading must undo it, expert by expert."""
@@ -41,6 +49,7 @@ def test_a_saved_family_loads_as_it_was(name: str, tmp_path: Path) -> None:
                 assert all(torch.equal(weights.load(stacked, e), whole[e]) for e in range(whole.shape[0]))
 
 
+@pytest.mark.usefixtures("two_layers")
 def test_one_expert_reads_only_its_own_tensors(tmp_path: Path) -> None:
     _, model = tiny_model("mixtral")
     model.save_pretrained(tmp_path)
@@ -67,7 +76,10 @@ def test_what_was_read_of_a_mapped_file_is_given_back(monkeypatch: pytest.Monkey
 
 
 def _copy(folder: Path) -> Path:
+    """The small model with two of its layers, which takes half as long to trace."""
     shutil.copytree(TINY, folder / "model")
+    _config(folder / "model", num_hidden_layers=2)
+    _tensors(folder / "model", lambda tensors: [tensors.pop(n) for n in list(tensors) if ".layers.2." in n or ".layers.3." in n])
     return folder / "model"
 
 
