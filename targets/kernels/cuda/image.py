@@ -173,13 +173,9 @@ class Images(Staged):
     def release(self, block: Expr) -> None:
         """This warp is done with a block's stage."""
         stage, _ = self.stage_of(block)
-        if self.shape.cluster == 4:  # a lane for each block: four arrivals of one would be a branch, at which ptxas gives up overlap
-            with when(self._thread % 32 < 4):
-                call("moec_barrier_arrive", _BULK, self.barrier(stage, 1), self._thread % 32)
-            return
-        with when(self._thread % 32 == 0):
-            for rank in range(self.shape.cluster):
-                call("moec_barrier_arrive", _BULK, self.barrier(stage, 1), self._rank if self.shape.cluster == 1 else rank)
+        # a lane for each block: several arrivals of one lane are a branch, at which ptxas gives up the overlap of products
+        with when(self._thread % 32 < self.shape.cluster):
+            call("moec_barrier_arrive", _BULK, self.barrier(stage, 1), self._thread % 32)
 
     def finish(self, blocks: int) -> None:
         """All blocks of a tile were used."""

@@ -106,10 +106,9 @@ class Shape:
     def taken(self) -> bool:
         """Whether blocks of threads take tiles when they have time for them, and not by their number.
 
-        Clusters of two go by number, as they were measured. Of four, fewer may run at once than multiprocessors would do for: those that
-        begin when others have ended must find nothing left.
+        Of clusters, fewer may run at once than there would be multiprocessors for: those that begin late must find nothing left.
         """
-        return self.multiprocessors > 0 and self.cluster != 2
+        return self.multiprocessors > 0
 
     @property
     def together(self) -> int:
