@@ -24,19 +24,8 @@ def shorter(folder: Path, layers: int) -> str:
 
 def test_a_shape_without_weights_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "model"
-    command = [
-        "decode",
-        "build",
-        str(folder),
-        "--config",
-        shorter(tmp_path, 2),
-        "--recipe",
-        "int4-g32",
-        "--target",
-        "cpu",
-        "--context-length",
-        "64",
-    ]
+    shape = ["--config", shorter(tmp_path, 2), "--recipe", "int4-g32", "--target", "cpu", "--context-length", "64"]
+    command = ["decode", "build", str(folder), *shape]
     monkeypatch.setattr("sys.argv", [*command, "--experts", "int2_g32,int3_g32"])
     decode.main()
     found = decode_model.read(folder)

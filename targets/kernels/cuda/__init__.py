@@ -10,8 +10,8 @@ Weights that it cannot hold lie in their `rows`. By topic:
 
     weights        `stored` reads them, `dequantize` makes operand A of them, `element` reads a single number
     few tokens     `stream` multiplies, `ring` brings activations; `experts_decode`, with `routing` and `share`; `linear`
-    many tokens    `product` multiplies, by `matrix`, blocks of a `shape` with activations that are `staged`, from `gathered`, `image` or
-                   `image_halves`, and with weights in `registers`; `product_narrow` those of E4M3 from `narrow`; `experts_prefill` and
+    many tokens    `product` multiplies, by `matrix`, blocks of a `shape` with activations that are `staged`, from `gathered` or
+                   `image`, and with weights in `registers`; `product_narrow` those of E4M3 from `narrow`; `experts_prefill` and
                    `experts_results`, with `sort` and `tiles`; `linear`
     one token      `projections` and its parts, on `fixed_point`; `routing_step`; of several tokens `routing_tokens`
     attention      `attention`: `step` and its parts, `attend_product` for blocks of several tokens; `attend` and `attend_tile` for heads of

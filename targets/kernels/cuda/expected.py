@@ -55,10 +55,11 @@ def cost(experts: int, top_k: int, tokens: int, options: Mapping[str, int]) -> f
         return tiles * (BEGINNING + NARROW_COLUMNS * columns)
     if options["exact"]:
         return tiles * (EXACT_BEGINNING + EXACT_COLUMNS * columns)
+    shape = Shape.of(options)
     # rows of a multiprocessor at a time, times 256; that more of them hide the beginning and end of tiles was not measured
-    together = min(1.0, options["tiles"] * options.get("groups", 2) * options["residency"] / 4)
+    together = min(1.0, shape.rows * shape.residency / 256)
     full = BEGINNING / together + max(LEAST, columns)
-    if len(Shape.of(options).columns) == 1:
+    if len(shape.columns) == 1:
         return tiles * full
     halves = expected_tiles(experts, top_k, tokens, size // 2)
     return (halves - tiles) * full + (2 * tiles - halves) * (BEGINNING / together + max(LEAST, columns / 2))

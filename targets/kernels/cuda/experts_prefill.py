@@ -21,7 +21,6 @@ from moec.targets.kernels.cuda.experts_layout import ExpertsLayout
 from moec.targets.kernels.cuda.experts_results import write_hidden, write_narrow_hidden, write_outputs
 from moec.targets.kernels.cuda.gathered import Activations, first_tile, row_tiles
 from moec.targets.kernels.cuda.image import Images, arrange_image_func, cluster_ready
-from moec.targets.kernels.cuda.image_halves import HalfImages
 from moec.targets.kernels.cuda.intrinsics import grid_launch, grid_wait
 from moec.targets.kernels.cuda.layout import BLOCK, ROWS, ceil_div
 from moec.targets.kernels.cuda.narrow import NarrowImage, NarrowImages, arrange_narrow_func
@@ -116,8 +115,7 @@ def arrange_func(spec: PrefillSpec) -> tirx.PrimFunc:
 def _activations(shape: Shape, ring: Buffer, barriers: Buffer, source: Any, columns: int, thread: Expr, rank: Expr) -> Activations | Images:
     """The ring of a block of threads."""
     if shape.cluster:
-        kind = NarrowImages if shape.narrow else HalfImages if shape.halved else Images
-        return kind(shape, ring, barriers, source, thread, rank)
+        return (NarrowImages if shape.narrow else Images)(shape, ring, barriers, source, thread, rank)
     return Activations(shape, ring, source, columns, thread)
 
 

@@ -176,7 +176,8 @@ def write_outputs(
             else:
                 _store(size // 8, 2, outputs, memory, staged + warp * (ROWS // 2), width, lane)
             sync()
-            pieces, elements = (width - 4) // 4, 4 if wide else 8
+            elements = 4 if wide else 8
+            pieces = 64 // elements
             row0 = T.Bind((base - warp + 4 * m) * ROWS)
             with strided(thread % 128, size * pieces, 128) as i:
                 token, piece = i // pieces, i % pieces

@@ -25,6 +25,7 @@ from moec.targets.kernels.cuda.matrix import descriptor
 from moec.targets.kernels.cuda.staged import Staged
 
 ARRANGING = 256  # threads of a block that writes images
+HALF = 4  # steps of 16 columns in half of a block
 
 _BULK = r"""
 #ifndef MOEC_BULK
@@ -103,6 +104,7 @@ class Images(Staged):
 
     def __init__(self, shape: Any, memory: Buffer, barriers: Buffer, source: Buffer, thread: Expr, rank: Expr) -> None:
         self.shape, self._source, self._thread, self._rank = shape, source, thread, rank
+        self._parts = shape.stages_of_block
         base = T.Bind(shared_address(at(memory, 0)))
         self._base = T.Bind((base + const(1023, "uint32")) // 1024 * 1024)
         self._full = T.Bind(shared_address(at(barriers, 0)))
@@ -110,11 +112,11 @@ class Images(Staged):
         store(self._done, const(0, "int32"), 0)
         with when(thread == 0):
             for stage in range(shape.stages):
-                call("moec_barrier_init", _BULK, self.barrier(stage, 0), 1)
-                call("moec_barrier_init", _BULK, self.barrier(stage, 1), shape.threads // 32 * shape.cluster)
+                call("moec_barrier_init", _BULK, self._barrier(stage, 0), 1)
+                call("moec_barrier_init", _BULK, self._barrier(stage, 1), shape.threads // 32 * shape.cluster)
         cluster_ready()
 
-    def barrier(self, stage: Expr, which: int) -> Expr:
+    def _barrier(self, stage: Expr, which: int) -> Expr:
         """The address of `full` (0) or `empty` (1)."""
         offset = (stage + which * self.shape.stages) * 8
         return self._full + (const(offset, "uint32") if isinstance(offset, int) else T.cast(offset, "uint32"))
@@ -126,26 +128,30 @@ class Images(Staged):
 
     def begin(self, blocks: int) -> None:
         """Ask for the first stages."""
-        for block in range(min(self.shape.stages - 2, blocks)):
-            self.fetch(const(block, "int32"))
+        for part in range(min(self.shape.stages - 2, blocks * self._parts)):
+            self.fetch(const(part, "int32"))
 
-    def fetch(self, block: Expr) -> None:
-        """Copy a block of columns into its stage, once that is free."""
-        shape, (stage, turn) = self.shape, self.stage_of(block)
-        half_bytes = shape.tokens * 128
+    def fetch(self, part: Expr) -> None:
+        """Copy a block of columns, or a half of one, into its stage, once that is free."""
+        shape, (stage, turn), cluster = self.shape, self._stage(part), self.shape.cluster
+        if shape.halved:
+            block, halves, sharing = part // 2, [part % 2], cluster
+        else:
+            block, halves, sharing = part, [self._rank * 2 // cluster] if cluster > 1 else [0, 1], max(cluster // 2, 1)
         with when(self._thread == 0):
-            wait(self.barrier(stage, 1), (turn + 1) % 2)
-            size, full = T.Bind(self._rows[0] * 128), T.Bind(self.barrier(stage, 0))
-            expect(full, size * 2)
-            for half in {1: range(2), 2: [self._rank], 4: [self._rank // 2]}[shape.cluster]:
-                target = self._base + T.cast(stage * shape.stage_bytes + half * half_bytes, "uint32")
+            wait(self._barrier(stage, 1), (turn + 1) % 2)
+            size, full = T.Bind(self._rows[0] * 128), T.Bind(self._barrier(stage, 0))
+            expect(full, size if shape.halved else size * 2)
+            for half in halves:
+                inside = 0 if shape.halved else half * (shape.tokens * 128)
+                target = self._base + T.cast(stage * shape.stage_bytes + inside, "uint32")
                 source = half * (shape.tokens * 64)
-                if shape.cluster == 4:
-                    self.share(target, block, source, full, 2)
+                if sharing > 1:
+                    self._share(target, block, source, full, sharing)
                 else:
-                    bulk(target, at(self._source, self._tile[0], block, source), size, full, shape.cluster)
+                    bulk(target, at(self._source, self._tile[0], block, source), size, full, cluster)
 
-    def share(self, target: Expr, block: Expr, source: Expr, full: Expr, blocks: int) -> None:
+    def _share(self, target: Expr, block: Expr, source: Expr, full: Expr, blocks: int) -> None:
         """Copy this block's part of 64 columns, which so many blocks of the cluster share: some of the tokens, or none."""
         rows = self._rows[0]
         most = T.Bind((rows + (8 * blocks - 8)) // (8 * blocks) * 8)
@@ -156,41 +162,47 @@ class Images(Staged):
             bulk(place, at(self._source, self._tile[0], block, source + first * 64), count * 128, full, self.shape.cluster)
 
     def step(self, block: Expr, blocks: int) -> Expr:
-        """Wait for a block's stage, and ask for a later one's: the stage."""
+        return self._arrive(block * self._parts, blocks * self._parts)
+
+    def part(self, block: Expr, blocks: int, step: int) -> Expr | None:
+        return self._arrive(block * 2 + 1, blocks * 2) if self.shape.halved and step == HALF else None
+
+    def _arrive(self, part: Expr, parts: int) -> Expr:
+        """Wait for a stage, and ask for a later one."""
         ahead = self.shape.stages - 2
-        with when(block + ahead < blocks):
-            self.fetch(block + ahead)
-        stage, turn = self.stage_of(block)
-        wait(self.barrier(stage, 0), turn % 2)
+        with when(part + ahead < parts):
+            self.fetch(part + ahead)
+        stage, turn = self._stage(part)
+        wait(self._barrier(stage, 0), turn % 2)
         return stage
 
     def passed(self, block: Expr, step: int) -> None:
-        """Products before a step of a block are done: the stage before is free."""
         if step == 0:
             with when(block > 0):
-                self.release(block - 1)
+                self.release(block * self._parts - 1)
+        elif self.shape.halved and step == HALF:
+            self.release(block * 2)
 
-    def release(self, block: Expr) -> None:
-        """This warp is done with a block's stage."""
-        stage, _ = self.stage_of(block)
+    def release(self, part: Expr) -> None:
+        """This warp is done with a stage."""
+        stage, _ = self._stage(part)
         # a lane for each block: several arrivals of one lane are a branch, at which ptxas gives up the overlap of products
         with when(self._thread % 32 < self.shape.cluster):
-            call("moec_barrier_arrive", _BULK, self.barrier(stage, 1), self._thread % 32)
+            call("moec_barrier_arrive", _BULK, self._barrier(stage, 1), self._thread % 32)
 
     def finish(self, blocks: int) -> None:
-        """All blocks of a tile were used."""
-        self.release(const(blocks - 1, "int32"))
-        store(self._done, self._done[0] + blocks, 0)
+        self.release(const(blocks * self._parts - 1, "int32"))
+        store(self._done, self._done[0] + blocks * self._parts, 0)
 
-    def stage_of(self, block: Expr) -> tuple[Expr, Expr]:
-        """The stage of a block, and how often it was used before."""
-        count = T.Bind(self._done[0] + block)
+    def _stage(self, part: Expr) -> tuple[Expr, Expr]:
+        """The stage of a block of columns, or of a half of one, and how often it was used before."""
+        count = T.Bind(self._done[0] + part)
         return T.Bind(count % self.shape.stages), T.Bind(count // self.shape.stages)
 
     def operand(self, stage: Expr, step: int, index: int) -> Expr:
-        """The descriptor of 16 columns of a stage."""
         assert index == 0
-        offset = stage * self.shape.stage_bytes + (step // 4 * self.shape.tokens * 128 + step % 4 * 32)
+        half = 0 if self.shape.halved else step // HALF * self.shape.tokens * 128
+        offset = stage * self.shape.stage_bytes + (half + step % HALF * 32)
         return descriptor(self._base + T.cast(offset, "uint32"))
 
 

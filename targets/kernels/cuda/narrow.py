@@ -84,10 +84,10 @@ class NarrowImages(Images):
         store(self._rows, (count + 15) // 16 * 16, 0)
 
     def fetch(self, block: Expr) -> None:
-        shape, (stage, turn), image = self.shape, self.stage_of(block), self._source
+        shape, (stage, turn), image = self.shape, self._stage(block), self._source
         with when(self._thread == 0):
-            wait(self.barrier(stage, 1), (turn + 1) % 2)
-            rows, full = T.Bind(self._rows[0] // shape.cluster), T.Bind(self.barrier(stage, 0))
+            wait(self._barrier(stage, 1), (turn + 1) % 2)
+            rows, full = T.Bind(self._rows[0] // shape.cluster), T.Bind(self._barrier(stage, 0))
             expect(full, self._rows[0] * (BLOCK + 4))
             first = T.Bind(self._rank * rows) if shape.cluster == 2 else const(0, "int32")
             parts = [(self._place(stage), image.data, BLOCK), (self._scale_place(stage), image.scale, 4)]

@@ -19,8 +19,8 @@ from moec.targets.kernels.cuda.shape import Shape
 
 Options = dict[str, int]
 
-PREFILL_OPTIONS = ("tokens", "tiles", "stages", "exact", "residency", "depth", "batch", "multiprocessors", "cluster", "ring",
-                   "groups", "halved")  # fmt: skip
+COMMON_OPTIONS = ("tokens", "tiles", "stages", "exact", "residency", "depth", "batch", "multiprocessors", "cluster", "ring")
+PREFILL_OPTIONS = (*COMMON_OPTIONS, "groups", "halved")
 PREFILL = (
     (8, 1, 16, 1, 2, 4, 1, 0), (8, 1, 16, 1, 3, 3, 1, 0), (8, 1, 6, 1, 2, 8, 1, 0), (8, 1, 6, 1, 2, 2, 1, 0),
     (16, 1, 16, 1, 2, 4, 1, 0), (16, 1, 16, 1, 3, 3, 1, 0), (16, 1, 6, 1, 2, 6, 1, 0), (16, 1, 6, 1, 2, 4, 4, 1),
@@ -45,7 +45,7 @@ may be left out.
 PREFILL_TERMS = ((64, 1, 4, 1, 1, 2, 1, 0), (64, 1, 4, 1, 1, 2, 1, 1), (96, 1, 3, 1, 1, 2, 1, 1))
 """What else it tries where activations are two terms, whose stages take twice the memory."""
 
-NARROW_OPTIONS = (*PREFILL_OPTIONS[:-2], "chunk", "buffers")
+NARROW_OPTIONS = (*COMMON_OPTIONS, "chunk", "buffers")
 PREFILL_NARROW = (
     (32, 2, 4, 0, 1, 3, 1, 1, 1, 0, 32, 2), (64, 2, 4, 0, 1, 2, 1, 1, 1, 0, 64, 1), (64, 2, 4, 0, 1, 2, 1, 1, 1, 3, 64, 2),
     (64, 2, 4, 0, 1, 2, 1, 1, 2, 3, 64, 2), (96, 2, 4, 0, 1, 2, 1, 1, 1, 3, 48, 2), (96, 2, 4, 0, 1, 2, 1, 1, 2, 3, 48, 2),

@@ -85,8 +85,9 @@ class Takes:
         with when(self._leads):
             if self._cluster == 1:
                 store(self._memory, self._own[0], self._turn[0])
-            for rank in range(self._cluster if self._cluster > 1 else 0):
-                cluster_write(shared_address(at(self._memory, self._turn[0])), rank, self._own[0])
+            else:
+                for rank in range(self._cluster):
+                    cluster_write(shared_address(at(self._memory, self._turn[0])), rank, self._own[0])
 
     def meet(self) -> None:
         """Wait for all threads."""
